@@ -1,0 +1,40 @@
+# `make demo`: set up and train on the built-in task. `make test`: set up, check and test.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: setup demo test quick check format clean
+
+setup: $(INSTALLED)
+
+# torch first and alone: a looser first install would choose a CUDA build of several gigabytes.
+$(INSTALLED): $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/atmanrl train --config ledger --output_dir runs/demo --demo
+
+test: check
+	$(BIN)/pytest
+
+# The tests without those marked slow.
+quick: setup
+	$(BIN)/pytest -m "not slow"
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .pytest_cache

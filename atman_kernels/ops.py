@@ -1,0 +1,207 @@
+"""The operators: schemas, fakes and autograd, written once for all kernels.
+
+``atman_kernels::attention_forward`` and ``::attention_backward`` work on (B, T, H, D) tensors and a sequence table (see
+:class:`atman_kernels.plan.AttentionPlan`); a packed batch has B = 1. The dispatcher chooses the kernel by device; a
+forced backend travels as an argument, so that the backward, which autograd runs on another thread, uses it too.
+
+Arguments that every kernel takes, in this order:
+
+    q (B, Tq, Hq, D); k, v (B, Tk, Hkv, D)   any strides with a unit stride along D
+    key_bias (B, Tk) fp32 or None
+    prefix_k, prefix_v (P, Hkv, D) or None
+    sequences (n_seq, 7), tiles_q (n, 2), tiles_k (m, 2) int32
+    sm_scale; causal; window, -1 for none; covers: whether every row and key belongs to a sequence
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atman_kernels import reference
+
+# Names of the forced backends; "" lets the device decide.
+BACKENDS = ("", "triton", "cpu", "reference")
+
+_OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_k, Tensor? prefix_v, "
+    "Tensor sequences, Tensor tiles_q, Tensor tiles_k, "
+    "float sm_scale, bool causal, SymInt window, bool covers, str backend"
+)
+_N_OPERANDS = 14
+
+_library = torch.library.Library("atman_kernels", "DEF")
+_library.define(f"attention_forward({_OPERANDS}) -> (Tensor o, Tensor lse)")
+_library.define(
+    f"attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_OPERANDS}, "
+    "bool need_dq, bool need_dk, bool need_dv, bool need_dkey_bias) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dkey_bias)"
+)
+
+attention_forward = torch.ops.atman_kernels.attention_forward.default
+attention_backward = torch.ops.atman_kernels.attention_backward.default
+
+
+def _kernels(backend: str, q: Tensor) -> ModuleType | None:
+    """The module that computes for this device and forced backend; None stands for the reference."""
+    if backend == "reference":
+        return None
+    if backend == "triton" or (backend == "" and q.is_cuda):
+        from atman_kernels import _triton
+
+        _triton.require_runnable(q.device)
+        return _triton
+    from atman_kernels import _cpu
+
+    return _cpu if _cpu.supports(q, forced=backend == "cpu") else None
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    causal: bool,
+    window: int,
+    covers: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernels = _kernels(backend, q)
+    bounds = (sm_scale, causal, None if window < 0 else window)
+    if kernels is None:
+        return reference.attention_forward(q, k, v, key_bias, prefix_k, prefix_v, sequences, *bounds)
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    o = _allocate(q, covers)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    if not covers:
+        lse.fill_(-torch.inf)
+    kernels.attention_forward(o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds)
+    return o, lse
+
+
+def _backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    causal: bool,
+    window: int,
+    covers: bool,
+    backend: str,
+    need_dq: bool,
+    need_dk: bool,
+    need_dv: bool,
+    need_dkey_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = _kernels(backend, q)
+    bounds = (sm_scale, causal, None if window < 0 else window)
+    needed = (need_dq, need_dk, need_dv, need_dkey_bias)
+    if kernels is None:
+        all_four = reference.attention_backward(do, dlse, q, k, v, key_bias, prefix_k, prefix_v, sequences, *bounds)
+        found = [g if need else g.new_empty(0) for g, need in zip(all_four, needed, strict=True)]
+        return found[0], found[1], found[2], found[3]
+    do, q, k, v = (_unit_stride(x) for x in (do, q, k, v))
+    dq, dk, dv = (_allocate(x, covers) if need else None for x, need in zip((q, k, v), needed[:3], strict=True))
+    dkey_bias = k.new_empty(k.shape[:2], dtype=torch.float32) if need_dkey_bias else None
+    if dkey_bias is not None and not covers:
+        dkey_bias.zero_()
+    kernels.attention_backward(
+        dq, dk, dv, dkey_bias, do, dlse, o, lse,
+        q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds,
+    )  # fmt: skip
+    absent = q.new_empty(0)
+    return (
+        absent if dq is None else dq,
+        absent.clone() if dk is None else dk,
+        absent.clone() if dv is None else dv,
+        q.new_empty(0, dtype=torch.float32) if dkey_bias is None else dkey_bias,
+    )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _allocate(like: Tensor, covers: bool) -> Tensor:
+    # Kernels write every row of every sequence, so only rows outside all sequences would be left undefined.
+    make = torch.empty if covers else torch.zeros
+    return make(like.shape, dtype=like.dtype, device=like.device)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention_forward", _forward, _device)
+    _library.impl("attention_backward", _backward, _device)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=_lse_dtype(q))
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+def _backward_fake(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_dq, need_dk, need_dv, need_dkey_bias = rest[-4:]
+    grads = [
+        torch.empty(x.shape if need else (0,), dtype=x.dtype, device=x.device)
+        for x, need in ((q, need_dq), (k, need_dk), (v, need_dv))
+    ]
+    return (
+        grads[0],
+        grads[1],
+        grads[2],
+        k.new_empty(k.shape[:2] if need_dkey_bias else (0,), dtype=_lse_dtype(q)),
+    )
+
+
+torch.library.register_fake("atman_kernels::attention_forward", _forward_fake, lib=_library)
+torch.library.register_fake("atman_kernels::attention_backward", _backward_fake, lib=_library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:9], *output)
+    ctx.settings = inputs[9:]
+    ctx.set_materialize_grads(False)
+
+
+def _forward_autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *operands, o, lse = ctx.saved_tensors
+    needs = tuple(bool(ctx.needs_input_grad[i]) for i in range(4))
+    if do is None:
+        do = torch.zeros_like(o)
+    grads = attention_backward(do, dlse, o, lse, *operands, *ctx.settings, *needs)
+    found = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    return found + (None,) * (_N_OPERANDS - len(found))
+
+
+def _backward_autograd(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+    raise NotImplementedError("atman_kernels attention is differentiable once; second derivatives are not implemented")
+
+
+torch.library.register_autograd(
+    "atman_kernels::attention_forward", _forward_autograd, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("atman_kernels::attention_backward", _backward_autograd, lib=_library)
