@@ -15,7 +15,7 @@ class Rollout:
         prompt_ids: token ids of the prompt, never masked; rollouts with equal prompts share its keys and values.
         cot_ids: token ids of the chain of thought; each gets one number of the mask.
         answer_ids: token ids of the answer's value; the loss is their mean negative log-likelihood.
-        marker_ids: token ids between chain of thought and answer ("The final answer is"); neither masked nor in the loss.
+        marker_ids: token ids between chain of thought and answer ("The final answer is"); not masked, not in the loss.
 
     Any iterable of integers is accepted and kept as a tuple. An empty chain of thought or answer is allowed (a
     completion may lack them): nothing is optimised for such a rollout and its saliency reward is 0.
