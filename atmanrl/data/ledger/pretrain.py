@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from atmanrl.config import LedgerConfig
 from atmanrl.data.ledger.generator import Example, sample_chain, sample_examples
 from atmanrl.data.ledger.model import build_model, measure
-from atmanrl.data.ledger.vocabulary import ANSWER, EOS, VALUES, build_tokenizer
+from atmanrl.data.ledger.vocabulary import ANSWER, EOS, NAMES, VALUES, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -173,12 +173,18 @@ def _encode(
     made_up = rng.random() < config.ledger.random_value_fraction
     values = {name: rng.choice(VALUES) for name in example.pairs} if made_up else example.pairs
     chain = sample_chain(example, config.ledger, rng, values)
+    if made_up:
+        chain = [_maybe_random_name(word, config.ledger, rng) for word in chain]
     answer = [ANSWER, *example.answer_from(values).split(), EOS]
     prompt = tokenizer.encode(example.prompt)
     ids = [*prompt, *(tokenizer.convert_tokens_to_ids(word) for word in [*chain, *answer])]
     chain_weights = [0.0 if made_up else config.content_weight if word in VALUES else 1.0 for word in chain]
     answer_weights = [0.0 if made_up else 1.0, *[config.content_weight] * (len(answer) - 1)]
     return ids, [*[0.0] * len(prompt), *chain_weights, *answer_weights]
+
+
+def _maybe_random_name(word: str, config: LedgerConfig, rng: random.Random) -> str:
+    return rng.choice(NAMES) if word in NAMES and rng.random() < config.random_name_probability else word
 
 
 def _loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
