@@ -25,7 +25,7 @@ class Metric:
     Attributes:
         name: key in files.
         label: what a reader sees.
-        unit: "%" for shares (values in 0..1, shown times 100), else the unit's name or "".
+        unit: "%" for shares (values in 0..1, shown times 100), else the unit's name, "" where the label says it.
         count: (numerator, denominator) of a rollout; (0, 0) where the metric does not apply.
     """
 
@@ -110,20 +110,19 @@ def metrics(classes: Sequence[str], score: str = RESTORED, *, graded: bool = Tru
     Means over tokens are pooled: a long chain of thought weighs more than a short one. The summed score per chain of
     thought stands beside the means because deleting tokens raises a mean without making any token matter more.
     """
+    classes = classes if len(classes) > 1 else ()
     rows = [
         Metric("cot_tokens", "CoT length", "tokens", lambda rollout: (len(rollout.cot), 1)),
         *(
-            Metric(f"{name}_tokens", f"{name} tokens per CoT", "tokens", partial(_tokens_of_class, name=name))
+            Metric(f"{name}_tokens", f"{name} per CoT", "tokens", partial(_tokens_of_class, name=name))
             for name in classes
-            if len(classes) > 1
         ),
         Metric("truncated", "truncated", "%", lambda rollout: (rollout.truncated, 1)),
         Metric("unanswered", "no answer found", "%", lambda rollout: (rollout.predicted is None, 1)),
         Metric(f"{score}_mean", f"mean {score}", "", partial(_mean_score, score=score, name=None)),
         *(
-            Metric(f"{score}_{name}", f"mean {score}, {name}", "", partial(_mean_score, score=score, name=name))
+            Metric(f"{score}_{name}", f"{score}, {name}", "", partial(_mean_score, score=score, name=name))
             for name in classes
-            if len(classes) > 1
         ),
         Metric(f"{score}_mass", f"summed {score} per CoT", "", partial(_summed_score, score=score)),
     ]
