@@ -55,8 +55,8 @@ class _Panel:
 def plot_training(metrics: str | Path, directory: str | Path) -> list[Plot]:
     """Reward, accuracy, chain-of-thought length, filler and restored per class over the optimiser steps.
 
-    Faint points are the logged values (each a mean over one batch of completions), lines their centred moving average
-    over a tenth of the run. A panel whose values were not logged is left out.
+    Faint lines are the logged values (each a mean over one batch of completions), strong lines their centred moving
+    average over a tenth of the run. A panel whose values were not logged is left out.
 
     Args:
         metrics: ``metrics.jsonl`` of a run: one JSON object per line with "step".
@@ -104,7 +104,7 @@ def plot_training(metrics: str | Path, directory: str | Path) -> list[Plot]:
             axis.set_visible(False)
 
     size = (3.7 * min(3, len(shown)), 2.7 * -(-len(shown) // 3))
-    caption = "Training: logged batch means (points) and their moving average (lines)"
+    caption = "Training: batch means (faint) and their moving average"
     return [_save(Path(directory) / "training", caption, size, draw)]
 
 
@@ -145,12 +145,22 @@ def _draw_panel(axis: Axes, panel: _Panel, rows: Sequence[Mapping[str, Any]], th
             continue
         drawn += 1
         values = panel.scale * values
-        axis.plot(steps, values, ".", color=curve.colour, alpha=0.3, markersize=4, markeredgewidth=0)
+        axis.plot(steps, values, color=curve.colour, alpha=0.28, linewidth=0.8)
         axis.plot(steps, _moving_average(values), color=curve.colour, linewidth=1.8, label=curve.label)
     axis.set(title=panel.title, xlabel="optimiser step", ylabel=panel.unit)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if drawn > 1:
-        axis.legend(frameon=False, labelcolor=theme.ink, fontsize=8, handlelength=1.2)
+        axis.legend(
+            loc="lower right",
+            bbox_to_anchor=(1.02, 0.97),
+            ncols=drawn,
+            frameon=False,
+            labelcolor=theme.ink,
+            fontsize=7.5,
+            handlelength=1,
+            columnspacing=0.9,
+            handletextpad=0.4,
+        )
 
 
 def _draw_intervals(
@@ -190,7 +200,7 @@ def _save(stem: Path, caption: str, size: tuple[float, float], draw: Callable[[F
     return Plot(stem.with_suffix(".svg"), caption, stem.with_name(f"{stem.name}.dark.svg"))
 
 
-def _style(theme: _Theme) -> dict[str, Any]:
+def _style(theme: _Theme) -> Any:
     return {
         "svg.hashsalt": "atmanrl",
         "font.family": "sans-serif",

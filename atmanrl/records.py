@@ -153,7 +153,7 @@ class Run:
         label: what a reader calls this run ("before", "step 200").
         rollouts: in the order of the prompts.
         score: the name in `RolloutRecord.scores` that views colour and summarise.
-        settings: what produced the run: model, task, generation, mask, seed. Any JSON values.
+        settings: what produced the run: model, task, generation, mask, seed. Any JSON values; tuples become lists.
     """
 
     label: str
@@ -161,9 +161,12 @@ class Run:
     score: str = RESTORED
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", json.loads(_to_json(dict(self.settings))))
+
     def save(self, path: str | Path) -> None:
         """Write the run as one JSON file, atomically."""
-        head = {"label": self.label, "score": self.score, "settings": dict(self.settings)}
+        head = {"label": self.label, "score": self.score, "settings": self.settings}
         lines = ",\n".join(_to_json(asdict(rollout)) for rollout in self.rollouts)
         opening = f'{{"format": "{FORMAT}", "version": {VERSION},\n"run": {_to_json(head)},\n"rollouts": [\n'
         write_text_atomically(path, f"{opening}{lines}\n]}}\n")

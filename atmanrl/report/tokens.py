@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from markupsafe import Markup, escape
@@ -14,7 +15,8 @@ from atmanrl.report.units import sentences, words
 
 def span_html(span: TokenSpan) -> Markup:
     """A span's text without scores."""
-    return _without_indent(Markup("").join(_token(text, "t") for text in span.texts))
+    pieces = [_token(text, "t") for text in span.texts]
+    return _block(Markup("").join(lead + html for lead, html in pieces))
 
 
 def scored_html(rollout: RolloutRecord, score: str, scale: Scale) -> Markup:
@@ -24,40 +26,39 @@ def scored_html(rollout: RolloutRecord, score: str, scale: Scale) -> Markup:
     """
     texts = rollout.cot.texts
     values = rollout.scores.get(score)
-    word_ranges = words(texts)
+    unused = deque(words(texts))
     html: list[Markup] = []
-    next_word = 0
     for sentence in sentences(texts):
         inner: list[Markup] = []
-        while next_word < len(word_ranges) and word_ranges[next_word].start < sentence.stop:
-            word = word_ranges[next_word]
-            tokens = Markup("").join(
+        while unused and unused[0].start < sentence.stop:
+            word = unused.popleft()
+            tokens = [
                 _token(texts[i], f"t {_shade(values, range(i, i + 1), scale)} c-{_slug(rollout.token_class(i))}", i)
                 for i in word
-            )
-            inner.append(_group("w", tokens, _shade(values, word, scale)))
-            next_word += 1
-        html.append(_group("s", Markup("").join(inner), _shade(values, sentence, scale)))
-    return _without_indent(Markup("").join(html))
+            ]
+            inner += _group("w", tokens, _shade(values, word, scale))
+        html += _group("s", [(inner[0], Markup("").join(inner[1:]))], _shade(values, sentence, scale))
+    return _block(Markup("").join(html))
 
 
-def _without_indent(html: Markup) -> Markup:
-    return Markup(html.lstrip(" "))
-
-
-def _token(text: str, classes: str, index: int | None = None) -> Markup:
+def _token(text: str, classes: str, index: int | None = None) -> tuple[Markup, Markup]:
+    # White space before a token stands outside its tint, so that neighbours stay apart.
     shown = visible(text)
-    # White space around a token stands outside its tint, so that neighbours stay apart.
-    body = shown.strip() if text.strip() else shown
-    lead = shown[: len(shown) - len(shown.lstrip())] if text.strip() else ""
-    trail = shown[len(lead) + len(body) :]
+    body = shown.lstrip() if text.strip() else shown
+    lead = escape(shown[: len(shown) - len(body)])
     position = Markup("") if index is None else Markup(' data-i="{}"').format(index)
     faint = "" if text.strip() else " blank"
-    return Markup('{}<span class="{}{}"{}>{}</span>{}').format(lead, classes, faint, position, body, trail)
+    return lead, Markup('<span class="{}{}"{}>{}</span>').format(classes, faint, position, body)
 
 
-def _group(kind: str, inner: Markup, shade: str) -> Markup:
-    return Markup('<span class="{} {}">{}</span>').format(kind, shade, inner)
+def _group(kind: str, pieces: Sequence[tuple[Markup, Markup]], shade: str) -> tuple[Markup, Markup]:
+    (lead, first), *others = pieces
+    inner = first + Markup("").join(before + html for before, html in others)
+    return lead, Markup('<span class="{} {}">{}</span>').format(kind, shade, inner)
+
+
+def _block(html: Markup) -> Markup:
+    return Markup(html.lstrip(" "))
 
 
 def _shade(values: Sequence[float] | None, tokens: range, scale: Scale) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s*$|[。！？]\s*$|\n\s*$")
 
@@ -31,4 +32,4 @@ def sentences(texts: Sequence[str]) -> list[range]:
 
 
 def _ranges(starts: Sequence[int], end: int) -> list[range]:
-    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
+    return [range(start, stop) for start, stop in pairwise([*starts, end])]
