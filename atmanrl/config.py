@@ -56,6 +56,7 @@ class LedgerConfig:
         filler_probability: chance that one more filler word stands after a copied pair (geometric count).
         lookup_probability: chance that a true pair nobody asked for is copied after a pair as well.
         random_value_fraction: share of the pre-training examples whose chain of thought holds random values.
+        random_name_probability: chance of each copied name in those chains to be random as well.
         train_size: prompts in the training split.
         test_size: prompts in the test split; no training prompt is among them, whatever the seeds.
     """
@@ -65,6 +66,7 @@ class LedgerConfig:
     filler_probability: float = 0.45
     lookup_probability: float = 0.25
     random_value_fraction: float = 0.3
+    random_name_probability: float = 0.15
     train_size: int = 4096
     test_size: int = 256
 
@@ -74,8 +76,9 @@ class LedgerConfig:
         for name in ("filler_probability", "lookup_probability"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.random_value_fraction <= 1:
-            raise ValueError(f"random_value_fraction must lie in [0, 1], got {self.random_value_fraction}")
+        for name in ("random_value_fraction", "random_name_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.train_size < 1 or self.test_size < 1:
             raise ValueError(f"train_size and test_size must be positive, got {self.train_size} and {self.test_size}")
 
