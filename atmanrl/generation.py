@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,17 +99,23 @@ def generate(
     return completions
 
 
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens the model has positions for; practically unlimited where its configuration names no limit."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return sys.maxsize if limit is None else int(limit)
+
+
 def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
     stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
     return ids[:stop]
 
 
 def _check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model)
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty")
-        if context is not None and len(prompt) + settings.max_new_tokens > context:
+        if len(prompt) + settings.max_new_tokens > context:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {settings.max_new_tokens} that is "
                 f"{len(prompt) + settings.max_new_tokens}, more than the model's context of {context}"

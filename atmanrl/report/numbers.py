@@ -22,3 +22,8 @@ def interval(estimate: Estimate, unit: str = "", *, sign: bool = False) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
     return f"[{number(estimate.low, unit, sign=sign)}, {number(estimate.high, unit, sign=sign)}]"
+
+
+def loss(value: float) -> str:
+    """A loss with two significant digits, which may span many orders of magnitude."""
+    return f"{value:.2g}"

@@ -15,7 +15,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from atmanrl.records import RolloutRecord, Run, paired_rollouts, write_text_atomically
-from atmanrl.report.numbers import interval, number
+from atmanrl.report.numbers import interval, loss, number
 from atmanrl.report.scale import LEVELS, Scale, scale_for
 from atmanrl.report.tokens import scored_html, span_html
 from atmanrl.summary import Summary, compare, summarize, token_classes
@@ -158,5 +158,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, interval=interval)
+    environment.filters.update(number=number, interval=interval, loss=loss)
+    environment.globals.update(zip=zip)
     return environment

@@ -2,8 +2,9 @@
 
 The scale comes from how the score was computed, not from the values at hand, so that two pages can be compared by eye.
 For the mask it is centred on what weight decay alone restores, 1 - (1 - lr * weight_decay) ** steps, and reaches as far
-as ``steps`` steps of AdamW's size ``lr`` move a token: steps * lr / |init|. With the paper's numbers that is
-0.00995 +- 0.5. A token at the centre is one that the answer's gradient did not move.
+as ``steps`` steps of AdamW's nominal size ``lr`` move a token: steps * lr / |init|. With the paper's numbers that is
+0.00995 +- 0.5. A token at the centre is one that the answer's gradient did not move. AdamW's steps can exceed ``lr``
+where gradients grow, so some values lie beyond the ends and take their colour.
 """
 
 from __future__ import annotations
