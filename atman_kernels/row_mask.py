@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels.plan import AttentionPlan, build_dense_plan, dense_plan
+from atman_kernels.plan import AttentionPlan, dense_plan
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def lay_out(
 ) -> AttentionPlan:
     """Each batch row as one sequence: from its first valid key (B, Tk) to the newest one seen, the rows at its end."""
     if valid is None and isinstance(seen, int) and seen == kv_length:
-        make = build_dense_plan if torch.compiler.is_compiling() else dense_plan
-        return make(batch, q_length, kv_length, device)
+        return dense_plan(batch, q_length, kv_length, device)
     end = torch.zeros(batch, dtype=torch.int64, device=device) + seen
     start = torch.zeros_like(end)
     if valid is not None:
