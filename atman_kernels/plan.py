@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -182,6 +183,15 @@ class AttentionPlan:
     def device(self) -> torch.device:
         """Where the tables lie."""
         return self.sequences.device
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> AttentionPlan:
+        """The same plan on another device; this one if it already lies there."""
+        if torch.device(device) == self.device:
+            return self
+        plan = copy.copy(self)
+        for name in ("sequences", "tiles_q", "tiles_k"):
+            setattr(plan, name, getattr(self, name).to(device, non_blocking=non_blocking))
+        return plan
 
     def _fill(self, table: Tensor, *, n_tiles_q: int, n_tiles_k: int, device: torch.device) -> None:
         q_length, k_length, prefix = table[:, Q_LENGTH], table[:, K_LENGTH], table[:, PREFIX_LENGTH]

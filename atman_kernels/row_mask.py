@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,12 @@ class RowMask:
 
     # generate() prepares the mask of a static cache; the model asks it for its rank before it hands it back.
     ndim = 4
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RowMask:
+        """The same on another device, as accelerate asks for before a layer that lies there."""
+        parts = {name: getattr(self, name) for name in ("seen", "valid", "plan", "one_row")}
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in parts.items() if hasattr(x, "to")}
+        return replace(self, **moved)
 
 
 def row_mask_of(mask: RowMask | Tensor | None, q: Tensor, k: Tensor, window: int | None) -> RowMask:

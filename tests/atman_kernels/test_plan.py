@@ -104,6 +104,14 @@ def test_lengths_that_describe_no_batch_are_refused(arguments, message):
         AttentionPlan(*arguments)
 
 
+def test_a_plan_moves_to_another_device_whole():
+    plan = AttentionPlan([3, 4])
+    moved = plan.to("meta")
+    assert {x.device.type for x in (moved.sequences, moved.tiles_q, moved.tiles_k)} == {"meta"}
+    assert (moved.batch, moved.total_q, moved.covers) == (plan.batch, plan.total_q, plan.covers)
+    assert plan.to("cpu") is plan
+
+
 CPU = torch.device("cpu")
 
 
