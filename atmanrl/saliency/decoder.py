@@ -63,6 +63,7 @@ class FrozenDecoder:
             pointwise=Pointwise.on(embedded.device),
         )
         prefixes = prompt_keys_and_values(model, batch)
+        self.windows = [_window(module.self_attn) for module in decoder.layers]
         self.layers: list[FrozenLayer] = []
         x = embedded
         for index, module in enumerate(decoder.layers):
@@ -76,13 +77,18 @@ class FrozenDecoder:
                     constant_input=index == 0,
                     plan=batch.loss_plan if last else batch.plan,
                     prefix=prefixes.layer(index),
-                    window=_window(module.self_attn),
+                    window=self.windows[index],
                 )
             )
             x = self.layers[-1].out
         self._head = AnswerHead(decoder.norm.weight, model.lm_head, batch.loss_targets, geometry)
         self._d_rows = torch.empty_like(embedded)
         self._call = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of all activations that wait for the backward, the layers' attention outputs included."""
+        return sum(layer.kept_bytes for layer in self.layers)
 
     def __call__(self, key_bias: Tensor) -> Tensor:
         if torch.is_grad_enabled() and key_bias.requires_grad:

@@ -58,6 +58,11 @@ class HeadProjection:
         # Kept for the backward of the norm only.
         self._raw = None if norm is None else torch.empty_like(self.out)
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """The buffers."""
+        return [self.out] if self._raw is None else [self.out, self._raw]
+
     def forward(self, x: Tensor, rows: slice) -> None:
         """Fill ``out[rows]`` from x (rows, hidden)."""
         ops, out = self._geometry.pointwise, self.out[rows]
@@ -132,6 +137,15 @@ class FrozenLayer:
         self._rstd_mid = x.new_empty((n_queries, 1), dtype=torch.float32)
         self._o: Tensor | None = None
         self._leaves: tuple[Tensor, ...] = ()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that this layer keeps for its backward: its buffers, the attention's output and its logsumexp."""
+        buffers = [self.out, self._middle, self._gate, self._up, self._rstd_in, self._rstd_mid]
+        for projection in (self._q, self._k, self._v):
+            buffers += projection.kept
+        n_queries, heads_q, _ = self._q.out.shape
+        return sum(buffer.nbytes for buffer in buffers) + self._q.out.nbytes + 4 * n_queries * heads_q
 
     def forward(self, key_bias: Tensor, *, keep: bool) -> None:
         """Fill ``out`` (Q, hidden) from ``x`` under ``key_bias`` (R,); with ``keep`` a backward may follow."""
@@ -241,4 +255,4 @@ def project(x: Tensor, linear: nn.Linear, out: Tensor | None = None) -> Tensor:
 
 def pull_back(dy: Tensor, linear: nn.Linear, dx: Tensor | None = None) -> Tensor:
     """dy W, added to ``dx`` in place if given."""
-    return torch.mm(dy, linear.weight) if dx is None else dx.addmm_(dy, linear.weight)
+    return torch.mm(dy, linear.weight) if dx is None else torch.addmm(dx, dy, linear.weight, out=dx)

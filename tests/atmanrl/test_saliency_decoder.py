@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from atmanrl import MaskConfig, optimize_masks
+from atmanrl import MaskConfig, Rollout, optimize_masks
+from atmanrl.saliency.cost import DecoderShape, necessary_flops
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
-from tests.atmanrl.tiny_models import FAMILIES, random_rollouts, tiny_model
+from tests.atmanrl.tiny_models import FAMILIES, VOCABULARY, random_rollouts, tiny_model
 
 FAST = [family for family in FAMILIES if family != "gemma3"]
 LENGTHS = [(1, 0, 1), (9, 0, 3), (14, 2, 1), (23, 3, 5)]
@@ -144,3 +146,47 @@ def test_models_that_the_fast_path_would_get_wrong_go_the_general_way():
     assert "dtypes" in why_unsupported(mixed)
     with torch.autocast("cpu", torch.bfloat16):
         assert why_unsupported(tiny_model()) == "autocast"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral window", "qwen3"])
+def test_a_step_executes_at_most_1_05_times_the_necessary_operations(family):
+    model, batch = tiny_model(family), _batch()
+    with frozen(model):
+        decoder = FrozenDecoder(model, batch)
+        decoder(_random_bias(batch))
+        with FlopCounterMode(display=False) as counter:
+            bias = _random_bias(batch)
+            torch.autograd.grad(decoder(bias).sum(), [bias])
+    necessary = necessary_flops(DecoderShape.of(model), batch, decoder.windows)
+    assert 1.0 <= counter.get_total_flops() / necessary <= 1.05
+
+
+def test_necessary_operations_of_a_small_batch_counted_by_hand():
+    model = tiny_model()
+    batch = pack([Rollout([1, 2], [3, 4], [5, 6])], answer_loss="value", device=torch.device("cpu"))
+    # Rows: two of the CoT and the first of the answer; the last two predict the answer.
+    h, dq, dkv, m, rows, n = 32, 64, 32, 48, 3, 2
+    after = 2 * dq * h + 6 * h * m
+    linear = rows * after + rows * (2 * h * (dq + 2 * dkv) + after) + rows * 4 * h * dkv + n * (2 * h * dq + after)
+    linear += n * 2 * h * VOCABULARY
+    own, prefix, last_own, last_prefix = 6, 6, 5, 4
+    attention = dq * (4 * 12 + 4 * 12 + 4 * 12 + 10 * own + 6 * prefix + 4 * 9 + 10 * last_own + 6 * last_prefix)
+    assert necessary_flops(DecoderShape.of(model), batch, [None] * 3) == 2 * linear + attention
+
+
+def test_bytes_kept_for_the_backward_are_at_most_half_of_plain_autograds():
+    model, batch = tiny_model(), _batch()
+    saved = {}
+
+    def remember(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        model.model(batch.ids[None], position_ids=batch.positions[None], use_cache=False)
+    plain = sum(size for pointer, size in saved.items() if pointer not in weights)
+    with frozen(model):
+        kept = FrozenDecoder(model, batch).kept_bytes
+    assert kept <= plain / 2
