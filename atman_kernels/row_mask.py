@@ -79,7 +79,7 @@ def _row_mask_of_matrix(mask: Tensor, window: int | None) -> RowMask:
     row = torch.arange(q_length, device=mask.device)[:, None]
     key = torch.arange(n_keys, device=mask.device)
     # The newest key that any row sees shows how far the rows stand behind the keys.
-    position = row + (torch.where(visible, key, -1) - row).amax()
+    position = row + (torch.where(visible, key, -1) - row).amax().clamp(max=n_keys - q_length)
     valid = visible.any(dim=1)
     causal = (key <= position) & valid[:, None]
     for reach in (None, window):
@@ -183,7 +183,7 @@ def _describe(mask_function: Callable[..., Any]) -> str:
         factory = name.removesuffix(".<locals>.inner_mask")
         if factory not in ("causal_mask_function", "sliding_window_overlay"):
             unknown.append(_MASK_NAMES.get(factory, f"the mask function {name}"))
-    return ", ".join(unknown) or "a union of mask functions (or_masks)"
+    return ", ".join(unknown) or "a combination of causal and window masks other than their intersection"
 
 
 def _parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:

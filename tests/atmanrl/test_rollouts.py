@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.atmanrl.tiny import END_OF_TEXT, EOT, byte_level_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER
 from atmanrl.data.ledger.vocabulary import build_tokenizer
 from atmanrl.rollouts import Rollout, rollout_from_completion, split_completion
+from tests.atmanrl.tiny import END_OF_TEXT, EOT, byte_level_tokenizer
 
 FLEXIBLE = GSM8K_ANSWER.with_mode("flexible")
 
@@ -84,7 +84,7 @@ def test_characters_split_over_tokens_do_not_shift_the_borders(byte_tokens):
 def test_a_token_that_ends_the_chain_and_begins_the_signs_bytes_is_answer():
     # The minus sign's three bytes lie in two tokens, the first of which also holds the space before it.
     minus = "\u2212".encode()
-    head, tail = (" ".encode() + minus[:1], minus[1:] + b"5")
+    head, tail = (b" " + minus[:1], minus[1:] + b"5")
     alphabet = dict(zip(range(256), _byte_characters(), strict=True))
     vocabulary = ["The final answer is", "".join(alphabet[b] for b in head), "".join(alphabet[b] for b in tail)]
     vocabulary[0] = "".join(alphabet[b] for b in vocabulary[0].encode())

@@ -53,14 +53,13 @@ def complete(
     """
     torch.manual_seed(seed)
     input_ids = torch.tensor(prefixes, device=model.device)
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
     output = model.generate(  # type: ignore[misc]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         do_sample=sample,
         max_new_tokens=MAX_COMPLETION_TOKENS,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
+        **sampling,
     )
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     completions = output[:, input_ids.shape[1] :].tolist()
