@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,91 @@ class MaskConfig:
             raise ValueError(f"init must lie below upper ({self.upper}), got {self.init}")
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
+
+
+@dataclass(frozen=True)
+class LedgerConfig:
+    """The built-in task: copy the asked pairs from a ledger, with planted filler in between.
+
+    Attributes:
+        pairs: name-value pairs in a prompt.
+        asked: how many of them are asked for, at most ``pairs``.
+        filler_probability: chance that one more filler word stands after a copied pair (geometric count).
+        lookup_probability: chance that a true pair nobody asked for is copied after a pair as well.
+        random_value_fraction: share of the pre-training examples whose chain of thought holds random values.
+        train_size: prompts in the training split.
+        test_size: prompts in the test split; no training prompt is among them, whatever the seeds.
+    """
+
+    pairs: int = 5
+    asked: int = 3
+    filler_probability: float = 0.45
+    lookup_probability: float = 0.25
+    random_value_fraction: float = 0.3
+    train_size: int = 4096
+    test_size: int = 256
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.asked <= self.pairs:
+            raise ValueError(f"asked must lie between 1 and pairs ({self.pairs}), got {self.asked}")
+        for name in ("filler_probability", "lookup_probability"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.random_value_fraction <= 1:
+            raise ValueError(f"random_value_fraction must lie in [0, 1], got {self.random_value_fraction}")
+        if self.train_size < 1 or self.test_size < 1:
+            raise ValueError(f"train_size and test_size must be positive, got {self.train_size} and {self.test_size}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which task is trained and evaluated on, and where its rows come from.
+
+    Attributes:
+        name: "ledger", "gsm8k" or "mmlu".
+        path: hub id, local JSONL or Parquet file, or directory of such files named after the splits; None is the
+            task's own (openai/gsm8k, cais/mmlu; Ledger is generated).
+        subset: the hub configuration; None is the task's own ("main", "all").
+        train_split: split, or file stem in a directory, to train on; None is the task's own.
+        test_split: the same for the held-out rows.
+        test_path: local file with the held-out rows where ``path`` is a single file.
+        test_fraction: share of the rows held out, by seed, where the source has no test rows of its own.
+        train_limit: keep this many training rows, chosen by seed; None keeps all.
+        test_limit: the same for the test rows.
+        seed: of the generated rows, the hold-out and the limits.
+        prompt_style: "chat" makes message lists for the model's chat template, "plain" makes strings.
+        system_prompt: content of a system message before the question, chat style only.
+        answers: "strict" accepts an answer only behind the phrase the prompt asks for, "flexible" also behind others
+            and, failing those, the last number or letter.
+        ledger: numbers of the built-in task.
+    """
+
+    name: Literal["ledger", "gsm8k", "mmlu"] = "ledger"
+    path: str | None = None
+    subset: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    test_path: str | None = None
+    test_fraction: float = 0.1
+    train_limit: int | None = None
+    test_limit: int | None = None
+    seed: int = 0
+    prompt_style: Literal["chat", "plain"] = "chat"
+    system_prompt: str | None = None
+    answers: Literal["strict", "flexible"] = "strict"
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("name", ("ledger", "gsm8k", "mmlu")),
+            ("prompt_style", ("chat", "plain")),
+            ("answers", ("strict", "flexible")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"data {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"test_fraction must lie in (0, 1), got {self.test_fraction}")
+        for name in ("train_limit", "test_limit"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be positive or None, got {limit}")
