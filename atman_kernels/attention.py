@@ -224,6 +224,39 @@ def attention_varlen(
     return (o[0], lse[0]) if return_lse else o[0]
 
 
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    *,
+    plan: AttentionPlan,
+    sm_scale: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal :func:`attention` over any part of each batch row: padded batches and cache slots, without copies.
+
+    Args:
+        q, k, v, key_bias, sm_scale, window: as in :func:`attention`.
+        plan: from :meth:`AttentionPlan.from_rows`; rows and keys outside its sequences give zeros (lse: -inf).
+
+    Returns:
+        o (B, Tq, Hq, D) and lse (B, Hq, Tq).
+
+    Raises:
+        ValueError: as :func:`attention`, or if the plan was made for other shapes or another device.
+    """
+    _check_operands(q, k, v, key_bias, rank=4)
+    if (plan.total_q, plan.total_k) != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"the plan describes {plan.total_q} rows and {plan.total_k} keys per batch row,"
+            f" the tensors have {q.shape[1]} and {k.shape[1]}"
+        )
+    if plan.device != q.device:
+        raise ValueError(f"the plan lies on {plan.device}, q on {q.device}")
+    return _call(q, k, v, key_bias, None, plan, causal=True, sm_scale=sm_scale, window=window)
+
+
 def _call(
     q: Tensor,
     k: Tensor,
