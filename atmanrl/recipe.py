@@ -231,8 +231,12 @@ def _coerce(value: Any, hint: Any, *, source: str, key: str) -> Any:
             return tuple(value)
         if typing.get_origin(choice) is typing.Literal and value in typing.get_args(choice):
             return value
-    if bool in choices and isinstance(value, bool):
-        return value
+    if isinstance(value, bool):
+        if bool in choices:
+            return value
+        if str in choices:
+            # `save_strategy: no`: YAML reads a bare no as false.
+            return "yes" if value else "no"
     if float in choices and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value) if int not in choices or not isinstance(value, int) else value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,7 +101,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
             per_device_train_batch_size=self.per_device_train_batch_size,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             num_iterations=self.num_iterations,
-            processes=self.world_size,
+            # What a launcher sets; the process group itself comes up inside super().__post_init__().
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
             generation_batch_size=self.generation_batch_size,
             steps_per_generation=self.steps_per_generation,
         )
