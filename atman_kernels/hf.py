@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from einops import rearrange
@@ -26,7 +25,8 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from atman_kernels.attention import attention_rows, attention_varlen, checks_values
-from atman_kernels.plan import AttentionPlan, SharedPrefix, build_dense_plan, dense_plan
+from atman_kernels.plan import AttentionPlan, SharedPrefix
+from atman_kernels.row_mask import RowMask, lay_out, read_mask_function, row_mask_of, unsupported
 
 __all__ = [
     "AtManAttention",
@@ -83,34 +83,6 @@ class KeyValueRecord:
         return self._layers[layer_idx]
 
 
-@dataclass(frozen=True)
-class RowMask:
-    """What stands in the place of a mask: where the keys of each batch row lie, for all layers of one kind.
-
-    Attributes:
-        q_length: query rows of this forward.
-        k_offset: position in the text of the first key that the layers hold (above 0 for a sliding-window cache).
-        seen: keys written so far, counted from ``k_offset``; a 0-d tensor where a static cache counts on the device.
-        valid: (B, Tk) bool, False on padding; None: no padding.
-        window: rows see this many nearest keys; None: all.
-        plan: the layout; None for a single row, which needs it only if there is a bias.
-        one_row: SDPA's (B, 1, 1, Tk) mask if there is a single row; None: no mask needed.
-        refused: what the model's mask function asks for that the kernels do not compute, or None.
-    """
-
-    q_length: int
-    k_offset: int
-    seen: int | Tensor
-    valid: Tensor | None
-    window: int | None
-    plan: AttentionPlan | None
-    one_row: Tensor | None
-    refused: str | None
-
-    # A static cache hands the prepared mask to the model, which then asks for its rank: anything but 2 is left alone.
-    ndim = 4
-
-
 def atman_mask(
     batch_size: int,
     q_length: int,
@@ -131,8 +103,10 @@ def atman_mask(
     """
     if isinstance(attention_mask, RowMask):
         return attention_mask
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must have shape (B, T), got {tuple(attention_mask.shape)}")
     device = torch.device(device)
-    window, refused = _read_mask_function(mask_function)
+    window, refused = read_mask_function(mask_function)
     valid = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if valid is not None:
         if valid.shape[0] != batch_size:
@@ -145,7 +119,7 @@ def atman_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs
         )
     elif refused is None:
-        plan = _layout(batch_size, q_length, kv_length, seen, valid, device)
+        plan = lay_out(batch_size, q_length, kv_length, seen, valid, device)
     return RowMask(q_length, kv_offset, seen, valid, window, plan, one_row, refused)
 
 
@@ -188,9 +162,9 @@ def atman_attention(
         ValueError: what the kernels do not compute, by name; a ``key_bias`` of the wrong shape, dtype or device.
     """
     _refuse_unsupported(module, dropout, kwargs)
-    plain = key_bias is None and attention_plan is None and shared_prefix is None and capture is None
-    if plain and query.shape[2] == 1 and isinstance(attention_mask, RowMask) and attention_mask.refused is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask.one_row, scaling=scaling)
+    extras = (key_bias, attention_plan, shared_prefix, capture)
+    if query.shape[2] == 1 and all(extra is None for extra in extras):
+        return _decode(module, query, key, value, attention_mask, scaling)
     q, k, v = (rearrange(x, "b h t d -> b t h d") for x in _autocast(query, key, value))
     if attention_plan is not None:
         prefix = None if shared_prefix is None else _prefix_of(shared_prefix, cast(int, module.layer_idx))
@@ -198,7 +172,7 @@ def atman_attention(
     elif shared_prefix is not None:
         raise ValueError("shared_prefix needs attention_plan, which states the keys that each sequence sees of it")
     else:
-        o, lse = _padded(q, k, v, key_bias, attention_mask, scaling)
+        o, lse = _padded(q, k, v, key_bias, row_mask_of(attention_mask, q, k, sliding_window), scaling)
     if capture is not None:
         capture.record(cast(int, module.layer_idx), q, k, v, lse)
     return o, None
@@ -225,6 +199,22 @@ class AtManAttention(LlamaAttention):
         super().__init__(config, layer_idx)
 
 
+def _decode(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RowMask | Tensor | None,
+    scaling: float | None,
+) -> tuple[Tensor, None]:
+    """One unbiased row per sequence: nothing to tile, so SDPA computes it."""
+    if isinstance(mask, RowMask):
+        if mask.refused is not None:
+            raise unsupported(mask.refused)
+        mask = mask.one_row
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
+
+
 def _packed(
     q: Tensor,
     k: Tensor,
@@ -238,7 +228,7 @@ def _packed(
     if q.shape[0] != 1:
         raise ValueError(f"attention_plan lays out a packed batch of shape (1, T_total), got a batch of {q.shape[0]}")
     if key_bias is not None:
-        _check_key_bias(key_bias, (1, k.shape[1]), k.device)
+        _check_key_bias(key_bias, (1, k.shape[1]), k)
     o, lse = attention_varlen(
         q[0],
         k[0],
@@ -258,54 +248,41 @@ def _padded(
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None,
-    mask: RowMask | Tensor | None,
+    mask: RowMask,
     scaling: float | None,
 ) -> tuple[Tensor, Tensor]:
-    if not isinstance(mask, RowMask):
-        raise ValueError(f"unsupported attention mask {type(mask)}")
-    if mask.refused is not None:
-        _refuse(mask.refused)
     batch, n_keys = k.shape[:2]
-    plan = mask.plan or _layout(batch, mask.q_length, n_keys, mask.seen, mask.valid, k.device)
+    plan = mask.plan or lay_out(batch, mask.q_length, n_keys, mask.seen, mask.valid, k.device)
     if key_bias is not None:
-        key_bias = _bias_of_keys(key_bias, mask, batch, n_keys, k.device)
+        key_bias = _bias_of_keys(key_bias, mask, k)
     if mask.valid is not None:
         finite = torch.zeros((), device=k.device) if key_bias is None else key_bias
         key_bias = torch.where(mask.valid, finite, -torch.inf)
     return attention_rows(q, k, v, key_bias, plan=plan, sm_scale=scaling, window=mask.window)
 
 
-def _layout(
-    batch: int, q_length: int, kv_length: int, seen: int | Tensor, valid: Tensor | None, device: torch.device
-) -> AttentionPlan:
-    if valid is None and isinstance(seen, int) and seen == kv_length:
-        make = build_dense_plan if torch.compiler.is_compiling() else dense_plan
-        return make(batch, q_length, kv_length, device)
-    end = torch.zeros(batch, dtype=torch.int64, device=device) + seen
-    start = torch.zeros_like(end)
-    if valid is not None:
-        index = torch.arange(kv_length, device=device)
-        start = torch.minimum(torch.where(valid, index, kv_length).amin(dim=1), end)
-    q_start = (start - (end - q_length)).clamp(min=0)
-    return AttentionPlan.from_rows(
-        q_start, q_length - q_start, start, end - start, max_q=q_length, max_k=kv_length, covers=False
-    )
-
-
-def _bias_of_keys(key_bias: Tensor, mask: RowMask, batch: int, n_keys: int, device: torch.device) -> Tensor:
+def _bias_of_keys(key_bias: Tensor, mask: RowMask, k: Tensor) -> Tensor:
     """The part of a (B, T) bias that belongs to the keys a layer holds, as (B, Tk)."""
+    batch, n_keys = k.shape[:2]
     seen = mask.seen + mask.k_offset
-    if isinstance(seen, int) or checks_values(seen):
-        _check_key_bias(key_bias, (batch, int(seen)), device)
-    bias = key_bias[:, mask.k_offset :]
-    return bias if bias.shape[1] == n_keys else nn.functional.pad(bias, (0, n_keys - bias.shape[1]))
+    if isinstance(seen, Tensor):
+        # Reading the length of a static cache synchronises.
+        seen = int(seen) if checks_values(seen) else min(key_bias.numel() // batch, mask.k_offset + n_keys)
+    _check_key_bias(key_bias, (batch, seen), k)
+    missing = mask.k_offset + n_keys - key_bias.shape[1]
+    return nn.functional.pad(key_bias[:, mask.k_offset :], (0, missing))
 
 
-def _check_key_bias(key_bias: Tensor, expected: tuple[int, int], device: torch.device) -> None:
+def _check_key_bias(key_bias: Tensor, expected: tuple[int, int], k: Tensor) -> None:
     if key_bias.shape != expected:
-        raise ValueError(f"key_bias must have one number per token seen, shape {expected}, got {tuple(key_bias.shape)}")
-    if key_bias.device != device:
-        raise ValueError(f"key_bias is on {key_bias.device}, the model's keys on {device}")
+        raise ValueError(
+            f"key_bias must have one number per token that the model has seen, shape {expected},"
+            f" got {tuple(key_bias.shape)}"
+        )
+    if key_bias.dtype != torch.float32 and not key_bias.dtype == k.dtype == torch.float64:
+        raise ValueError(f"key_bias must be float32, got {key_bias.dtype}")
+    if key_bias.device != k.device:
+        raise ValueError(f"key_bias is on {key_bias.device}, the model's keys on {k.device}")
 
 
 def _prefix_of(shared_prefix: Sequence[SharedPrefix] | LayerPrefixes, layer_idx: int) -> SharedPrefix:
@@ -327,78 +304,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    layer = type(module).__name__
     if kwargs.get("softcap") is not None:
-        _refuse(f"logit softcapping (softcap {kwargs['softcap']} in {type(module).__name__})")
+        raise unsupported(f"logit softcapping ({layer}: softcap {kwargs['softcap']})")
     if kwargs.get("s_aux") is not None:
-        _refuse(f"attention sinks (in {type(module).__name__})")
+        raise unsupported(f"attention sinks ({layer})")
     if kwargs.get("position_bias") is not None:
-        _refuse(f"a position bias (in {type(module).__name__})")
+        raise unsupported(f"a position bias ({layer})")
     if dropout:
-        _refuse(f"attention dropout (p = {dropout} in {type(module).__name__})")
-    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        _refuse(f"bidirectional attention (in {type(module).__name__})")
+        raise unsupported(f"attention dropout ({layer}: p = {dropout}; set attention_dropout to 0)")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise unsupported(f"bidirectional attention ({layer})")
     if kwargs.get("output_attentions"):
-        _refuse("output_attentions=True (the attention map is never formed)")
-
-
-def _refuse(what: str) -> NoReturn:
-    raise ValueError(f'attn_implementation="atman" does not support {what}; use "eager" or "sdpa" for it')
-
-
-class _Visible:
-    """What a mask function computes, if it is a causal triangle, a window, or both."""
-
-    device = None
-
-    def __init__(self, causal: bool = False, window: int | None = None) -> None:
-        self.causal = causal
-        self.window = window
-
-    def __and__(self, other: _Visible) -> _Visible:
-        windows = [w for w in (self.window, other.window) if w is not None]
-        return _Visible(self.causal or other.causal, min(windows) if windows else None)
-
-    def to(self, device: object) -> _Visible:
-        return self
-
-
-class _Row:
-    """A query's position, less a constant."""
-
-    def __init__(self, back: int = 0) -> None:
-        self.back = back
-
-    def __sub__(self, distance: int) -> _Row:
-        return _Row(self.back + distance)
-
-    def new_ones(self, *args: object, **kwargs: object) -> _Visible:
-        return _Visible()
-
-
-class _Key:
-    """A key's position."""
-
-    def __le__(self, row: _Row) -> _Visible:
-        return _Visible(causal=True)
-
-    def __gt__(self, row: _Row) -> _Visible:
-        return _Visible(window=row.back)
-
-
-def _read_mask_function(mask_function: Callable[..., Any]) -> tuple[int | None, str | None]:
-    """(window, None) for a causal mask function, (None, what it is) for one that the kernels do not compute.
-
-    transformers composes mask functions from closures; running one on symbols instead of positions shows what it
-    computes without looking into them, and torch.compile can trace it.
-    """
-    try:
-        visible = mask_function(0, 0, _Row(), _Key())
-    except Exception:
-        visible = None
-    if isinstance(visible, _Visible) and visible.causal:
-        return visible.window, None
-    return None, _describe(mask_function)
-
-
-def _describe(mask_function: Callable[..., Any]) -> str:
-    return mask_function.__qualname__
+        raise unsupported("output_attentions=True (the attention map is never formed)")

@@ -47,12 +47,13 @@ attention_backward = torch.ops.atman_kernels.attention_backward.default
 
 def _kernels(backend: str, q: Tensor) -> ModuleType | None:
     """The module that computes for this device and forced backend; None stands for the reference."""
-    if backend == "reference":
+    # Only the reference computes in double precision.
+    if backend == "reference" or (backend == "" and q.dtype == torch.float64):
         return None
     if backend == "triton" or (backend == "" and q.is_cuda):
         from atman_kernels import _triton
 
-        _triton.require_runnable(q.device)
+        _triton.require_runnable(q.device, q.dtype)
         return _triton
     from atman_kernels import _cpu
 

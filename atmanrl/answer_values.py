@@ -25,11 +25,11 @@ class ValueKind(Protocol):
         """What ``value`` stands for; None where it is no value of this kind."""
 
 
-# What may stand between a marker and its value. Bounded, so that no model output makes the search quadratic.
+# What may stand between a marker and its value. Bounded and possessive: no model output may make the search quadratic.
 _DELIMITERS = (
     r"""(?:\s|[:*_"'`$€£¥₹(\[{≈]|\\[(\[{,;:!\s$]|US(?=\$)|(?:USD|EUR|GBP|INR|Rs\.?)(?=\s?\d)"""
-    r"""|\\(?:f?boxed|text(?:bf|it|rm)?|math(?:bf|rm|it)|displaystyle|left|approx)(?![a-zA-Z])"""
-    r"""|(?:approximately|about|roughly)(?=\s)){0,40}"""
+    r"""|\\(?:boxed|fbox|text(?:bf|it|rm)?|math(?:bf|rm|it)|displaystyle|left|approx)(?![a-zA-Z])"""
+    r"""|(?:approximately|about|roughly)(?=\s)){0,40}+"""
 )
 
 
@@ -51,8 +51,8 @@ class Numbers:
         return match.span()
 
     def find_last(self, text: str) -> Span | None:
-        spans = [match.span() for match in _NUMBER.finditer(text) if _read_number(match) is not None]
-        return spans[-1] if spans else None
+        matches = list(_NUMBER.finditer(text))
+        return next((match.span() for match in reversed(matches) if _read_number(match) is not None), None)
 
     def canonical(self, value: str) -> Fraction | None:
         span = self.find_after(value, 0)

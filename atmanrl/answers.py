@@ -29,7 +29,7 @@ _MARKERS: dict[Marker, re.Pattern[str]] = {
         re.IGNORECASE,
     ),
     "####": re.compile(r"####"),
-    "boxed": re.compile(r"\\f?boxed(?=[\s{])"),
+    "boxed": re.compile(r"\\(?:boxed|fbox)(?=[\s{])"),
     "<ans>": re.compile(r"<ans>"),
 }
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from atmanrl.answers import GSM8K_ANSWER
+from atmanrl.answers import GSM8K_ANSWER, AnswerFormat
 from atmanrl.config import DataConfig
 from atmanrl.data.prompts import as_prompt
 from atmanrl.data.sources import Source, load_splits
 from atmanrl.data.task import Task
 
 SOURCE = Source("openai/gsm8k", subset="main", train_split="train", test_split="test", columns=("question", "answer"))
+
+GOLD_ANSWER = AnswerFormat(kind="number", markers=("####",))
 
 # The wording of Meta's Llama-3 evaluation of GSM8K.
 INSTRUCTION = (
@@ -34,15 +36,15 @@ def load(config: DataConfig) -> Task:
 
 
 def gold_answer(solution: str) -> str:
-    """The number after the last "####" of a worked solution, without thousands separators.
+    """The number after the last "####" of a worked solution, without currency, unit and thousands separators.
 
     Raises:
         ValueError: where there is no "####" or no number behind it.
     """
     _, marker, gold = solution.rpartition("####")
-    gold = gold.strip().replace(",", "")
     if not marker:
         raise ValueError(f'gold answer has no "####" marker: ...{solution[-40:]!r}')
-    if GSM8K_ANSWER.canonical(gold) is None:
-        raise ValueError(f'no number after "####" in the gold answer: {gold!r}')
-    return gold
+    found = GOLD_ANSWER.parse(marker + gold)
+    if found is None:
+        raise ValueError(f'no number after "####" in the gold answer: {gold.strip()!r}')
+    return found.value.replace(",", "")

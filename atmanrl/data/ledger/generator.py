@@ -21,7 +21,7 @@ from atmanrl.data.ledger.vocabulary import ANSWER, ASK, COT, FILLER, NAMES, VALU
 TOKEN_CLASSES = ("needed", "filler", "other")
 
 # One prompt in this many is held out; by its text, so that no choice of seeds can make training and test meet.
-_HELD_OUT_ONE_IN = 8
+HELD_OUT_ONE_IN = 8
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Example:
 
     @property
     def held_out(self) -> bool:
-        return zlib.crc32(self.prompt.encode()) % _HELD_OUT_ONE_IN == 0
+        return zlib.crc32(self.prompt.encode()) % HELD_OUT_ONE_IN == 0
 
     def row(self) -> dict[str, Any]:
         """The columns of the data set."""

@@ -1,0 +1,6 @@
+"""Views of saliency runs: terminal, self-contained HTML; JSON and CSV are `Run`'s own."""
+
+from atmanrl.report.page import Plot, render_page, write_page
+from atmanrl.report.terminal import print_run, print_summary
+
+__all__ = ["Plot", "print_run", "print_summary", "render_page", "write_page"]

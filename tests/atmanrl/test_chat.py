@@ -1,0 +1,93 @@
+"""Special tokens of chat models: one BOS per prompt, every end-of-turn token ends a completion."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from atmanrl.chat import encode_prompt, end_of_turn_ids
+from atmanrl.config import DataConfig
+from atmanrl.data import load_task
+from atmanrl.data.ledger.vocabulary import build_tokenizer
+from tests.atmanrl.tiny import BOS, CHAT_TEMPLATE, END_OF_TEXT, EOT, PAD, byte_level_tokenizer, write_gsm8k
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How much is 9 * 2?"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_level_tokenizer()
+
+
+def test_the_stand_in_doubles_the_bos_where_llama_3_does(tokenizer):
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.encode(text).count(tokenizer.bos_token_id) == 2
+
+
+def test_messages_are_encoded_with_one_bos_and_an_open_assistant_turn(tokenizer):
+    ids = encode_prompt(tokenizer, MESSAGES)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+def test_messages_are_encoded_as_the_tokenizer_itself_does(tokenizer):
+    expected = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert encode_prompt(tokenizer, MESSAGES) == expected
+
+
+def test_a_rendered_prompt_passed_as_text_keeps_one_bos(tokenizer):
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert encode_prompt(tokenizer, text) == encode_prompt(tokenizer, MESSAGES)
+
+
+def test_a_template_without_bos_and_a_tokenizer_without_bos_are_left_alone():
+    silent = byte_level_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ bos_token }}", ""))
+    assert silent.bos_token_id not in encode_prompt(silent, MESSAGES)
+    no_bos = byte_level_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ bos_token }}", ""))
+    no_bos.bos_token = None
+    assert encode_prompt(no_bos, MESSAGES) == encode_prompt(silent, MESSAGES)
+
+
+def test_plain_prompts_get_the_tokenizers_bos(tokenizer):
+    ids = encode_prompt(tokenizer, "Problem: 9 * 2")
+    assert tokenizer.decode(ids) == f"{BOS}Problem: 9 * 2"
+
+
+def test_messages_without_a_chat_template_are_an_error():
+    with pytest.raises(ValueError, match=r'no chat template.*set data\.prompt_style to "plain"'):
+        encode_prompt(byte_level_tokenizer(chat_template=None), MESSAGES)
+
+
+@pytest.mark.parametrize("eos", [EOT, END_OF_TEXT])
+def test_whichever_token_the_tokenizer_names_all_end_of_turn_tokens_end_a_completion(eos):
+    tokenizer = byte_level_tokenizer(eos=eos)
+    ends = end_of_turn_ids(tokenizer)
+    assert ends == {tokenizer.convert_tokens_to_ids(name) for name in (EOT, END_OF_TEXT, PAD)}
+
+
+def test_the_generation_configurations_tokens_end_a_completion_too(tokenizer):
+    ordinary = tokenizer.encode(".", add_special_tokens=False)[0]
+    assert end_of_turn_ids(tokenizer, ordinary) == end_of_turn_ids(tokenizer) | {ordinary}
+    assert end_of_turn_ids(tokenizer, [ordinary, 0]) == end_of_turn_ids(tokenizer) | {ordinary, 0}
+
+
+def test_words_that_look_like_an_end_but_are_no_special_tokens_do_not_end_a_completion():
+    # "</s>" in the text of a Llama-3 model is four characters, and its vocabulary may hold them as an ordinary token.
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens(["</s>"])
+    assert tokenizer.convert_tokens_to_ids("</s>") not in end_of_turn_ids(tokenizer)
+
+
+def test_ledgers_completions_end_with_its_eos_or_padding():
+    tokenizer = build_tokenizer()
+    assert end_of_turn_ids(tokenizer) == {tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+
+def test_gsm8k_prompts_reach_the_model_with_one_bos_and_the_instruction_last(tokenizer, tmp_path):
+    config = DataConfig(name="gsm8k", path=str(write_gsm8k(tmp_path / "train.jsonl")))
+    for row in load_task(config).train:
+        text = tokenizer.decode(encode_prompt(tokenizer, row["prompt"]))
+        assert text.count(BOS) == 1
+        assert text.startswith(f"{BOS}<|start_header_id|>user")
+        assert '"The final answer is [answer]"' in text
