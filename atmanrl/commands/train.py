@@ -6,21 +6,19 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
 
 from atmanrl import checkpoints, run_directory
 from atmanrl.callbacks import MetricsFile, ProgressLine, StopOnSigterm
-from atmanrl.chat import end_of_turn_ids
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
 from atmanrl.data import Task, load_task
-from atmanrl.data.ledger import CHECKPOINT as LEDGER_CHECKPOINT
-from atmanrl.recipe import ModelConfig, build, load_recipe
+from atmanrl.policy import load_policy
+from atmanrl.recipe import build, load_recipe
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 MODEL = "model"
@@ -61,11 +59,12 @@ def train(
 
     # Nothing is lost before the first generation batch; from then on the trainer's own handler saves.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    evaluation = BeforeAfter(recipe.evaluation, task, tokenizer, args, run)
+    evaluation = BeforeAfter(recipe, args, task, tokenizer, run)
     # Before the trainer is made: it seeds the generators, so that an evaluation changes no number of the training.
     evaluation.before(model)
     stop = StopOnSigterm(args.arithmetic.steps_per_generation)
     trainer = AtManGRPOTrainer(model, args, task, tokenizer, callbacks=[stop])
+    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLine(trainer.seconds))
     trainer.add_callback(MetricsFile(trainer.seconds))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -73,32 +72,8 @@ def train(
         console.print(f"stopped at step {trainer.state.global_step}; the same command with --resume goes on from there")
         return 0
     trainer.save_model(str(run / MODEL))
-    evaluation.after(trainer.accelerator.unwrap_model(trainer.model))
+    evaluation.after(trainer.accelerator.unwrap_model(trainer.model), console)
     return 0
-
-
-def load_policy(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy and its tokenizer; every end-of-turn token of the tokenizer ends a completion.
-
-    Raises:
-        ValueError: where ``config.name`` is neither a directory nor a model of the hub.
-    """
-    name = str(LEDGER_CHECKPOINT) if config.name == "ledger" else config.name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=config.revision,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
-        )
-    except OSError as error:
-        raise ValueError(f"model.name {config.name!r} cannot be loaded: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    ends: Any = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = sorted(end_of_turn_ids(tokenizer, ends) - {tokenizer.pad_token_id} | {tokenizer.eos_token_id})
-    return model, tokenizer
 
 
 def _check_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, args: AtManGRPOConfig) -> None:
