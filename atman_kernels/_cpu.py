@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_C: Any
 try:
-    from atman_kernels import _C
+    # Not `from atman_kernels import _C`: that would import the package's public functions from below.
+    _C = import_module("atman_kernels._C")
 except ImportError:
     _C = None
 
