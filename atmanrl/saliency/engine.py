@@ -23,6 +23,18 @@ from atmanrl.saliency.packing import PackedRollouts, pack
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
 
 
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a rollout is NaN or infinite.
+
+    Attributes:
+        rollout: its index in what was given to :func:`optimize_masks`.
+    """
+
+    def __init__(self, rollout: int, loss: float, when: str) -> None:
+        super().__init__(f"the loss of rollout {rollout} is {loss} {when}")
+        self.rollout = rollout
+
+
 def optimize_masks(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
@@ -56,7 +68,7 @@ def optimize_masks(
     Raises:
         ValueError: a rollout has more tokens than the model's context or a token id outside its vocabulary; the model
             cannot use the attention.
-        FloatingPointError: a rollout's loss is NaN or infinite.
+        NonFiniteLossError: a rollout's loss is NaN or infinite.
 
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
@@ -167,7 +179,7 @@ def _check_finite(losses: Tensor, names: Sequence[int], when: str) -> None:
     wrong = losses.isfinite().logical_not()
     if bool(wrong.any()):
         where = int(wrong.nonzero()[0])
-        raise FloatingPointError(f"the loss of rollout {names[where]} is {losses[where].item()} {when}")
+        raise NonFiniteLossError(names[where], losses[where].item(), when)
 
 
 @contextmanager
