@@ -1,7 +1,128 @@
-"""The C++ kernel behind the operators (placeholder until the extension is bound)."""
+"""The C++ kernel behind the operators (csrc/), on CPU tensors in float32, float16 and bfloat16.
 
+The environment variable ATMAN_CPU_ISA names the instruction set to use (one of ``isas()``) instead of the best one.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
 from torch import Tensor
+
+_C: Any
+try:
+    # Not `from atman_kernels import _C`: that would import the package's public functions from below.
+    _C = import_module("atman_kernels._C")
+except ImportError:
+    _C = None
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_isa = os.environ.get("ATMAN_CPU_ISA", "")
 
 
 def supports(q: Tensor, *, forced: bool) -> bool:
-    return False
+    """Whether the C++ kernel computes for this tensor; where it does not, the reference does.
+
+    Args:
+        q: any operand of the call.
+        forced: ``backend("cpu")`` is active, so that falling back is an error.
+
+    Raises:
+        ValueError: forced, and q is not a CPU tensor in float32, float16 or bfloat16.
+        RuntimeError: forced, and the extension was not built.
+    """
+    if q.device.type != "cpu" or q.dtype not in _DTYPES:
+        if forced:
+            raise ValueError(
+                f"the C++ kernel computes on CPU tensors in float32, float16 or bfloat16, got {q.dtype} on {q.device}"
+            )
+        return False
+    if _C is None:
+        if forced:
+            raise RuntimeError(f"the C++ kernel is not built; {_HOW_TO_BUILD}")
+        _warn_once()
+        return False
+    return True
+
+
+def isas() -> list[str]:
+    """Instruction sets that this build has and this processor runs, best first; empty if the extension is missing."""
+    return [] if _C is None else list(_C.isas())
+
+
+def attention_forward(
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    causal: bool,
+    window: int | None,
+) -> None:
+    """Write o (B, Tq, Hq, D) and lse (B, Hq, Tq); arguments as in ``atman_kernels.ops``.
+
+    Raises:
+        ValueError: the tensors disagree in shape or dtype, or a sequence lies outside of them.
+        MemoryError: no memory for the packed tiles.
+    """
+    _C.attention_forward(
+        o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal, -1 if window is None else window,
+        torch.get_num_threads(), _isa,
+    )  # fmt: skip
+
+
+def attention_backward(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dkey_bias: Tensor | None,
+    do: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    causal: bool,
+    window: int | None,
+) -> None:
+    """Write the gradients that are not None; arguments and errors as for :func:`attention_forward`.
+
+    With float16 or bfloat16 inputs and ``dkey_bias``, delta is summed from unrounded p and dp in a pass of its own: the
+    rounded o would cost the cancelling sum over a column several digits.
+    """
+    _C.attention_backward(
+        dq, dk, dv, dkey_bias, do, dlse, o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal,
+        -1 if window is None else window, torch.get_num_threads(), _isa,
+    )  # fmt: skip
+
+
+_HOW_TO_BUILD = "install the package (pip install .) or build it in place (see CONTRIBUTING.md)"
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        f"atman_kernels: the C++ kernel is not built, the slow reference computes instead; {_HOW_TO_BUILD}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

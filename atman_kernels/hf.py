@@ -228,7 +228,7 @@ def _packed(
     if q.shape[0] != 1:
         raise ValueError(f"attention_plan lays out a packed batch of shape (1, T_total), got a batch of {q.shape[0]}")
     if key_bias is not None:
-        _check_key_bias(key_bias, (1, k.shape[1]), k.device)
+        _check_key_bias(key_bias, (1, k.shape[1]), k)
     o, lse = attention_varlen(
         q[0],
         k[0],
@@ -254,34 +254,35 @@ def _padded(
     batch, n_keys = k.shape[:2]
     plan = mask.plan or lay_out(batch, mask.q_length, n_keys, mask.seen, mask.valid, k.device)
     if key_bias is not None:
-        key_bias = _bias_of_keys(key_bias, mask, batch, n_keys, k.device)
+        key_bias = _bias_of_keys(key_bias, mask, k)
     if mask.valid is not None:
         finite = torch.zeros((), device=k.device) if key_bias is None else key_bias
         key_bias = torch.where(mask.valid, finite, -torch.inf)
     return attention_rows(q, k, v, key_bias, plan=plan, sm_scale=scaling, window=mask.window)
 
 
-def _bias_of_keys(key_bias: Tensor, mask: RowMask, batch: int, n_keys: int, device: torch.device) -> Tensor:
+def _bias_of_keys(key_bias: Tensor, mask: RowMask, k: Tensor) -> Tensor:
     """The part of a (B, T) bias that belongs to the keys a layer holds, as (B, Tk)."""
+    batch, n_keys = k.shape[:2]
     seen = mask.seen + mask.k_offset
     if isinstance(seen, Tensor):
         # Reading the length of a static cache synchronises.
         seen = int(seen) if checks_values(seen) else min(key_bias.numel() // batch, mask.k_offset + n_keys)
-    _check_key_bias(key_bias, (batch, seen), device)
+    _check_key_bias(key_bias, (batch, seen), k)
     missing = mask.k_offset + n_keys - key_bias.shape[1]
     return nn.functional.pad(key_bias[:, mask.k_offset :], (0, missing))
 
 
-def _check_key_bias(key_bias: Tensor, expected: tuple[int, int], device: torch.device) -> None:
+def _check_key_bias(key_bias: Tensor, expected: tuple[int, int], k: Tensor) -> None:
     if key_bias.shape != expected:
         raise ValueError(
             f"key_bias must have one number per token that the model has seen, shape {expected},"
             f" got {tuple(key_bias.shape)}"
         )
-    if key_bias.dtype != torch.float32:
+    if key_bias.dtype != torch.float32 and not key_bias.dtype == k.dtype == torch.float64:
         raise ValueError(f"key_bias must be float32, got {key_bias.dtype}")
-    if key_bias.device != device:
-        raise ValueError(f"key_bias is on {key_bias.device}, the model's keys on {device}")
+    if key_bias.device != k.device:
+        raise ValueError(f"key_bias is on {key_bias.device}, the model's keys on {k.device}")
 
 
 def _prefix_of(shared_prefix: Sequence[SharedPrefix] | LayerPrefixes, layer_idx: int) -> SharedPrefix:
@@ -297,7 +298,7 @@ def _prefix_of(shared_prefix: Sequence[SharedPrefix] | LayerPrefixes, layer_idx:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the rotary embedding returns float32 q and k beside a low-precision v: one dtype for all."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 

@@ -47,12 +47,13 @@ attention_backward = torch.ops.atman_kernels.attention_backward.default
 
 def _kernels(backend: str, q: Tensor) -> ModuleType | None:
     """The module that computes for this device and forced backend; None stands for the reference."""
-    if backend == "reference":
+    # Only the reference computes in double precision.
+    if backend == "reference" or (backend == "" and q.dtype == torch.float64):
         return None
     if backend == "triton" or (backend == "" and q.is_cuda):
         from atman_kernels import _triton
 
-        _triton.require_runnable(q.device)
+        _triton.require_runnable(q.device, q.dtype)
         return _triton
     from atman_kernels import _cpu
 
@@ -138,7 +139,8 @@ def _backward(
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    # Not contiguous(): it leaves the strides of empty tensors, and those of an axis of length 1, as they are.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _allocate(like: Tensor, covers: bool) -> Tensor:

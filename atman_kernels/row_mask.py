@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atman_kernels.plan import AttentionPlan, build_dense_plan, dense_plan
+from atman_kernels.plan import AttentionPlan, dense_plan
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class RowMask:
 
     # generate() prepares the mask of a static cache; the model asks it for its rank before it hands it back.
     ndim = 4
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RowMask:
+        """The same on another device, as accelerate asks for before a layer that lies there."""
+        parts = {name: getattr(self, name) for name in ("seen", "valid", "plan", "one_row")}
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in parts.items() if hasattr(x, "to")}
+        return replace(self, **moved)
 
 
 def row_mask_of(mask: RowMask | Tensor | None, q: Tensor, k: Tensor, window: int | None) -> RowMask:
@@ -79,7 +85,7 @@ def _row_mask_of_matrix(mask: Tensor, window: int | None) -> RowMask:
     row = torch.arange(q_length, device=mask.device)[:, None]
     key = torch.arange(n_keys, device=mask.device)
     # The newest key that any row sees shows how far the rows stand behind the keys.
-    position = row + (torch.where(visible, key, -1) - row).amax()
+    position = row + (torch.where(visible, key, -1) - row).amax().clamp(max=n_keys - q_length)
     valid = visible.any(dim=1)
     causal = (key <= position) & valid[:, None]
     for reach in (None, window):
@@ -93,8 +99,7 @@ def lay_out(
 ) -> AttentionPlan:
     """Each batch row as one sequence: from its first valid key (B, Tk) to the newest one seen, the rows at its end."""
     if valid is None and isinstance(seen, int) and seen == kv_length:
-        make = build_dense_plan if torch.compiler.is_compiling() else dense_plan
-        return make(batch, q_length, kv_length, device)
+        return dense_plan(batch, q_length, kv_length, device)
     end = torch.zeros(batch, dtype=torch.int64, device=device) + seen
     start = torch.zeros_like(end)
     if valid is not None:
@@ -183,7 +188,7 @@ def _describe(mask_function: Callable[..., Any]) -> str:
         factory = name.removesuffix(".<locals>.inner_mask")
         if factory not in ("causal_mask_function", "sliding_window_overlay"):
             unknown.append(_MASK_NAMES.get(factory, f"the mask function {name}"))
-    return ", ".join(unknown) or "a union of mask functions (or_masks)"
+    return ", ".join(unknown) or "a combination of causal and window masks other than their intersection"
 
 
 def _parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:

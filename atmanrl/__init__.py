@@ -1,0 +1,33 @@
+"""Saliency of a chain of thought, learned as an attention mask, and reinforcement learning on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atmanrl.config import MaskConfig
+    from atmanrl.rewards import saliency_reward
+    from atmanrl.rollouts import Rollout
+    from atmanrl.saliency import optimize_masks
+
+__all__ = ["MaskConfig", "Rollout", "optimize_masks", "saliency_reward"]
+
+_HOMES = {
+    "MaskConfig": "atmanrl.config",
+    "Rollout": "atmanrl.rollouts",
+    "optimize_masks": "atmanrl.saliency",
+    "saliency_reward": "atmanrl.rewards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that importing the package (for its version or its command line) does not load torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,89 @@
 """The Triton kernels behind the operators (CUDA and ROCm; CPU tensors under the interpreter)."""
 
+from __future__ import annotations
+
+import importlib.util
+
 import torch
+from torch import Tensor
 
 
-def require_runnable(device: torch.device) -> None:
-    """Raise where Triton cannot run on this device."""
-    raise NotImplementedError("the Triton kernels are not bound yet")
+def require_runnable(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise where the Triton kernels cannot compute on this device in this dtype.
+
+    Raises:
+        ValueError: for float64.
+        RuntimeError: if Triton is not installed, or for CPU tensors unless TRITON_INTERPRET=1 was set before the
+            first import of Triton.
+    """
+    if dtype == torch.float64:
+        raise ValueError('the "triton" backend computes in float32, float16 and bfloat16; float64 needs "reference"')
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError('the "triton" backend needs the triton package, which is not installed')
+    import triton
+
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            'the "triton" backend runs on CPU tensors only in Triton\'s interpreter:'
+            " set TRITON_INTERPRET=1 in the environment before starting Python, or move the tensors to a GPU"
+        )
+
+
+def attention_forward(
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    causal: bool,
+    window: int | None,
+) -> None:
+    """Fill ``o`` and ``lse``, contiguous, for every row that belongs to a sequence; see ``atman_kernels.ops``."""
+    from atman_kernels._triton import forward, launch
+
+    with torch.cuda.device_of(q):
+        forward.forward_launch(
+            launch.device_family(q.device),
+            o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, sm_scale, causal, window,
+        ).run()  # fmt: skip
+
+
+def attention_backward(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dkey_bias: Tensor | None,
+    do: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    causal: bool,
+    window: int | None,
+) -> None:
+    """Fill those of the contiguous outputs that are not None; see ``atman_kernels.ops``."""
+    from atman_kernels._triton import backward, launch
+
+    with torch.cuda.device_of(q):
+        for each in backward.backward_launches(
+            launch.device_family(q.device),
+            dq, dk, dv, dkey_bias, do, dlse, o, lse, q, k, v, key_bias, prefix_k, prefix_v,
+            sequences, tiles_q, tiles_k, sm_scale, causal, window,
+        ):  # fmt: skip
+            each.run()

@@ -58,7 +58,7 @@ def load_splits(
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """A row and where it stands ("train.jsonl, line 3")."""
 
     place: str
@@ -69,7 +69,7 @@ def _is_local(path: str) -> bool:
     return Path(path).exists() or path.endswith(SUFFIXES) or path.startswith((".", "/", "~"))
 
 
-def _local_splits(path: Path, config: DataConfig, train_split: str, test_split: str) -> tuple[list[_Row], list[_Row]]:
+def _local_splits(path: Path, config: DataConfig, train_split: str, test_split: str) -> tuple[list[Row], list[Row]]:
     path = path.expanduser()
     if not path.exists():
         raise DataError(f"{path}: no such file or directory")
@@ -84,7 +84,7 @@ def _local_splits(path: Path, config: DataConfig, train_split: str, test_split: 
     return train, test
 
 
-def _split_rows(directory: Path, split: str, *, optional: bool = False) -> list[_Row]:
+def _split_rows(directory: Path, split: str, *, optional: bool = False) -> list[Row]:
     names = [f"{split}{middle}{suffix}" for middle in ("", "-*") for suffix in SUFFIXES]
     files = sorted(file for name in names for file in directory.glob(name))
     if not files and not optional:
@@ -93,7 +93,7 @@ def _split_rows(directory: Path, split: str, *, optional: bool = False) -> list[
     return [row for file in files for row in _file_rows(file)]
 
 
-def _hold_out(path: Path, rows: list[_Row], config: DataConfig) -> tuple[list[_Row], list[_Row]]:
+def _hold_out(path: Path, rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]:
     if len(rows) < 2:
         raise DataError(f"{path}: {len(rows)} row, too few to hold out test rows; pass test_path")
     held_out = max(1, round(config.test_fraction * len(rows)))
@@ -102,18 +102,23 @@ def _hold_out(path: Path, rows: list[_Row], config: DataConfig) -> tuple[list[_R
     return [rows[i] for i in train], [rows[i] for i in test]
 
 
-def _file_rows(path: Path) -> Iterator[_Row]:
+def _file_rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.suffix in (".jsonl", ".json"):
-        yield from _json_rows(path)
+        yield from json_rows(path)
     else:
         raise DataError(f"{path}: unknown file type {path.suffix!r}; known are {', '.join(SUFFIXES)}")
 
 
-def _json_rows(path: Path) -> Iterator[_Row]:
+def json_rows(path: Path) -> Iterator[Row]:
+    """The objects of a JSONL file, one per line; blank lines are skipped.
+
+    Raises:
+        DataError: for a line that is not UTF-8 or no JSON object, with file and line, and for a file without rows.
+    """
     empty = True
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         place = f"{path}, line {number}"
@@ -131,12 +136,12 @@ def _json_rows(path: Path) -> Iterator[_Row]:
         if not isinstance(values, dict):
             raise DataError(f"{place}: expected a JSON object, got {type(values).__name__}")
         empty = False
-        yield _Row(place, values)
+        yield Row(place, values)
     if empty:
         raise DataError(f"{path}: holds no rows")
 
 
-def _parquet_rows(path: Path) -> Iterator[_Row]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
@@ -147,10 +152,10 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
     if not table.num_rows:
         raise DataError(f"{path}: holds no rows")
     for number, values in enumerate(table.to_pylist(), start=1):
-        yield _Row(f"{path}, row {number}", values)
+        yield Row(f"{path}, row {number}", values)
 
 
-def _hub_rows(path: str, subset: str, split: str, columns: Sequence[str]) -> list[_Row]:
+def _hub_rows(path: str, subset: str, split: str, columns: Sequence[str]) -> list[Row]:
     try:
         rows = datasets.load_dataset(path, subset, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
@@ -159,11 +164,11 @@ def _hub_rows(path: str, subset: str, split: str, columns: Sequence[str]) -> lis
             f"connection, set data.path to a local JSONL or Parquet file, or a directory with {split}.jsonl, of rows "
             f"with the columns {', '.join(columns)}"
         ) from error
-    return [_Row(f"{path} ({subset}, {split}), row {i}", values) for i, values in enumerate(rows, start=1)]
+    return [Row(f"{path} ({subset}, {split}), row {i}", values) for i, values in enumerate(rows, start=1)]
 
 
 def _convert(
-    row: _Row, columns: Sequence[str], convert: Callable[[Mapping[str, Any]], dict[str, Any]]
+    row: Row, columns: Sequence[str], convert: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     missing = [name for name in columns if name not in row.values]
     if missing:

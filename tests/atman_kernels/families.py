@@ -36,7 +36,10 @@ _FAMILIES = {
     "qwen2": (transformers.Qwen2Config, _WINDOW_AFTER_FIRST_LAYER),
     "qwen3": (transformers.Qwen3Config, _WINDOW_AFTER_FIRST_LAYER),
     "gemma2": (transformers.Gemma2Config, {"sliding_window": WINDOW, "attn_logit_softcapping": None}),
-    "gemma3": (transformers.Gemma3TextConfig, {"sliding_window": WINDOW}),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
 }
 FAMILIES = tuple(_FAMILIES)
 

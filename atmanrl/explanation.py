@@ -1,0 +1,174 @@
+"""Saliency of given prompts and completions, or of completions that the model writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER, AnswerFormat, ParsedAnswer
+from atmanrl.chat import encode_prompt
+from atmanrl.config import MaskConfig
+from atmanrl.data.sources import json_rows
+from atmanrl.generation import GenerationSettings, context_length, generate
+from atmanrl.recording import Completion, record
+from atmanrl.records import Run
+
+# Tried in this order: the announcements that cannot be mistaken first, a lone number last.
+_FORMATS = (LEDGER_ANSWER, MMLU_ANSWER, GSM8K_ANSWER.with_mode("flexible"))
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its completion.
+
+    Attributes:
+        prompt: text that is tokenised as it stands, or chat messages for the model's template.
+        completion: the completion's text; the model writes one where None.
+        answer: the answer as it stands in the completion (its last occurrence counts); found by its announcement
+            ("The final answer is", "####", "\\\\boxed{", "<ans>", "The best answer is") where None.
+        expected: the ground truth, where there is one.
+        name: identifies the example.
+        place: file and line for messages.
+    """
+
+    prompt: str | Sequence[Mapping[str, str]]
+    completion: str | None = None
+    answer: str | None = None
+    expected: str | None = None
+    name: str = "prompt"
+    place: str = "the prompt"
+
+
+@dataclass(frozen=True)
+class LiteralAnswer(AnswerFormat):
+    """An answer given word for word: its last occurrence, behind its announcement where it has one."""
+
+    literal: str = ""
+
+    def parse(self, text: str) -> ParsedAnswer | None:
+        """The last occurrence of the literal."""
+        start = text.rfind(self.literal)
+        if start < 0:
+            return None
+        span = (start, start + len(self.literal))
+        announced = (answer_format.parse(text) for answer_format in _FORMATS)
+        marker = next((found.marker_span for found in announced if found and found.value_span[0] == start), span)
+        return ParsedAnswer(self.literal, span, (marker[0], start))
+
+    def matches(self, predicted: str, gold: str) -> bool:
+        """Whether the two are the same text, up to white space."""
+        return predicted.split() == gold.split()
+
+
+def read_examples(path: str | Path) -> Iterator[Example]:
+    """Examples of a JSONL file: "prompt" (text or messages); "completion", "answer", "expected" and "id" if given.
+
+    Raises:
+        ValueError: for a line that is no such object, with file and line.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    for number, row in enumerate(json_rows(Path(path)), start=1):
+        values = row.values
+        prompt = values.get("prompt")
+        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
+            raise ValueError(f'{row.place}: "prompt" must be a text or a list of messages, got {prompt!r}')
+        for key in ("completion", "answer", "expected"):
+            if not isinstance(values.get(key), str | None):
+                raise ValueError(f'{row.place}: "{key}" must be a text, got {values[key]!r}')
+        yield Example(
+            prompt=prompt,
+            completion=values.get("completion"),
+            answer=values.get("answer"),
+            expected=values.get("expected"),
+            name=str(values.get("id", number)),
+            place=row.place,
+        )
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    label: str = "explained",
+    generation: GenerationSettings | None = None,
+    mask: MaskConfig | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Run:
+    """The saliency of each example's chain of thought for the answer that follows it.
+
+    Args:
+        model: any Hugging Face causal model.
+        tokenizer: its tokenizer.
+        examples: prompts with completions; the model completes those that have none.
+        label: what a reader calls this run.
+        generation: how missing completions are drawn, one per prompt; where None greedily, up to the context's end.
+        mask: how masks are optimised; the paper's numbers where None.
+        seed: of the sampling.
+        settings: what else to write into the run's settings, such as the model's name.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ValueError: for an example whose answer is not in its completion or that exceeds the model's context, with its
+            place; for no examples.
+    """
+    if not examples:
+        raise ValueError("no prompts to explain")
+    mask = mask or MaskConfig()
+    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    completion_ids = [
+        None if example.completion is None else tokenizer.encode(example.completion, add_special_tokens=False)
+        for example in examples
+    ]
+    _check_context(model, examples, prompts, completion_ids)
+    missing = [i for i, ids in enumerate(completion_ids) if ids is None]
+    if missing:
+        generation = generation or _greedy(model, [prompts[i] for i in missing])
+        written = generate(model, tokenizer, [prompts[i] for i in missing], generation, seed=seed, progress=progress)
+        for i, samples in zip(missing, written, strict=True):
+            completion_ids[i] = samples[0]
+    completions = [
+        Completion(
+            example.name, prompt, ids or [], _answer_format(example, str(tokenizer.decode(ids or []))), example.expected
+        )
+        for example, prompt, ids in zip(examples, prompts, completion_ids, strict=True)
+    ]
+    records = record(model, tokenizer, completions, mask=mask, progress=progress)
+    generated = {"generation": asdict(generation), "seed": seed} if generation else {}
+    return Run(label, tuple(records), settings={**(settings or {}), **generated, "mask": asdict(mask)})
+
+
+def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> GenerationSettings:
+    longest = max(len(prompt) for prompt in prompts)
+    room = context_length(model) - longest
+    return GenerationSettings(max_new_tokens=max(1, min(GenerationSettings.max_new_tokens, room)), temperature=0.0)
+
+
+def _answer_format(example: Example, completion: str) -> AnswerFormat:
+    if example.answer is not None:
+        if example.answer not in completion:
+            raise ValueError(f"{example.place}: the completion does not contain the answer {example.answer!r}")
+        return LiteralAnswer(kind="words", markers=(), literal=example.answer)
+    return next((each for each in _FORMATS if each.parse(completion) is not None), _FORMATS[-1])
+
+
+def _check_context(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int] | None],
+) -> None:
+    context = context_length(model)
+    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
+        if not prompt:
+            raise ValueError(f"{example.place}: the prompt is empty")
+        length = len(prompt) + len(completion or ())
+        if length > context:
+            raise ValueError(f"{example.place}: {length} tokens, more than the model's context of {context}")

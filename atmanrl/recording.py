@@ -1,0 +1,167 @@
+"""From generated or given token ids to records: split, masks, token texts and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atmanrl.answers import AnswerFormat
+from atmanrl.chat import end_of_turn_ids
+from atmanrl.config import MaskConfig
+from atmanrl.records import RESTORED, MaskLoss, RolloutRecord, TokenSpan
+from atmanrl.rollouts import CompletionSplit, Rollout, split_completion
+from atmanrl.saliency import RolloutSaliency, optimize_masks
+
+# A character takes at most four bytes, and so at most four tokens.
+_LONGEST_CHARACTER = 4
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion to record.
+
+    Attributes:
+        prompt_id, sample, expected: see `RolloutRecord`.
+        prompt_ids, completion_ids: token ids, end of turn included where one was generated.
+        answer_format: finds and compares the answer.
+        classify: names the classes of the completion's tokens from their texts, where the task knows them.
+    """
+
+    prompt_id: str
+    prompt_ids: Sequence[int]
+    completion_ids: Sequence[int]
+    answer_format: AnswerFormat
+    expected: str | None = None
+    sample: int = 0
+    classify: Callable[[Sequence[str]], list[str]] | None = None
+
+
+def record(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    completions: Sequence[Completion],
+    *,
+    mask: MaskConfig | None,
+    mask_batch: int = 64,
+    progress: bool = False,
+) -> list[RolloutRecord]:
+    """Split completions into chain of thought, marker and answer, and optimise their masks.
+
+    Args:
+        model: the model whose answers are explained, frozen while masks are optimised.
+        tokenizer: its tokenizer.
+        completions: what to record.
+        mask: how masks are optimised; None records no saliency.
+        mask_batch: rollouts per call of `optimize_masks`; a mask does not depend on its companions.
+        progress: show progress bars on stderr.
+    """
+    ends = end_of_turn_ids(tokenizer, model.generation_config.eos_token_id)
+    splits = [
+        split_completion(item.completion_ids, tokenizer, item.answer_format, end_ids=ends) for item in completions
+    ]
+    reasons = ["saliency not asked for" if mask is None else _reason_to_skip(split) for split in splits]
+    rollouts = {
+        i: Rollout(tuple(item.prompt_ids), split.cot_ids, split.answer_ids, split.marker_ids)
+        for i, (item, split) in enumerate(zip(completions, splits, strict=True))
+        if reasons[i] is None
+    }
+    saliency: dict[int, RolloutSaliency] = {}
+    order = list(rollouts)
+    for start in range(0, len(order), mask_batch):
+        batch = order[start : start + mask_batch]
+        result = optimize_masks(model, [rollouts[i] for i in batch], mask, progress=progress)
+        saliency.update(zip(batch, result, strict=True))
+    return [
+        _record(tokenizer, item, splits[i], saliency.get(i), reasons[i], ends) for i, item in enumerate(completions)
+    ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text each token contributes to the decoded whole, special tokens included.
+
+    A token that ends inside a character contributes "", the token that completes the character all of it. Texts are
+    differences of decoded windows, because a token alone may decode without its leading space.
+    """
+    texts: list[str] = []
+    window = 0
+    emitted = 0
+    for i in range(len(ids)):
+        before = _decode(tokenizer, ids[window:emitted])
+        now = _decode(tokenizer, ids[window : i + 1])
+        incomplete = now.endswith("\ufffd") and i + 1 - emitted < _LONGEST_CHARACTER and i + 1 < len(ids)
+        if incomplete:
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        window, emitted = emitted, i + 1
+    return tuple(texts)
+
+
+def _record(
+    tokenizer: PreTrainedTokenizerBase,
+    item: Completion,
+    split: CompletionSplit,
+    saliency: RolloutSaliency | None,
+    skipped: str | None,
+    ends: Collection[int],
+) -> RolloutRecord:
+    prompt = _span(tokenizer, item.prompt_ids)
+    texts = token_texts(tokenizer, item.completion_ids)
+    lengths = [len(split.cot_ids), len(split.marker_ids), len(split.answer_ids)]
+    borders = [0, lengths[0], sum(lengths[:2]), sum(lengths), len(texts)]
+    cot, marker, answer, rest = (
+        TokenSpan(tuple(item.completion_ids[start:stop]), texts[start:stop]) for start, stop in pairwise(borders)
+    )
+    predicted = None if split.answer is None else split.answer.value
+    correct = None
+    if item.expected is not None:
+        correct = predicted is not None and item.answer_format.matches(predicted, item.expected)
+    return RolloutRecord(
+        prompt_id=item.prompt_id,
+        sample=item.sample,
+        prompt=prompt,
+        cot=cot,
+        marker=marker,
+        answer=answer,
+        rest=rest,
+        classes=() if item.classify is None else tuple(item.classify(texts)[: len(cot)]),
+        scores=_scores(saliency),
+        predicted=predicted,
+        expected=item.expected,
+        correct=correct,
+        truncated=not split.finished,
+        skipped=skipped,
+        loss=_loss(saliency),
+    )
+
+
+def _span(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> TokenSpan:
+    return TokenSpan(tuple(ids), token_texts(tokenizer, ids))
+
+
+def _scores(saliency: RolloutSaliency | None) -> Mapping[str, tuple[float, ...]]:
+    if saliency is None:
+        return {}
+    # The shortest decimals that still tell float32 values apart: files stay small and lose nothing.
+    return {RESTORED: tuple(float(str(value)) for value in saliency.restored.float().numpy())}
+
+
+def _loss(saliency: RolloutSaliency | None) -> MaskLoss | None:
+    if saliency is None:
+        return None
+    return MaskLoss(saliency.loss_initial, saliency.loss_final, saliency.loss_unmasked)
+
+
+def _reason_to_skip(split: CompletionSplit) -> str | None:
+    if split.answer is None:
+        return "no answer found"
+    return None if split.cot_ids else "no chain of thought"
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text: Any = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(text)

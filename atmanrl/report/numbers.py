@@ -1,0 +1,39 @@
+"""Numbers as a reader sees them."""
+
+from __future__ import annotations
+
+from atmanrl.intervals import Estimate
+from atmanrl.summary import Summary
+
+_NONE = "–"
+
+
+def number(value: float | None, unit: str = "", *, sign: bool = False) -> str:
+    """A value with a sensible number of digits, shares times 100 (the unit stands in the label); "–" for None."""
+    if value is None:
+        return _NONE
+    if unit == "%":
+        value *= 100
+    digits = 1 if unit == "%" else 2 if unit or abs(value) >= 1 else 3
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(estimate: Estimate, unit: str = "", *, sign: bool = False) -> str:
+    """The interval as "[low, high]", "" where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"[{number(estimate.low, unit, sign=sign)}, {number(estimate.high, unit, sign=sign)}]"
+
+
+def loss(value: float) -> str:
+    """A loss with two significant digits, which may span many orders of magnitude."""
+    return f"{value:.2g}"
+
+
+def footnote(summary: Summary) -> str:
+    """How many prompts and completions there were, and what the intervals are."""
+    paired = ", paired differences" if len(summary.labels) == 2 else ""
+    return (
+        f"{summary.prompts} prompts, {summary.rollouts} completions per run; {summary.confidence:.0%} percentile "
+        f"bootstrap intervals over prompts, {summary.resamples} resamples{paired}"
+    )

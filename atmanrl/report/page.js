@@ -1,0 +1,123 @@
+"use strict";
+(() => {
+  const card = document.getElementById("card");
+  const loaded = new WeakMap();
+  let current = null;
+  let pinned = false;
+
+  // A chain of thought's tokens and numbers, read on first use: a page may hold very many.
+  const chain = (box) => {
+    if (!loaded.has(box)) {
+      const data = JSON.parse(box.parentElement.querySelector("script").textContent);
+      loaded.set(box, { data, tokens: box.querySelectorAll(".t") });
+    }
+    return loaded.get(box);
+  };
+
+  const element = (name, text, parent) => {
+    const node = document.createElement(name);
+    node.textContent = text;
+    parent.append(node);
+    return node;
+  };
+
+  const curve = (values, name) => {
+    const low = Math.min(...values), span = Math.max(...values) - low || 1;
+    const points = values.map((v, i) => `${(100 * i) / Math.max(1, values.length - 1)},${40 - (40 * (v - low)) / span}`);
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    path.setAttribute("d", `M${points.join("L")}`);
+    path.setAttribute("class", name);
+    return path;
+  };
+
+  const fill = (token, data) => {
+    const i = Number(token.dataset.i);
+    card.replaceChildren();
+    element("b", token.textContent.trim() || "(white space)", card);
+    const list = element("dl", "", card);
+    const row = (name, value) => { element("dt", name, list); element("dd", value, list); };
+    row("token id", data.ids[i]);
+    row("position", `${i + 1} of ${data.ids.length}`);
+    if (data.classes.length) row("class", data.classes[i]);
+    for (const [name, values] of Object.entries(data.scores)) {
+      row(name, values[i]);
+      if (name === "restored") row("normalised mask", Number((1 - values[i]).toPrecision(4)));
+    }
+    const course = data.trajectory;
+    if (pinned && course) {
+      const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+      svg.setAttribute("viewBox", "0 0 100 40");
+      svg.setAttribute("preserveAspectRatio", "none");
+      svg.append(curve(course.loss, "loss"), curve(course.restored.map((step) => step[i]), "restored"));
+      card.append(svg);
+      row("course", `steps ${course.steps[0]} to ${course.steps.at(-1)}: restored (line), loss (dashes)`);
+    }
+  };
+
+  const show = (token) => {
+    current?.classList.remove("at");
+    current = token;
+    token.classList.add("at");
+    fill(token, chain(token.closest(".cot")).data);
+    card.hidden = false;
+    card.toggleAttribute("data-pinned", pinned);
+    const at = token.getClientRects()[0] ?? token.getBoundingClientRect();
+    const left = Math.max(8, Math.min(at.left, innerWidth - card.offsetWidth - 8));
+    const below = at.bottom + 8 + card.offsetHeight < innerHeight;
+    card.style.left = `${left}px`;
+    card.style.top = `${below ? at.bottom + 8 : Math.max(8, at.top - card.offsetHeight - 8)}px`;
+  };
+
+  const hide = () => {
+    pinned = false;
+    current?.classList.remove("at");
+    current = null;
+    card.hidden = true;
+  };
+
+  const pin = (token) => { pinned = !(pinned && token === current); show(token); };
+
+  const walk = (box, event) => {
+    const { tokens } = chain(box);
+    if (!tokens.length) return;
+    const at = current && box.contains(current) ? Number(current.dataset.i) : -1;
+    const target = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1 }[event.key];
+    if (target === undefined) return;
+    event.preventDefault();
+    const token = tokens[Math.max(0, Math.min(tokens.length - 1, target))];
+    token.scrollIntoView({ block: "nearest" });
+    show(token);
+  };
+
+  document.addEventListener("pointerover", (event) => {
+    if (pinned || event.pointerType === "touch") return;
+    const token = event.target.closest(".cot .t");
+    if (token) show(token);
+    else if (current && !current.closest(".cot").matches(":focus")) hide();
+  });
+  document.addEventListener("click", (event) => {
+    const token = event.target.closest(".cot .t");
+    if (token) pin(token);
+    else if (pinned) hide();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") return hide();
+    const box = event.target.closest?.(".cot");
+    if (!box) return;
+    if (event.key === "Enter" && current) return pin(current);
+    walk(box, event);
+  });
+  document.addEventListener("focusin", (event) => {
+    if (event.target.matches(".cot:focus-visible") && !event.target.contains(current) && chain(event.target).tokens.length)
+      show(chain(event.target).tokens[0]);
+  });
+  document.addEventListener("focusout", (event) => { if (event.target.matches(".cot") && !pinned) hide(); });
+  document.addEventListener("scroll", () => { if (current) show(current); }, { passive: true, capture: true });
+
+  document.querySelector(".controls").addEventListener("change", (event) => {
+    if (event.target.name === "unit") document.body.dataset.unit = event.target.value;
+    else
+      for (const example of document.querySelectorAll(".example"))
+        example.hidden = event.target.value !== "all" && example.dataset[event.target.value] !== "yes";
+  });
+})();

@@ -1,0 +1,89 @@
+"""Saliency and summaries in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from atmanrl.intervals import Estimate
+from atmanrl.records import RolloutRecord, Run
+from atmanrl.report.glyphs import visible
+from atmanrl.report.numbers import footnote, interval, number
+from atmanrl.report.scale import LEVELS, Scale, scale_for
+from atmanrl.summary import Summary
+
+_UP, _DOWN = (213, 94, 0), (0, 114, 178)
+_TOP_TOKENS = 8
+_UNBOUNDED = 1000
+
+
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """The metrics as a table: a column per run and, for two runs, their paired difference, each with its interval."""
+    console = console or Console()
+    table = _table(summary, " ")
+    if console.measure(table, options=console.options.update(width=_UNBOUNDED)).maximum > console.width:
+        table = _table(summary, "\n")
+    console.print(table)
+    console.print(Text(footnote(summary), style="dim"))
+
+
+def print_run(run: Run, console: Console | None = None) -> None:
+    """Every rollout's chain of thought coloured by saliency, with its highest tokens listed.
+
+    Without colours the list alone tells the scores. Characters that could move the cursor are shown as code points.
+    """
+    console = console or Console()
+    scale = scale_for([run])
+    for rollout in run.rollouts:
+        _print_rollout(rollout, run.score, scale, console)
+
+
+def _print_rollout(rollout: RolloutRecord, score: str, scale: Scale, console: Console) -> None:
+    verdict = {True: "correct", False: "wrong", None: "not graded"}[rollout.correct]
+    facts = [f"{len(rollout.cot)} tokens", verdict, *(["truncated"] if rollout.truncated else [])]
+    console.print(Text.assemble((visible(rollout.prompt_id), "bold"), (f"  {', '.join(facts)}", "dim")))
+    values = rollout.scores.get(score)
+    text = Text()
+    for i, token in enumerate(rollout.cot.texts):
+        shown = visible(token)
+        lead = len(shown) - len(shown.lstrip()) if token.strip() else 0
+        text.append(shown[:lead])
+        text.append(shown[lead:], style=_style(scale.level(values[i])) if values else "")
+    console.print(text)
+    ending = Text(visible(rollout.marker.text) if len(rollout.marker) else "", style="dim")
+    ending.append(visible(rollout.answer.text) if len(rollout.answer) else " (no answer)", style="bold")
+    console.print(ending)
+    if values is None:
+        console.print(Text(f"no saliency: {rollout.skipped or 'not computed'}", style="dim"))
+    else:
+        top = sorted(range(len(values)), key=lambda i: -values[i])[:_TOP_TOKENS]
+        listed = ", ".join(f"{visible(rollout.cot.texts[i]).strip()} @{i + 1} {number(values[i])}" for i in top)
+        console.print(Text(f"highest {score}: {listed}", style="dim"))
+    console.print()
+
+
+def _table(summary: Summary, separator: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("", overflow="fold")
+    for label in (*summary.labels, *(["difference"] if len(summary.labels) == 2 else [])):
+        table.add_column(Text(visible(label)), justify="right", overflow="fold")
+    for row in summary.rows:
+        cells = [_cell(item, row.unit, separator) for item in row.runs]
+        if row.difference is not None:
+            cells.append(_cell(row.difference, row.unit, separator, sign=True))
+        table.add_row(Text(f"{row.label} ({row.unit})" if row.unit else row.label), *cells)
+    return table
+
+
+def _cell(estimate: Estimate, unit: str, separator: str, *, sign: bool = False) -> Text:
+    bounds = interval(estimate, unit, sign=sign)
+    return Text.assemble(number(estimate.value, unit, sign=sign), (f"{separator}{bounds}" if bounds else "", "dim"))
+
+
+def _style(level: int) -> str:
+    if level == 0:
+        return ""
+    share = abs(level) / LEVELS
+    red, green, blue = (round(255 + (channel - 255) * share) for channel in (_UP if level > 0 else _DOWN))
+    return f"#17191c on #{red:02x}{green:02x}{blue:02x}"

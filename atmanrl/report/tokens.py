@@ -1,0 +1,72 @@
+"""Chains of thought as HTML: sentences of words of tokens, each with the shade of its score."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from markupsafe import Markup, escape
+
+from atmanrl.records import RolloutRecord, TokenSpan
+from atmanrl.report.glyphs import visible
+from atmanrl.report.scale import Scale
+from atmanrl.report.units import sentences, words
+
+
+def span_html(span: TokenSpan) -> Markup:
+    """A span's text without scores."""
+    pieces = [_token(text, "t") for text in span.texts]
+    return _block(Markup("").join(lead + html for lead, html in pieces))
+
+
+def scored_html(rollout: RolloutRecord, score: str, scale: Scale) -> Markup:
+    """The chain of thought of a rollout; a word's and a sentence's score is the mean over its tokens.
+
+    Without scores the tokens stand untinted. Every character that came from a tokenizer is escaped.
+    """
+    texts = rollout.cot.texts
+    values = rollout.scores.get(score)
+    unused = deque(words(texts))
+    html: list[Markup] = []
+    for sentence in sentences(texts):
+        inner: list[Markup] = []
+        while unused and unused[0].start < sentence.stop:
+            word = unused.popleft()
+            tokens = [
+                _token(texts[i], f"t {_shade(values, range(i, i + 1), scale)} c-{_slug(rollout.token_class(i))}", i)
+                for i in word
+            ]
+            inner += _group("w", tokens, _shade(values, word, scale))
+        html += _group("s", [(inner[0], Markup("").join(inner[1:]))], _shade(values, sentence, scale))
+    return _block(Markup("").join(html))
+
+
+def _token(text: str, classes: str, index: int | None = None) -> tuple[Markup, Markup]:
+    # White space before a token stands outside its tint, so that neighbours stay apart.
+    shown = visible(text)
+    body = shown.lstrip() if text.strip() else shown
+    lead = escape(shown[: len(shown) - len(body)])
+    position = Markup("") if index is None else Markup(' data-i="{}"').format(index)
+    faint = "" if text.strip() else " blank"
+    return lead, Markup('<span class="{}{}"{}>{}</span>').format(classes, faint, position, body)
+
+
+def _group(kind: str, pieces: Sequence[tuple[Markup, Markup]], shade: str) -> tuple[Markup, Markup]:
+    (lead, first), *others = pieces
+    inner = first + Markup("").join(before + html for before, html in others)
+    return lead, Markup('<span class="{} {}">{}</span>').format(kind, shade, inner)
+
+
+def _block(html: Markup) -> Markup:
+    return Markup(html.lstrip(" "))
+
+
+def _shade(values: Sequence[float] | None, tokens: range, scale: Scale) -> str:
+    if values is None:
+        return "z"
+    level = scale.level(sum(values[i] for i in tokens) / len(tokens))
+    return f"u{level}" if level > 0 else f"d{-level}" if level < 0 else "z"
+
+
+def _slug(token_class: str) -> str:
+    return str(escape("".join(c if c.isalnum() else "-" for c in token_class)))

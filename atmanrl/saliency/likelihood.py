@@ -1,0 +1,63 @@
+"""Likelihood of the answers of a packed batch as a function of the key bias: the one thing an estimator needs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atman_kernels.hf import KeyValueRecord
+from atmanrl.saliency.packing import PackedRollouts
+
+
+class AnswerLikelihood(Protocol):
+    """Maps the bias of every packed column, (R_total,), to the (L_total,) negative log-likelihoods of the loss tokens.
+
+    Differentiable in the bias, once. Implementations run the prompts when they are made and never again.
+    """
+
+    def __call__(self, key_bias: Tensor) -> Tensor: ...
+
+
+class ModelLikelihood:
+    """Any causal LM on attn_implementation="atman", differentiated by autograd through its own modules.
+
+    Args:
+        model: inside :func:`atmanrl.saliency.frozen.frozen`.
+        batch: packed rollouts on the model's device.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: PackedRollouts) -> None:
+        self._model = model
+        self._batch = batch
+        self._prefix = prompt_keys_and_values(model, batch)
+
+    def __call__(self, key_bias: Tensor) -> Tensor:
+        batch = self._batch
+        logits = self._model(
+            input_ids=batch.ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.loss_rows,
+            key_bias=key_bias[None],
+            attention_plan=batch.plan,
+            shared_prefix=self._prefix,
+        ).logits[0]
+        return nn.functional.cross_entropy(logits.to(key_bias.dtype), batch.loss_targets, reduction="none")
+
+
+@torch.no_grad()
+def prompt_keys_and_values(model: PreTrainedModel, batch: PackedRollouts) -> KeyValueRecord:
+    """Run every distinct prompt once and keep each layer's keys (after the rotary embedding) and values."""
+    record = KeyValueRecord()
+    model(
+        input_ids=batch.prompt_ids[None],
+        position_ids=batch.prompt_positions[None],
+        use_cache=False,
+        logits_to_keep=1,
+        attention_plan=batch.prompt_plan,
+        capture=record,
+    )
+    return record

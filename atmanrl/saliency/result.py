@@ -1,0 +1,84 @@
+"""What mask optimisation returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from atmanrl.config import MaskConfig
+from atmanrl.rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class RolloutSaliency:
+    """The mask of one rollout's T chain-of-thought tokens, on the CPU, without gradient.
+
+    Attributes:
+        rollout: whose tokens these are.
+        mask: (T,) float32 (float64 for a float64 model): H, the raw parameter, neither clamped nor scaled.
+        init: H at the start.
+        loss_initial: mean negative log-likelihood of the answer in nats, with every H at ``init``.
+        loss_final: the same after the last update.
+        loss_unmasked: the same without a mask.
+        skipped: why nothing was optimised; None where something was. The losses of a skipped rollout are NaN.
+    """
+
+    rollout: Rollout
+    mask: Tensor
+    init: float
+    loss_initial: float = float("nan")
+    loss_final: float = float("nan")
+    loss_unmasked: float = float("nan")
+    skipped: str | None = None
+
+    @property
+    def normalized(self) -> Tensor:
+        """(T,) H / init: 1 at the start, 0 for a fully re-enabled token, above 1 for one pushed further down."""
+        return self.mask / self.init
+
+    @property
+    def restored(self) -> Tensor:
+        """(T,) 1 - H / init: the token's saliency, 0 at the start and 1 when fully re-enabled."""
+        return 1 - self.normalized
+
+
+class SaliencyResult(Sequence[RolloutSaliency]):
+    """One :class:`RolloutSaliency` per rollout, in the order given.
+
+    Attributes:
+        config: the configuration used.
+    """
+
+    def __init__(self, items: Sequence[RolloutSaliency], config: MaskConfig) -> None:
+        self._items = tuple(items)
+        self.config = config
+
+    @overload
+    def __getitem__(self, index: int) -> RolloutSaliency: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> SaliencyResult: ...
+
+    def __getitem__(self, index: int | slice) -> RolloutSaliency | SaliencyResult:
+        if isinstance(index, slice):
+            return SaliencyResult(self._items[index], self.config)
+        return self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[RolloutSaliency]:
+        return iter(self._items)
+
+    def __repr__(self) -> str:
+        skipped = sum(item.skipped is not None for item in self)
+        return f"SaliencyResult({len(self)} rollouts, {skipped} skipped)"
+
+
+def skipped(rollout: Rollout, reason: str, config: MaskConfig) -> RolloutSaliency:
+    """A rollout for which nothing is optimised: its mask stays at the initial value."""
+    return RolloutSaliency(rollout, torch.full((len(rollout.cot_ids),), config.init), config.init, skipped=reason)

@@ -1,0 +1,102 @@
+"""What a kernel compiles to, without a GPU: registers, spills, shared memory and the instructions of its main loops.
+
+Kernels are compiled ahead of time with exactly the signature and specialisation that a launch with the given tensors
+has. Must run in a process where Triton's interpreter is off.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from atman_kernels._triton.launch import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# wgmma, tcgen05 and mma in the machine code of their generations.
+_MATRIX = re.compile(r"\b(?:[HIQ]GMMA|UTC[A-Z]*MMA|[HID]MMA)\b")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_BRANCH = re.compile(r"\bBRA(?:\.\w+)* (?:`\(\S+\)|!?U?P\d+, )*\s*(0x[0-9a-f]+)")
+
+
+class Counts(NamedTuple):
+    """Static cost of one compiled kernel; ``main_loops`` lists the non-matrix instructions of each matrix loop."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    matrix_instructions: int
+    main_loops: tuple[int, ...]
+
+
+def specialization(launch: Launch, target: str) -> tuple[Any, ...]:
+    """What a launch is compiled for: equal values mean that no second compilation happens."""
+    backend = make_backend(TARGETS[target])
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, found, options = bind(
+        **launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages, debug=False
+    )
+    return launch.kernel._pack_args(backend, options, bound, found, options)
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """The compiled kernel of a launch for "sm_80", "sm_90", "sm_100" or "gfx942"."""
+    options, signature, constexprs, attributes = specialization(launch, target)
+    source = ASTSource(launch.kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=TARGETS[target], options=options.__dict__)
+
+
+def count(compiled: Any) -> Counts:
+    """Read the counts of a kernel compiled for an NVIDIA target from its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        listing = _cuobjdump("-sass", file.name)
+    fields = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage))
+    instructions = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(listing)]
+    return Counts(
+        registers=int(fields["REG"]),
+        spill_bytes=int(fields["STACK"]) + int(fields["LOCAL"]),
+        shared_bytes=compiled.metadata.shared,
+        matrix_instructions=sum(1 for _, text in instructions if _MATRIX.search(text)),
+        main_loops=_main_loops(instructions),
+    )
+
+
+def _main_loops(instructions: list[tuple[int, str]]) -> tuple[int, ...]:
+    loops = []
+    for address, text in instructions:
+        branch = _BRANCH.search(text)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    with_matrix = []
+    for first, last in loops:
+        body = [text for address, text in instructions if first <= address <= last]
+        n_matrix = sum(1 for text in body if _MATRIX.search(text))
+        if n_matrix:
+            with_matrix.append((first, last, len(body) - n_matrix))
+    innermost = [
+        (first, last, n)
+        for first, last, n in with_matrix
+        if not any((f, e) != (first, last) and first <= f and e <= last for f, e, _ in with_matrix)
+    ]
+    return tuple(n for _, _, n in sorted(innermost))
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    command = [str(_NVIDIA_TOOLS / "cuobjdump"), option, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,139 @@
+// o and lse of one task: online softmax over key tiles, one block of query rows at a time.
+#pragma once
+
+#include "scores.h"
+
+namespace atman::ATMAN_ISA {
+
+constexpr int64_t kForwardRows = 96;
+
+struct ForwardBuffers {
+  float *k_panels, *v_rows, *bias_log2;
+  float *q, *o, *scores;
+  // Per row: running maximum (base 2), factor of the last rescaling, per-lane sums of p.
+  float *highest, *factor, *sums;
+
+  ForwardBuffers(Arena& arena, int64_t keys, int64_t rows, int64_t head_dim) {
+    const int64_t padded = padded_head_dim(head_dim), padded_rows = rows + kRowPadding;
+    k_panels = arena.take<float>(keys * head_dim);
+    v_rows = arena.take<float>(keys * padded);
+    bias_log2 = arena.take<float>(keys);
+    q = arena.take<float>(padded_rows * padded);
+    o = arena.take<float>(padded_rows * padded);
+    scores = arena.take<float>(padded_rows * kTileRow);
+    highest = arena.take<float>(padded_rows + kLanes);
+    factor = arena.take<float>(padded_rows + kLanes);
+    sums = arena.take<float>(padded_rows * kLanes);
+  }
+};
+
+// Turns the scores of one strip into p relative to the new running maximum and updates the row statistics.
+inline void softmax_strip(int64_t row, int64_t rows, Range vectors, const ForwardBuffers& b) {
+  alignas(64) float highest[kStrip + kLanes];
+  for (int64_t i = 0; i < kStrip + kLanes; ++i) highest[i] = -kInfinity;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* s = b.scores + (row + i) * kTileRow;
+    Vec m = broadcast(-kInfinity);
+    for (int64_t j = vectors.begin; j < vectors.end; ++j) m = max(load(s + j * kLanes), m);
+    highest[i] = max_lanes(m);
+  }
+  // A finite stand-in for the maximum of a row that has seen no key yet: its p stay 0 instead of becoming NaN.
+  const Vec lowest = broadcast(-0x1.8p127f);
+  for (int64_t i = 0; i < kStrip; i += kLanes) {
+    const Vec before = load(b.highest + row + i);
+    const Vec after = max(before, load(highest + i));
+    const Vec shift = max(lowest, after);
+    store(b.highest + row + i, after);
+    store(b.factor + row + i, exp2(sub(before, shift)));
+    store(highest + i, shift);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    float* s = b.scores + (row + i) * kTileRow;
+    const Vec shift = broadcast(highest[i]);
+    Vec sum = mul(load(b.sums + (row + i) * kLanes), broadcast(b.factor[row + i]));
+    for (int64_t j = vectors.begin; j < vectors.end; ++j) {
+      const Vec p = exp2(sub(load(s + j * kLanes), shift));
+      store(s + j * kLanes, p);
+      sum = add(sum, p);
+    }
+    store(b.sums + (row + i) * kLanes, sum);
+  }
+}
+
+// Adds one key tile to the block's running o, highest and sums.
+inline void forward_tile(const Tile& tile, const float* k_panels, const float* v_rows, const float* bias_log2,
+                         float scale_log2, int64_t head_dim, const ForwardBuffers& b) {
+  const Range all = tile.vectors();
+  if (all.empty()) return;
+  const int64_t padded = padded_head_dim(head_dim);
+  const Vec scale = broadcast(scale_log2);
+  for (int64_t panel = all.begin / kTileVectors; panel * kTileVectors < all.end; ++panel) {
+    multiply_panel(tile, panel, b.q, padded, k_panels + panel * kPanel * head_dim, head_dim,
+                   [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
+                     for (int j = 0; j < nv; ++j) {
+                       const Vec bias = load(bias_log2 + (vector + j) * kLanes);
+                       float* s = b.scores + row * kTileRow + (vector + j) * kLanes;
+                       for (int i = 0; i < mr; ++i) store(s + i * kTileRow, fma(acc[i][j], scale, bias));
+                     }
+                   });
+  }
+  const bool edge = tile.has_edge();
+  fill(b.factor, tile.rows, 1.0f);
+  for (int64_t row = 0; row < tile.rows; row += kStrip) {
+    const int64_t rows = minimum<int64_t>(kStrip, tile.rows - row);
+    const Range vectors = tile.strip_vectors(row);
+    if (edge) {
+      hide_edges(tile, row, vectors, -kInfinity, b.scores);
+      clear_outside(all, vectors, row, rows, b.scores);
+    }
+    if (!vectors.empty()) softmax_strip(row, rows, vectors, b);
+  }
+  accumulate({b.scores, kTileRow, 1}, v_rows, padded, b.o, padded, {0, tile.rows}, padded / kLanes, b.factor,
+             [&](int64_t first, int64_t last) {
+               const Range needed = tile.vectors(first, last);
+               return Range{needed.begin * kLanes, needed.end * kLanes};
+             });
+}
+
+template <class T>
+void forward_task(const Forward& f, const Task& task, Arena& arena, bool run) {
+  const Sequence& s = f.sequences[task.sequence];
+  const Visibility visible(f, s);
+  const int64_t head_dim = f.head_dim, padded = padded_head_dim(head_dim);
+  Range keys = visible.keys(task.row_begin, task.row_end - 1);
+  keys.begin = round_down(keys.begin, kKeyTile);
+  const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kKeyTile);
+  const int64_t block = minimum<int64_t>(kForwardRows, task.row_end - task.row_begin);
+  const ForwardBuffers b(arena, n_keys, block, head_dim);
+  if (!run) return;
+
+  pack_panels<T>(KeyRows<T>(s, f.prefix_k, f.k, task.head_kv), keys, head_dim, b.k_panels);
+  pack_rows<T>(KeyRows<T>(s, f.prefix_v, f.v, task.head_kv), keys, n_keys - maximum<int64_t>(keys.end - keys.begin, 0),
+               head_dim, b.v_rows);
+  pack_bias(f, s, keys, b.bias_log2);
+  fill(b.scores + block * kTileRow, kRowPadding * kTileRow, 0.0f);
+  for (int64_t head = task.head_kv * f.group(); head < (task.head_kv + 1) * f.group(); ++head) {
+    for (int64_t first = task.row_begin; first < task.row_end; first += kForwardRows) {
+      const int64_t rows = minimum<int64_t>(kForwardRows, task.row_end - first);
+      const auto q_row = [&](int64_t row) { return f.q.at<const T>(s.batch, s.q_start + row, head); };
+      pack_rows<T>(q_row, {first, first + rows}, kRowPadding, head_dim, b.q);
+      fill(b.o, (rows + kRowPadding) * padded, 0.0f);
+      fill(b.highest, rows, -kInfinity);
+      fill(b.sums, rows * kLanes, 0.0f);
+      const Range seen = visible.keys(first, first + rows - 1);
+      for (int64_t key = round_down(seen.begin, kKeyTile); key < seen.end; key += kKeyTile) {
+        const int64_t at = key - keys.begin;
+        forward_tile({visible, first, rows, key}, b.k_panels + at * head_dim, b.v_rows + at * padded,
+                     b.bias_log2 + at, f.sm_scale * kLog2E, head_dim, b);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const float sum = sum_lanes(load(b.sums + i * kLanes));
+        const int64_t row = s.q_start + first + i;
+        unpack_row(b.o + i * padded, sum == 0.0f ? 0.0f : 1.0f / sum, head_dim, f.o.at<T>(s.batch, row, head));
+        f.lse.at(s.batch, head, row) = sum == 0.0f ? -kInfinity : b.highest[i] * kLn2 + __builtin_logf(sum);
+      }
+    }
+  }
+}
+
+}  // namespace atman::ATMAN_ISA

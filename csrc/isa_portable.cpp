@@ -1,0 +1,3 @@
+#define ATMAN_ISA portable
+#define ATMAN_SIMD_PORTABLE
+#include "kernels.inc"

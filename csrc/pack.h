@@ -1,0 +1,81 @@
+// Copies of strided rows into contiguous fp32 tiles, and back. Packing costs O(rows * head_dim) and saves the products,
+// which are O(rows * keys * head_dim), page and cache-set conflicts, conversions and tails.
+#pragma once
+
+#include "microkernel.h"
+
+namespace atman::ATMAN_ISA {
+
+// Keys in one panel: panel element (key, d) is panel[d * kPanel + key], so that a vector holds neighbouring keys.
+constexpr int64_t kPanel = kTileVectors * kLanes;
+static_assert(kKeyTile % kPanel == 0);
+
+inline int64_t padded_head_dim(int64_t head_dim) { return round_up(head_dim, kLanes); }
+
+// The keys (or values) of one sequence and head: first the prefix, then the sequence's own.
+template <class T>
+struct KeyRows {
+  const T* prefix;
+  const T* own;
+  int64_t prefix_stride, own_stride, prefix_length;
+
+  KeyRows(const Sequence& s, const Tensor& prefix_tensor, const Tensor& own_tensor, int64_t head)
+      : prefix(s.prefix_length > 0 ? prefix_tensor.at<const T>(0, s.prefix_start, head) : nullptr),
+        own(s.k_length > 0 ? own_tensor.at<const T>(s.batch, s.k_start, head) : nullptr),
+        prefix_stride(prefix_tensor.stride_row),
+        own_stride(own_tensor.stride_row),
+        prefix_length(s.prefix_length) {}
+  const T* operator()(int64_t key) const {
+    return key < prefix_length ? prefix + key * prefix_stride : own + (key - prefix_length) * own_stride;
+  }
+};
+
+// out[(i - rows.begin) * padded + d] = row(i)[d]; the padding columns and `extra_rows` further rows are zero.
+template <class T, class Row>
+void pack_rows(Row row, Range rows, int64_t extra_rows, int64_t head_dim, float* out) {
+  const int64_t padded = padded_head_dim(head_dim);
+  for (int64_t i = rows.begin; i < rows.end; ++i, out += padded) {
+    const T* in = row(i);
+    for (int64_t d = 0; d < head_dim; d += kLanes) store(out + d, load_first(in + d, head_dim - d));
+  }
+  for (int64_t j = 0; j < extra_rows * padded; j += kLanes) store(out + j, zero());
+}
+
+// Panels of the keys [keys.begin, keys.end), zero beyond; keys.begin is a multiple of kPanel.
+template <class T, class Row>
+void pack_panels(Row row, Range keys, int64_t head_dim, float* out) {
+  for (int64_t first = keys.begin; first < keys.end; first += kPanel, out += kPanel * head_dim) {
+    for (int64_t lane_group = 0; lane_group < kPanel; lane_group += kLanes) {
+      const int64_t key = first + lane_group;
+      for (int64_t d = 0; d < head_dim; d += kLanes) {
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = key + i < keys.end ? load_first(row(key + i) + d, head_dim - d) : zero();
+        transpose(block);
+        const int64_t count = minimum<int64_t>(kLanes, head_dim - d);
+        for (int64_t i = 0; i < count; ++i) store(out + (d + i) * kPanel + lane_group, block[i]);
+      }
+    }
+  }
+}
+
+// out[d] = factor * row[d] in the tensor's dtype.
+template <class T>
+ATMAN_INLINE void unpack_row(const float* row, float factor, int64_t head_dim, T* out) {
+  for (int64_t d = 0; d < head_dim; d += kLanes)
+    store_first(out + d, mul(load(row + d), broadcast(factor)), head_dim - d);
+}
+
+inline void fill(float* out, int64_t count, float value) {
+  for (int64_t i = 0; i < count; i += kLanes) store(out + i, broadcast(value));
+}
+
+// The bias of every key in base-2 units: 0 for the prefix and where there is none.
+inline void pack_bias(const Problem& p, const Sequence& s, Range keys, float* out_log2) {
+  fill(out_log2, round_up(keys.end - keys.begin, kPanel), 0.0f);
+  if (!p.key_bias) return;
+  for (int64_t key = maximum<int64_t>(keys.begin, s.prefix_length); key < keys.end; ++key)
+    out_log2[key - keys.begin] = p.key_bias.at(s.batch, 0, s.k_start + key - s.prefix_length) * kLog2E;
+}
+
+}  // namespace atman::ATMAN_ISA

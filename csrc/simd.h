@@ -1,0 +1,24 @@
+// The vector type of the instruction set being compiled, and what is written once on top of it.
+#pragma once
+
+#if defined(ATMAN_SIMD_AVX512)
+#include "simd_avx512.h"
+#elif defined(ATMAN_SIMD_AVX2)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif
+
+namespace atman::ATMAN_ISA {
+
+// 2^x with a relative error below 2e-7; 0 below -126, so that no denormals arise; NaN stays NaN.
+ATMAN_INLINE Vec exp2(Vec x) {
+  const Vec whole = round_to_integer(x);
+  const Vec r = sub(x, whole);
+  Vec fraction = broadcast(kExp2Coefficients[0]);
+#pragma GCC unroll 6
+  for (int i = 1; i < 7; ++i) fraction = fma(fraction, r, broadcast(kExp2Coefficients[i]));
+  return scale_by_power(fraction, whole, x);
+}
+
+}  // namespace atman::ATMAN_ISA

@@ -1,0 +1,42 @@
+// Element types and what the vector headers share. ATMAN_ISA is the namespace of the instruction set being compiled.
+//
+// Files that include this are compiled with instruction-set flags. They must not instantiate functions of the standard
+// library: the linker could choose such a copy for the whole program, and it would fault on an older processor.
+#pragma once
+
+#include <cstdint>
+
+#define ATMAN_INLINE [[gnu::always_inline]] inline
+
+namespace atman::ATMAN_ISA {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+// exp2 is 0 below this; one more and 2^x would be denormal.
+constexpr float kExp2Lowest = -126.0f;
+
+// Minimax fit of 2^r on [-1/2, 1/2], relative error 2e-9, highest power first.
+constexpr float kExp2Coefficients[7] = {
+    0x1.41d332p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f, 0x1.ebfbdap-3f, 0x1.62e430p-1f, 1.0f};
+
+template <class T>
+ATMAN_INLINE T minimum(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+ATMAN_INLINE T maximum(T a, T b) {
+  return a < b ? b : a;
+}
+ATMAN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+ATMAN_INLINE int64_t round_down(int64_t n, int64_t multiple) { return n / multiple * multiple; }
+
+}  // namespace atman::ATMAN_ISA

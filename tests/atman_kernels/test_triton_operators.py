@@ -1,0 +1,160 @@
+"""The Triton kernels behind torch.library: registration, compilation, what is launched and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atman_kernels import AttentionPlan, attention, attention_varlen, backend, ops
+from atman_kernels._triton import backward, forward
+from tests.atman_kernels.grid import Case, make_operands
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASE = Case((9, 5), heads=(2, 1), prefix=((0, 10), (0, 5)))
+
+
+def _operands(requires_grad: bool) -> tuple:
+    x = make_operands(CASE, torch.float32, DEVICE)
+    plan = AttentionPlan(CASE.lengths, prefix_start=(0, 0), prefix_length=(10, 5), device=DEVICE)
+    q, k, v, bias = (t[None].requires_grad_(requires_grad) for t in (x.q, x.k, x.v, x.key_bias))
+    tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
+    return x, (q, k, v, bias, x.prefix.k, x.prefix.v, *tables, 0.25, True, -1, True, "triton")
+
+
+def test_forward_operator_is_registered_soundly() -> None:
+    _, operands = _operands(requires_grad=True)
+    torch.library.opcheck(ops.attention_forward, operands)
+
+
+@pytest.mark.parametrize("need", [(True, True, True, True), (False, False, False, True)], ids=["all", "key_bias"])
+def test_backward_operator_is_registered_soundly(need: tuple[bool, ...]) -> None:
+    x, operands = _operands(requires_grad=False)
+    o, lse = ops.attention_forward(*operands)
+    torch.library.opcheck(
+        ops.attention_backward,
+        (x.do[None], x.dlse[None], o, lse, *operands, *need),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["attention", "attention_varlen"])
+def test_forward_and_backward_compile_into_one_graph(packed: bool) -> None:
+    case = Case((33, 33), heads=(2, 1))
+    x = make_operands(case, torch.float32, DEVICE)
+    plan = AttentionPlan(case.lengths, device=DEVICE)
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor) -> torch.Tensor:
+        if packed:
+            return (attention_varlen(q, k, v, key_bias, plan=plan) * x.do).sum()
+        return (attention(q[None], k[None], v[None], key_bias[None]) * x.do).sum()
+
+    inputs = [t.requires_grad_() for t in (x.q, x.k, x.v, x.key_bias)]
+    with backend("triton"):
+        eager = torch.autograd.grad(loss(*inputs), inputs)
+        compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def _backward_launches(case: Case, needed: str, dtype: torch.dtype = torch.float16) -> list:
+    """The launches of a backward that computes the gradients named in ``needed``."""
+    x = make_operands(case, dtype)
+    q, k, v, bias, do = (t[None] for t in (x.q, x.k, x.v, x.key_bias, x.do))
+    plan = AttentionPlan(case.lengths)
+    o, lse = torch.empty_like(q), torch.zeros(1, q.shape[2], q.shape[1])
+    grads = [
+        torch.empty_like(t) if f"d{name}" in needed.split() else None
+        for name, t in zip(("q", "k", "v", "key_bias"), (q, k, v, bias), strict=True)
+    ]
+    return backward.backward_launches(
+        "sm_90", *grads, do, None, o, lse, q, k, v, bias, None, None,
+        plan.sequences, plan.tiles_q, plan.tiles_k, 1.0, True, None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("needed", "kernels", "flags"),
+    [
+        (
+            "dq dk dv dkey_bias",
+            ["queries", "keys", "sum"],
+            {"NEED_DQ", "EXACT_DELTA", "NEED_DK", "NEED_DV", "NEED_DKEY_BIAS"},
+        ),
+        ("dkey_bias", ["queries", "keys", "sum"], {"EXACT_DELTA", "NEED_DKEY_BIAS"}),
+        ("dq", ["queries"], {"NEED_DQ"}),
+        ("dk dv", ["queries", "keys"], {"NEED_DK", "NEED_DV"}),
+        ("dv", ["queries", "keys"], {"NEED_DV"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_only_the_products_of_needed_gradients_are_compiled(needed: str, kernels: list[str], flags: set[str]) -> None:
+    launches = _backward_launches(Case((100,), heads=(4, 2)), needed)
+    found = [launch.kernel.__name__ for launch in launches]
+    assert len(found) == len(kernels)
+    assert all(kernel in name for kernel, name in zip(kernels, found, strict=True))
+    constants = {name: value for launch in launches for name, value in launch.arguments.items()}
+    assert {
+        name for name in constants if (name.startswith("NEED_") or name == "EXACT_DELTA") and constants[name]
+    } == flags
+
+
+class _AllocatedBytes(TorchDispatchMode):
+    """Sums the storage of every tensor that an operation creates inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not any(
+            isinstance(a, torch.Tensor) and a.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+            for a in args
+        ):
+            self.total += result.untyped_storage().nbytes()
+        return result
+
+
+def test_scratch_memory_is_linear_in_the_sequence() -> None:
+    def scratch(length: int, heads: tuple[int, int]) -> int:
+        x = make_operands(Case((length,), heads=heads), torch.float16)
+        q, k, v, bias, do = (t[None] for t in (x.q, x.k, x.v, x.key_bias, x.do))
+        plan = AttentionPlan((length,))
+        lse = torch.zeros(1, heads[0], length)
+        grads = [torch.empty_like(t) for t in (q, k, v, bias)]
+        with _AllocatedBytes() as allocated:
+            forward.forward_launch(
+                "sm_90", q, lse, q, k, v, bias, None, None, plan.sequences, plan.tiles_q, 1.0, True, None
+            )
+            backward.backward_launches(
+                "sm_90", *grads, do, None, q, lse, q, k, v, bias, None, None,
+                plan.sequences, plan.tiles_q, plan.tiles_k, 1.0, True, None,
+            )  # fmt: skip
+        return allocated.total
+
+    # Two fp32 numbers per row and query head, and one per key and kv head.
+    assert scratch(256, (6, 2)) == 4 * 256 * (2 * 6 + 2)
+    assert scratch(4096, (6, 2)) == 4 * 4096 * (2 * 6 + 2)
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    x = torch.zeros(1, 4, 1, 16)
+    with backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        attention(x, x, x)
+
+
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    x = torch.zeros(1, 4, 1, 16)
+    with backend("triton"), pytest.raises(RuntimeError, match="triton package, which is not installed"):
+        attention(x, x, x)
+
+
+def test_float64_is_refused_by_name() -> None:
+    x = torch.zeros(1, 4, 1, 16, dtype=torch.float64)
+    with backend("triton"), pytest.raises(ValueError, match='float64 needs "reference"'):
+        attention(x, x, x)
