@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from atmanrl.recipe import RecipeError, builtin_recipes, parse_overrides
+from atmanrl.errors import InputError
+from atmanrl.recipe import builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
 Any key of a recipe can be overridden: --learning_rate 1e-6, --mask.steps 100, --data.path train.jsonl. Keys are the
@@ -36,13 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from atmanrl.commands.doctor import doctor
 
         return doctor()
-    except (RecipeError, InputError) as error:
+    except InputError as error:
         print(f"atmanrl {known.command}: {error}", file=sys.stderr)
         return 2
-
-
-class InputError(ValueError):
-    """Input a command cannot use; shown without a traceback."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,11 +12,12 @@ from typing import Any
 import datasets
 
 from atmanrl.config import DataConfig
+from atmanrl.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used; the message names the file and the line."""
 
 
