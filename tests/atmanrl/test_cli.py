@@ -78,8 +78,8 @@ def test_a_dry_run_prints_the_arithmetic_and_writes_nothing(tmp_path: Path, caps
     assert "4096 examples -> 512 generation batches x 2 steps x 8 epochs = 8192 optimiser steps" in printed
     assert "64 x 64 = 4096 sampled" in printed
     assert "0.1405 M parameters in float32" in printed
-    # 2 + 4 x 50 + 6 x 2 + 2 operations per parameter and token.
-    assert "generation 1%, saliency 93%, update 6%" in printed
+    # 2 + 4 x 200 + 6 x 2 + 2 operations per parameter and token.
+    assert "generation 0%, saliency 98%, update 2%" in printed
     assert not run.exists()
 
 
