@@ -70,6 +70,8 @@ def read_examples(path: str | Path) -> Iterator[Example]:
     Raises:
         ValueError: for a line that is no such object, with file and line.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
     for number, row in enumerate(json_rows(Path(path)), start=1):
         values = row.values
         prompt = values.get("prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from atmanrl.intervals import Estimate
+from atmanrl.summary import Summary
 
 _NONE = "–"
 
@@ -27,3 +28,12 @@ def interval(estimate: Estimate, unit: str = "", *, sign: bool = False) -> str:
 def loss(value: float) -> str:
     """A loss with two significant digits, which may span many orders of magnitude."""
     return f"{value:.2g}"
+
+
+def footnote(summary: Summary) -> str:
+    """How many prompts and completions there were, and what the intervals are."""
+    paired = ", paired differences" if len(summary.labels) == 2 else ""
+    return (
+        f"{summary.prompts} prompts, {summary.rollouts} completions per run; {summary.confidence:.0%} percentile "
+        f"bootstrap intervals over prompts, {summary.resamples} resamples{paired}"
+    )

@@ -91,7 +91,8 @@ def render_page(
 
 def _headline(summary: Summary) -> Iterator[Any]:
     wanted = ["accuracy", "cot_tokens", "filler_tokens"]
-    wanted += [row.name for row in summary.rows if row.name.endswith(("_needed", "_filler"))]
+    by_class = [row.name for row in summary.rows if row.name.endswith(("_needed", "_filler"))]
+    wanted += by_class or [row.name for row in summary.rows if row.name.endswith(("_mean", "_mass"))]
     for row in summary.rows:
         if row.name in wanted:
             yield row

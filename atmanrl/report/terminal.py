@@ -9,7 +9,7 @@ from rich.text import Text
 from atmanrl.intervals import Estimate
 from atmanrl.records import RolloutRecord, Run
 from atmanrl.report.glyphs import visible
-from atmanrl.report.numbers import interval, number
+from atmanrl.report.numbers import footnote, interval, number
 from atmanrl.report.scale import LEVELS, Scale, scale_for
 from atmanrl.summary import Summary
 
@@ -25,14 +25,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     if console.measure(table, options=console.options.update(width=_UNBOUNDED)).maximum > console.width:
         table = _table(summary, "\n")
     console.print(table)
-    paired = ", paired differences" if len(summary.labels) == 2 else ""
-    console.print(
-        Text(
-            f"{summary.prompts} prompts, {summary.rollouts} completions per run; {summary.confidence:.0%} percentile "
-            f"bootstrap intervals over prompts{paired}",
-            style="dim",
-        )
-    )
+    console.print(Text(footnote(summary), style="dim"))
 
 
 def print_run(run: Run, console: Console | None = None) -> None:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
+from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.frozen import frozen
-from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.mask import TrainableMask
-from atmanrl.saliency.packing import pack
+from atmanrl.saliency.packing import PackedRollouts, pack
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
 
 
@@ -40,6 +41,7 @@ def optimize_masks(
     config: MaskConfig | None = None,
     *,
     progress: bool | None = None,
+    likelihood: Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood] | None = None,
 ) -> SaliencyResult:
     """Learn, for every rollout at once, which CoT tokens must be re-enabled for its answer to become likely again.
 
@@ -56,6 +58,8 @@ def optimize_masks(
         rollouts: prompt, chain of thought, marker and answer of each, as token ids of the model's vocabulary.
         config: see :class:`MaskConfig`; default: the paper's.
         progress: show a progress bar on stderr; default: if stderr is a terminal.
+        likelihood: computes the answers' likelihood of a packed batch; default: :class:`FrozenDecoder` where it
+            supports the model, else :class:`ModelLikelihood`.
 
     Returns:
         one :class:`RolloutSaliency` per rollout, on the CPU. A rollout with an empty CoT or an empty answer is
@@ -82,7 +86,8 @@ def optimize_masks(
     learned: dict[int, RolloutSaliency] = {}
     if active:
         with frozen(model), _progress_bar(config.steps, progress) as advance:
-            masks = _optimize(model, [rollouts[index] for index in active], active, config, advance)
+            make = likelihood or _default_likelihood(model)
+            masks = _optimize(model, make, [rollouts[index] for index in active], active, config, advance)
         learned = dict(zip(active, masks, strict=True))
     return SaliencyResult(
         [
@@ -93,8 +98,13 @@ def optimize_masks(
     )
 
 
+def _default_likelihood(model: PreTrainedModel) -> Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]:
+    return FrozenDecoder if why_unsupported(model) is None else ModelLikelihood
+
+
 def _optimize(
     model: PreTrainedModel,
+    make_likelihood: Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood],
     rollouts: Sequence[Rollout],
     names: Sequence[int],
     config: MaskConfig,
@@ -102,7 +112,7 @@ def _optimize(
 ) -> list[RolloutSaliency]:
     device = model.device
     batch = pack(rollouts, answer_loss=config.answer_loss, device=device)
-    likelihood = ModelLikelihood(model, batch)
+    likelihood = make_likelihood(model, batch)
     mask = TrainableMask(
         len(batch.cot_columns),
         config,

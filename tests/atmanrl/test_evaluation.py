@@ -180,7 +180,12 @@ def test_special_tokens_after_the_answer_are_recorded(byte_level):
 def test_a_comparison_leaves_its_files_and_its_table(ledger_run, tmp_path, capsys):
     after = replace(ledger_run, label="after")
     summary = write_comparison(tmp_path / "run", ledger_run, after, title="Ledger")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["plots", "report.html", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "plots",
+        "report.html",
+        "summary.json",
+        "summary.md",
+    ]
     assert "Ledger" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "accuracy (%)" in capsys.readouterr().out
     assert summary["cot_tokens"].difference.value == 0

@@ -70,6 +70,11 @@ def test_a_file_that_is_no_run_is_refused_by_name(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing\.json: no such file"):
+        Run.load(tmp_path / "nothing.json")
+
+
 def test_csv_has_a_row_per_token_with_every_score():
     file = io.StringIO()
     full_run().write_csv(file)

@@ -1,9 +1,10 @@
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from atmanrl.report import print_run, print_summary
+from atmanrl.report import markdown_table, print_run, print_summary
 from atmanrl.summary import compare, summarize
 from tests.atmanrl.saliency_runs import rollout, run
 
@@ -74,3 +75,12 @@ def test_one_run_is_summarised_without_a_difference():
     output = printed(print_summary, summarize(run(rollout(), rollout("p1"))), width=100)
     assert "difference" not in output
     assert "before" in output
+
+
+def test_the_markdown_table_has_a_row_per_metric_and_survives_its_labels(comparison):
+    hostile = replace(comparison, labels=("a|b\n", "after"))
+    lines = markdown_table(hostile).splitlines()
+    assert lines[0] == r"|  | a\|b↵ | after | difference |"
+    assert {line.replace(r"\|", "").count("|") for line in lines[: 2 + len(comparison.rows)]} == {5}
+    assert lines[2] == "| accuracy (%) | 75.0 [25.0, 100.0] | 100.0 [100.0, 100.0] | +25.0 [+0.0, +75.0] |"
+    assert "4 prompts" in lines[-1]
