@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels import ops
-from atman_kernels.plan import AttentionPlan, SharedPrefix, build_dense_plan, dense_plan
+from atman_kernels.plan import PREFIX_LENGTH, PREFIX_START, AttentionPlan, SharedPrefix, dense_plan
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -120,8 +120,7 @@ def attention(
     _check_operands(q, k, v, key_bias, rank=4)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"q has batch size {q.shape[0]}, k and v have {k.shape[0]}")
-    make_plan = build_dense_plan if torch.compiler.is_compiling() else dense_plan
-    plan = make_plan(q.shape[0], q.shape[1], k.shape[1], q.device)
+    plan = dense_plan(q.shape[0], q.shape[1], k.shape[1], q.device)
     o, lse = _call(q, k, v, key_bias, None, plan, causal=causal, sm_scale=sm_scale, window=window)
     return (o, lse) if return_lse else o
 
@@ -214,7 +213,9 @@ def attention_varlen(
     else:
         if cu_seqlens_q is not None or cu_seqlens_k is not None:
             raise ValueError("give a plan or cu_seqlens, not both")
-        _check_plan(plan, q, k, prefix)
+        _check_plan(plan, 1, q.shape[0], k.shape[0], q.device)
+        if prefix is not None and prefix.start is not None and checks_values(plan.sequences):
+            _check_ranges(plan, prefix)
     if prefix is not None and plan.prefix_end is not None and plan.prefix_end > prefix.k.shape[0]:
         raise ValueError(f"a prefix range ends at key {plan.prefix_end}, but the prefix has {prefix.k.shape[0]} keys")
     if prefix is None and plan.prefix_end:
@@ -247,13 +248,7 @@ def attention_rows(
         ValueError: as :func:`attention`, or if the plan was made for other shapes or another device.
     """
     _check_operands(q, k, v, key_bias, rank=4)
-    if (plan.total_q, plan.total_k) != (q.shape[1], k.shape[1]):
-        raise ValueError(
-            f"the plan describes {plan.total_q} rows and {plan.total_k} keys per batch row,"
-            f" the tensors have {q.shape[1]} and {k.shape[1]}"
-        )
-    if plan.device != q.device:
-        raise ValueError(f"the plan lies on {plan.device}, q on {q.device}")
+    _check_plan(plan, q.shape[0], q.shape[1], k.shape[1], q.device)
     return _call(q, k, v, key_bias, None, plan, causal=True, sm_scale=sm_scale, window=window)
 
 
@@ -361,9 +356,10 @@ def _plan_of_cu_seqlens(
     if cu_seqlens_k is None:
         offsets["cu_seqlens_k"] = (cu_seqlens_q, total_k)
     for name, (cu, _) in offsets.items():
-        if cu is None or cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
-            shape = None if cu is None else (tuple(cu.shape), cu.dtype)
-            raise ValueError(f"{name} must be (n_seq + 1,) int32 or int64, got {shape}")
+        if not isinstance(cu, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(cu).__name__}")
+        if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be (n_seq + 1,) int32 or int64, got {tuple(cu.shape)} {cu.dtype}")
     cu_q, cu_k = cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if cu_q.shape != cu_k.shape:
         raise ValueError(f"cu_seqlens_q describes {cu_q.shape[0] - 1} sequences, cu_seqlens_k {cu_k.shape[0] - 1}")
@@ -393,17 +389,22 @@ def _check_offsets(name: str, offsets: list[int], total: int) -> None:
         raise ValueError(f"{name} ends at {offsets[-1]}, but the packed tensor has {total} rows")
 
 
-def _check_plan(plan: AttentionPlan, q: Tensor, k: Tensor, prefix: SharedPrefix | None) -> None:
-    if plan.total_q != q.shape[0] or plan.total_k != k.shape[0]:
+def _check_plan(plan: AttentionPlan, batch: int, rows: int, keys: int, device: torch.device) -> None:
+    if plan.batch != batch:
+        raise ValueError(f"the plan describes {plan.batch} batch rows, the tensors have {batch}")
+    if (plan.total_q, plan.total_k) != (rows, keys):
         raise ValueError(
-            f"the plan describes {plan.total_q} rows and {plan.total_k} keys,"
-            f" the tensors have {q.shape[0]} and {k.shape[0]}"
+            f"the plan describes {plan.total_q} rows and {plan.total_k} keys, the tensors have {rows} and {keys}"
         )
-    if plan.device != q.device:
-        raise ValueError(f"the plan lies on {plan.device}, q on {q.device}")
-    if prefix is None or prefix.start is None or prefix.length is None:
-        return
-    if checks_values(plan.sequences):
-        stated = torch.stack([torch.as_tensor(prefix.start).cpu(), torch.as_tensor(prefix.length).cpu()], dim=1)
-        if not torch.equal(stated.to(torch.int32), plan.sequences[:, 5:].cpu()):
-            raise ValueError("prefix.start and prefix.length differ from the ranges in the plan")
+    if plan.device != device:
+        raise ValueError(f"the plan lies on {plan.device}, q on {device}")
+
+
+def _check_ranges(plan: AttentionPlan, prefix: SharedPrefix) -> None:
+    for name, stated, column in (
+        ("prefix.start", prefix.start, PREFIX_START),
+        ("prefix.length", prefix.length, PREFIX_LENGTH),
+    ):
+        planned = plan.sequences[:, column].tolist()
+        if torch.as_tensor(stated).tolist() != planned:
+            raise ValueError(f"{name} differs from the plan: {torch.as_tensor(stated).tolist()} and {planned}")

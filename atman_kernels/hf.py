@@ -298,7 +298,7 @@ def _prefix_of(shared_prefix: Sequence[SharedPrefix] | LayerPrefixes, layer_idx:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast the rotary embedding returns float32 q and k beside a low-precision v: one dtype for all."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 

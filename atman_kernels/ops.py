@@ -139,7 +139,8 @@ def _backward(
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    # Not contiguous(): it leaves the strides of empty tensors, and those of an axis of length 1, as they are.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _allocate(like: Tensor, covers: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -50,7 +51,8 @@ class AttentionPlan:
         sequences: (n_seq, 7) int32 table: batch row, q start, q length, k start, k length, prefix start, prefix length.
         tiles_q: (n, 2) int32 schedule of query tiles, most visible keys first: sequence index (-1: idle), first row.
         tiles_k: (m, 2) int32 schedule of key tiles, most visible rows first: sequence index (-1: idle), first key.
-        total_q, total_k: packed rows and keys.
+        batch: batch rows of the tensors; 1 for a packed batch.
+        total_q, total_k: rows and keys of the tensors, per batch row.
         prefix_end: one past the last prefix key in use; None where it is known on the device only.
         covers: whether every row and key of the tensors belongs to a sequence.
 
@@ -61,6 +63,7 @@ class AttentionPlan:
     sequences: Tensor
     tiles_q: Tensor
     tiles_k: Tensor
+    batch: int
     total_q: int
     total_k: int
     prefix_end: int | None
@@ -92,6 +95,7 @@ class AttentionPlan:
             n_tiles_k=int(tiles_of(host_k).sum()),
             device=torch.device(device),
         )
+        self.batch = 1
         self.total_q = int(host_q.sum())
         self.total_k = int(host_k.sum())
         self.prefix_end = int(torch.where(length > 0, start + length, 0).max()) if n_seq else 0
@@ -131,7 +135,7 @@ class AttentionPlan:
             n_tiles_k=total_k // TILE + n_seq,
             device=device,
         )
-        plan.total_q, plan.total_k = total_q, total_k
+        plan.batch, plan.total_q, plan.total_k = 1, total_q, total_k
         plan.prefix_end = None
         plan.covers = True
         return plan
@@ -165,7 +169,7 @@ class AttentionPlan:
             n_tiles_k=batch * -(-max_k // TILE),
             device=q_start.device,
         )
-        plan.total_q, plan.total_k = max_q, max_k
+        plan.batch, plan.total_q, plan.total_k = batch, max_q, max_k
         plan.prefix_end = 0
         plan.covers = covers
         return plan
@@ -180,6 +184,15 @@ class AttentionPlan:
         """Where the tables lie."""
         return self.sequences.device
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> AttentionPlan:
+        """The same plan on another device; this one if it already lies there."""
+        if torch.device(device) == self.device:
+            return self
+        plan = copy.copy(self)
+        for name in ("sequences", "tiles_q", "tiles_k"):
+            setattr(plan, name, getattr(self, name).to(device, non_blocking=non_blocking))
+        return plan
+
     def _fill(self, table: Tensor, *, n_tiles_q: int, n_tiles_k: int, device: torch.device) -> None:
         q_length, k_length, prefix = table[:, Q_LENGTH], table[:, K_LENGTH], table[:, PREFIX_LENGTH]
         # Under a causal mask, rows near the end see the most keys and keys near the start are seen by the most rows.
@@ -191,14 +204,27 @@ class AttentionPlan:
         self.tiles_k = tiles_k.to(device)
 
 
-@lru_cache(maxsize=64)
 def dense_plan(batch: int, length_q: int, length_k: int, device: torch.device) -> AttentionPlan:
-    """The plan of a (B, T, H, D) batch in which every row is one full sequence; cached, it depends on shapes only."""
-    return build_dense_plan(batch, length_q, length_k, device)
+    """The plan of a (B, T, H, D) batch in which every row is one full sequence; kept for the next call where it can be.
+
+    Tensors made while torch.compile traces, by fake-tensor modes or inside a CUDA graph capture are of use there only.
+    """
+    if torch.compiler.is_compiling():
+        return _build_dense_plan(batch, length_q, length_k, device)
+    ordinary = type(torch.empty(0, device=device)) is Tensor
+    if not ordinary or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return _build_dense_plan(batch, length_q, length_k, device)
+    return _kept_dense_plan(batch, length_q, length_k, device)
 
 
-def build_dense_plan(batch: int, length_q: int, length_k: int, device: torch.device) -> AttentionPlan:
-    """Uncached :func:`dense_plan`, for use while torch.compile traces."""
+@lru_cache(maxsize=64)
+def _kept_dense_plan(batch: int, length_q: int, length_k: int, device: torch.device) -> AttentionPlan:
+    # Tensors made in inference mode could not be saved for a later backward.
+    with torch.inference_mode(False):
+        return _build_dense_plan(batch, length_q, length_k, device)
+
+
+def _build_dense_plan(batch: int, length_q: int, length_k: int, device: torch.device) -> AttentionPlan:
     start = torch.zeros(batch, dtype=torch.int64, device=device)
     return AttentionPlan.from_rows(
         start,
@@ -234,14 +260,14 @@ def _schedule(lengths: Tensor, n_tiles: int, *, work_at_start: Tensor, work_per_
 
 
 def _host_lengths(name: str, values: Sequence[int] | Tensor, expected: int | None) -> Tensor:
-    tensor = (
-        torch.as_tensor(values, dtype=torch.int64, device="cpu") if len(values) else torch.zeros(0, dtype=torch.int64)
-    )
+    tensor = torch.as_tensor(values, device="cpu")
     if tensor.dim() != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {tuple(tensor.shape)}")
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise ValueError(f"{name} must be integers, got {tensor.dtype}")
     if expected is not None and tensor.numel() != expected:
         raise ValueError(f"{name} has {tensor.numel()} entries for {expected} sequences")
     if tensor.numel() and int(tensor.min()) < 0:
         where = int(tensor.argmin())
         raise ValueError(f"{name} must not be negative, got {int(tensor[where])} for sequence {where}")
-    return tensor
+    return tensor.to(torch.int64)

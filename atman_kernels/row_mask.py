@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atman_kernels.plan import AttentionPlan, build_dense_plan, dense_plan
+from atman_kernels.plan import AttentionPlan, dense_plan
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class RowMask:
 
     # generate() prepares the mask of a static cache; the model asks it for its rank before it hands it back.
     ndim = 4
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RowMask:
+        """The same on another device, as accelerate asks for before a layer that lies there."""
+        parts = {name: getattr(self, name) for name in ("seen", "valid", "plan", "one_row")}
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in parts.items() if hasattr(x, "to")}
+        return replace(self, **moved)
 
 
 def row_mask_of(mask: RowMask | Tensor | None, q: Tensor, k: Tensor, window: int | None) -> RowMask:
@@ -93,8 +99,7 @@ def lay_out(
 ) -> AttentionPlan:
     """Each batch row as one sequence: from its first valid key (B, Tk) to the newest one seen, the rows at its end."""
     if valid is None and isinstance(seen, int) and seen == kv_length:
-        make = build_dense_plan if torch.compiler.is_compiling() else dense_plan
-        return make(batch, q_length, kv_length, device)
+        return dense_plan(batch, q_length, kv_length, device)
     end = torch.zeros(batch, dtype=torch.int64, device=device) + seen
     start = torch.zeros_like(end)
     if valid is not None:

@@ -118,7 +118,7 @@ _LEAD_IN = re.compile(_DELIMITERS + "=?" + _DELIMITERS + _EQUATION)
 _TAIL_OF_MORE = re.compile(
     r"[ ]?(?:[+×÷/^]|\*(?!\*)|\\(?:times|cdot|div)|[\-−–])[ ]?[(\\$]{0,2}[0-9]"
     r"|\^|:[0-9]|,[0-9]|,[ ]?[0-9.]+[)\]}]|\.[0-9]|[ ][0-9]{3}(?![0-9])"
-    r"|[ ]?(?:\\?(?:pi|sqrt)\b|[πi√]|[xyzn](?![A-Za-z]))"
+    r"|[ ]?(?:\\?(?:pi|sqrt)\b|[π√]|[xyzni](?![A-Za-z]))"
 )
 _CHOICE = re.compile(
     _DELIMITERS

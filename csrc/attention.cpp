@@ -91,6 +91,22 @@ std::vector<SplitHead> split_heads(const Problem& problem, const std::vector<Tas
   return found;
 }
 
+// Row tasks of the sequences in which some row block cannot keep p and dp of all its keys.
+std::vector<Task> delta_tasks(const Backward& g, const std::vector<Task>& key_tasks, int threads) {
+  std::vector<bool> needed(static_cast<size_t>(g.n_seq), false);
+  for (const Task& task : key_tasks) {
+    const Sequence& s = g.sequences[task.sequence];
+    const int64_t keys = static_cast<int64_t>(s.prefix_length) + s.k_length;
+    if (task.key_end - task.key_begin < keys || keys > kKeptTiles * kKeyTile)
+      needed[static_cast<size_t>(task.sequence)] = true;
+  }
+  std::vector<Task> tasks = row_tasks(g, threads);
+  tasks.erase(std::remove_if(tasks.begin(), tasks.end(),
+                             [&](const Task& task) { return !needed[static_cast<size_t>(task.sequence)]; }),
+              tasks.end());
+  return tasks;
+}
+
 }  // namespace
 
 void attention_forward(const Forward& f, const Kernels& kernels, int threads) {
@@ -99,14 +115,17 @@ void attention_forward(const Forward& f, const Kernels& kernels, int threads) {
 
 void attention_backward(Backward g, const Scalars& dkey_bias, const Kernels& kernels, int threads) {
   g.need_dkey_bias = static_cast<bool>(dkey_bias);
+  std::vector<Task> tasks = key_tasks(g, threads);
   std::unique_ptr<float[], Free> delta;
   if (g.need_dkey_bias && g.dtype != Dtype::f32) {
-    delta = allocate<float>(static_cast<size_t>(g.batches * g.heads_q * g.rows));
-    g.delta = {delta.get(), g.heads_q * g.rows, g.rows, 1};
-    run_all(g, kernels.delta, row_tasks(g, threads), threads);
+    const std::vector<Task> row_passes = delta_tasks(g, tasks, threads);
+    if (!row_passes.empty()) {
+      delta = allocate<float>(static_cast<size_t>(g.batches * g.heads_q * g.rows));
+      g.delta = {delta.get(), g.heads_q * g.rows, g.rows, 1};
+      run_all(g, kernels.delta, row_passes, threads);
+    }
   }
 
-  std::vector<Task> tasks = key_tasks(g, threads);
   const std::vector<int64_t> offsets = own_key_offsets(g);
   std::unique_ptr<float[], Free> per_head;
   if (g.need_dkey_bias) {

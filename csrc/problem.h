@@ -48,6 +48,9 @@ constexpr int64_t kNoWindow = INT64_MAX;
 
 // Keys per tile. Tiles lie at multiples of it, so that a row's result does not depend on the split into tasks.
 constexpr int64_t kKeyTile = 128;
+// A backward block that sees at most this many tiles keeps p and dp of all of them, and so has delta = sum_v p dp at no
+// cost.
+constexpr int64_t kKeptTiles = 4;
 
 struct Problem {
   Dtype dtype;

@@ -57,7 +57,7 @@ def _accumulate_dq(
     stride_vt,
     stride_bt,
     n_keys,
-    scale_log2,
+    sm_scale,
     window,
     HAS_KEY_BIAS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -81,17 +81,18 @@ def _accumulate_dq(
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
             k = load_rows(k_base, start, n_keys, stride_kt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
             v = load_rows(v_base, start, n_keys, stride_vt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            scores_log2 = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * sm_scale
             if HAS_KEY_BIAS:
                 bias_ptrs = bias_base + (start + offs_n) * stride_bt
                 bias = tl.load(bias_ptrs, mask=start + offs_n < n_keys, other=0.0) if MASKED else tl.load(bias_ptrs)
-                scores_log2 += (bias * LOG2_E)[None, :]
+                scores += bias[None, :]
             if MASKED:
                 seen = is_visible(
                     row_position[:, None], (start + offs_n)[None, :], n_keys, window, IS_CAUSAL, HAS_WINDOW
                 )
-                scores_log2 = tl.where(seen, scores_log2, float("-inf"))
-            p = tl.exp2(scores_log2 - lse_log2[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+            # One fused multiply-add per score, whether or not there is a bias.
+            p = tl.exp2(scores * LOG2_E - lse_log2[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - row_term[:, None])
             if EXACT_DELTA:
@@ -101,10 +102,11 @@ def _accumulate_dq(
     return dq, ds_sum
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "window"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_bb", "window"])
 def backward_queries_kernel(
     dq_ptr,
     row_term_ptr,
+    lse_log2_ptr,
     do_ptr,
     dlse_ptr,
     o_ptr,
@@ -157,7 +159,7 @@ def backward_queries_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write r = delta - dlse of a tile of rows and, where needed, their dq (laid out as o)."""
+    """Write r = delta - dlse and the log2 lse (+inf for none) of a tile of rows and, if needed, their dq (as o)."""
     head, sequence, first = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M)
     if sequence < 0:
         return
@@ -171,7 +173,6 @@ def backward_queries_kernel(
     n_keys = tl.load(row_ptr + K_LENGTH)
     head_kv = (head // GROUP).to(tl.int64)
     head = head.to(tl.int64)
-    scale_log2 = sm_scale * LOG2_E
 
     rows = first + tl.arange(0, BLOCK_M)
     row_offset = batch * stride_lb + head * stride_lh + q_start
@@ -216,7 +217,7 @@ def backward_queries_kernel(
                 stride_pvt,
                 stride_bt,
                 n_prefix,
-                scale_log2,
+                sm_scale,
                 window,
                 False,
                 IS_CAUSAL,
@@ -245,7 +246,7 @@ def backward_queries_kernel(
             stride_vt,
             stride_bt,
             n_keys,
-            scale_log2,
+            sm_scale,
             window,
             HAS_KEY_BIAS,
             IS_CAUSAL,
@@ -267,16 +268,17 @@ def backward_queries_kernel(
             if HAS_DLSE:
                 row_term -= dlse
     tl.store(row_term_ptr + row_offset + rows, row_term, mask=rows < n_rows)
+    tl.store(lse_log2_ptr + row_offset + rows, lse_log2, mask=rows < n_rows)
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_gh", "stride_gb", "window"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_bb", "stride_gh", "stride_gb", "window"])
 def backward_keys_kernel(
     dk_ptr,
     dv_ptr,
     dkey_bias_ptr,
     do_ptr,
     row_term_ptr,
-    lse_ptr,
+    lse_log2_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -374,12 +376,11 @@ def backward_keys_kernel(
             q = load_rows(q_base + member * stride_qh, start, n_rows, stride_qt, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
             row_offsets = row_offset + member * stride_lh + rows
             if MASKED:
-                lse = tl.load(lse_ptr + row_offsets, mask=rows < n_rows, other=float("-inf"))
+                lse_log2 = tl.load(lse_log2_ptr + row_offsets, mask=rows < n_rows, other=float("inf"))
                 row_term = tl.load(row_term_ptr + row_offsets, mask=rows < n_rows, other=0.0)
             else:
-                lse = tl.load(lse_ptr + row_offsets)
+                lse_log2 = tl.load(lse_log2_ptr + row_offsets)
                 row_term = tl.load(row_term_ptr + row_offsets)
-            lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
             # Scores transposed, (BLOCK_N, BLOCK_M): p and ds are then the left operands of the products below.
             scores_log2 = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
             if HAS_KEY_BIAS:
@@ -459,14 +460,14 @@ def backward_launches(
 ) -> list[Launch]:
     """The launches, in order, that fill those of the contiguous gradients that are not None.
 
-    Scratch memory is fp32 and linear in the sequence: (B, Hq, Tq) for r and (Hkv, B, Tk) for the heads' dkey_bias.
+    Scratch memory is fp32 and linear in the sequence: (B, Hq, Tq) for r and for lse, (Hkv, B, Tk) for dkey_bias.
     """
     heads_q, heads_kv, head_dim = q.shape[2], k.shape[2], q.shape[3]
     o, lse = o.contiguous(), lse.contiguous()
-    row_term = torch.empty_like(lse)
+    row_term, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
     operands = attention_operands(q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal, window)
-    common = {**operands, "do_ptr": do, "lse_ptr": lse, "row_term_ptr": row_term} | strides_of("do", do, "bth")
-    common |= strides_of("l", lse, "bh")
+    common = {**operands, "do_ptr": do, "row_term_ptr": row_term, "lse_log2_ptr": lse_log2}
+    common |= strides_of("do", do, "bth") | strides_of("l", lse, "bh")
 
     blocks = block_sizes(family, "backward_queries", head_dim, q.dtype)
     arguments = {
@@ -474,6 +475,7 @@ def backward_launches(
         "dq_ptr": o if dq is None else dq,
         "dlse_ptr": lse if dlse is None else dlse.contiguous(),
         "o_ptr": o,
+        "lse_ptr": lse,
         "tiles_ptr": tiles_q,
         **strides_of("o", o, "bth"),
         "HAS_DLSE": dlse is not None,

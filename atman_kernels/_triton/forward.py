@@ -1,6 +1,8 @@
 """Forward: one program owns a tile of query rows of one head and streams the keys it sees.
 
-Scores are kept in log2 units (log2(e) folded into the scale and the bias), with the running maximum of online softmax.
+Without a bias the running maximum is that of the bare products q k^T, and sm_scale log2(e) is applied together with the
+subtraction of the maximum, in one fused multiply-add per score; that needs sm_scale > 0. With a bias (SCALE_FIRST) a
+score is sm_scale q k^T + key_bias, one more multiply-add, and log2(e) is applied with the maximum.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from atman_kernels._triton.tiles import (
 )
 from atman_kernels.plan import TILE
 
-# Start of the running maximum: finite, so that rows without a key need no special case in the loop.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Start of the running maximum: finite, so that rows without a key need no special case in the loop, and far enough from
+# the end of fp32 that its scaled value is finite too. Scores below it count as -inf.
+LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -52,9 +55,11 @@ def _attend(
     stride_vt,
     stride_bt,
     n_keys,
-    scale_log2,
+    sm_scale,
+    to_log2,
     window,
     HAS_KEY_BIAS: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -73,19 +78,21 @@ def _attend(
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
             k = load_rows(k_base, start, n_keys, stride_kt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            scores_log2 = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if SCALE_FIRST:
+                scores *= sm_scale
             if HAS_KEY_BIAS:
                 bias_ptrs = bias_base + (start + offs_n) * stride_bt
                 bias = tl.load(bias_ptrs, mask=start + offs_n < n_keys, other=0.0) if MASKED else tl.load(bias_ptrs)
-                scores_log2 += (bias * LOG2_E)[None, :]
+                scores += bias[None, :]
             if MASKED:
                 seen = is_visible(
                     row_position[:, None], (start + offs_n)[None, :], n_keys, window, IS_CAUSAL, HAS_WINDOW
                 )
-                scores_log2 = tl.where(seen, scores_log2, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(scores_log2, 1))
-            p = tl.exp2(scores_log2 - new_max[:, None])
-            rescale = tl.exp2(row_max - new_max)
+                scores = tl.where(seen, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            p = tl.exp2(scores * to_log2 - (new_max * to_log2)[:, None])
+            rescale = tl.exp2((row_max - new_max) * to_log2)
             row_sum = row_sum * rescale + tl.sum(p, 1)
             v = load_rows(v_base, start, n_keys, stride_vt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
@@ -93,7 +100,7 @@ def _attend(
     return acc, row_sum, row_max
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "window"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_bb", "window"])
 def forward_kernel(
     o_ptr,
     lse_ptr,
@@ -132,6 +139,7 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr,
     HAS_KEY_BIAS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -151,7 +159,7 @@ def forward_kernel(
     k_start = tl.load(row_ptr + K_START).to(tl.int64)
     n_keys = tl.load(row_ptr + K_LENGTH)
     head_kv = (head // GROUP).to(tl.int64)
-    scale_log2 = sm_scale * LOG2_E
+    to_log2 = LOG2_E if SCALE_FIRST else sm_scale * LOG2_E
 
     q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head.to(tl.int64) * stride_qh
     q = load_rows(q_base, first, n_rows, stride_qt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -179,9 +187,11 @@ def forward_kernel(
             stride_pvt,
             stride_bt,
             n_prefix,
-            scale_log2,
+            sm_scale,
+            to_log2,
             window,
             False,
+            SCALE_FIRST,
             IS_CAUSAL,
             HAS_WINDOW,
             HEAD_DIM,
@@ -204,9 +214,11 @@ def forward_kernel(
         stride_vt,
         stride_bt,
         n_keys,
-        scale_log2,
+        sm_scale,
+        to_log2,
         window,
         HAS_KEY_BIAS,
+        SCALE_FIRST,
         IS_CAUSAL,
         HAS_WINDOW,
         HEAD_DIM,
@@ -218,7 +230,7 @@ def forward_kernel(
 
     without_key = row_sum == 0.0
     row_sum = tl.where(without_key, 1.0, row_sum)
-    lse = tl.where(without_key, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    lse = tl.where(without_key, float("-inf"), (row_max * to_log2 + tl.log2(row_sum)) * LN_2)
     rows = first + tl.arange(0, BLOCK_M)
     lse_base = lse_ptr + batch * stride_lb + head.to(tl.int64) * stride_lh + q_start
     tl.store(lse_base + rows, lse, mask=rows < n_rows)
@@ -252,6 +264,7 @@ def forward_launch(
         **strides_of("o", o, "bth"),
         **strides_of("l", lse, "bh"),
         **attention_operands(q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal, window),
+        "SCALE_FIRST": key_bias is not None or not 0 < sm_scale < 1e6,
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
     }

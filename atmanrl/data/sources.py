@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx
 
 from atmanrl.config import DataConfig
 
@@ -157,7 +158,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 def _hub_rows(path: str, subset: str, split: str, columns: Sequence[str]) -> list[Row]:
     try:
         rows = datasets.load_dataset(path, subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, httpx.HTTPError) as error:
         raise DataError(
             f"could not load {path!r} ({subset}, split {split}) from the Hugging Face hub: {error}. Without a "
             f"connection, set data.path to a local JSONL or Parquet file, or a directory with {split}.jsonl, of rows "

@@ -15,11 +15,24 @@ from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
+from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.frozen import frozen
-from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.mask import TrainableMask
-from atmanrl.saliency.packing import pack
+from atmanrl.saliency.packing import PackedRollouts, pack
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a rollout is NaN or infinite.
+
+    Attributes:
+        rollout: its index in what was given to :func:`optimize_masks`.
+    """
+
+    def __init__(self, rollout: int, loss: float, when: str) -> None:
+        super().__init__(f"the loss of rollout {rollout} is {loss} {when}")
+        self.rollout = rollout
 
 
 def optimize_masks(
@@ -28,6 +41,7 @@ def optimize_masks(
     config: MaskConfig | None = None,
     *,
     progress: bool | None = None,
+    likelihood: Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood] | None = None,
 ) -> SaliencyResult:
     """Learn, for every rollout at once, which CoT tokens must be re-enabled for its answer to become likely again.
 
@@ -44,6 +58,8 @@ def optimize_masks(
         rollouts: prompt, chain of thought, marker and answer of each, as token ids of the model's vocabulary.
         config: see :class:`MaskConfig`; default: the paper's.
         progress: show a progress bar on stderr; default: if stderr is a terminal.
+        likelihood: computes the answers' likelihood of a packed batch; default: :class:`FrozenDecoder` where it
+            supports the model, else :class:`ModelLikelihood`.
 
     Returns:
         one :class:`RolloutSaliency` per rollout, on the CPU. A rollout with an empty CoT or an empty answer is
@@ -52,7 +68,7 @@ def optimize_masks(
     Raises:
         ValueError: a rollout has more tokens than the model's context or a token id outside its vocabulary; the model
             cannot use the attention.
-        FloatingPointError: a rollout's loss is NaN or infinite.
+        NonFiniteLossError: a rollout's loss is NaN or infinite.
 
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
@@ -70,7 +86,8 @@ def optimize_masks(
     learned: dict[int, RolloutSaliency] = {}
     if active:
         with frozen(model), _progress_bar(config.steps, progress) as advance:
-            masks = _optimize(model, [rollouts[index] for index in active], active, config, advance)
+            make = likelihood or _default_likelihood(model)
+            masks = _optimize(model, make, [rollouts[index] for index in active], active, config, advance)
         learned = dict(zip(active, masks, strict=True))
     return SaliencyResult(
         [
@@ -81,8 +98,13 @@ def optimize_masks(
     )
 
 
+def _default_likelihood(model: PreTrainedModel) -> Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]:
+    return FrozenDecoder if why_unsupported(model) is None else ModelLikelihood
+
+
 def _optimize(
     model: PreTrainedModel,
+    make_likelihood: Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood],
     rollouts: Sequence[Rollout],
     names: Sequence[int],
     config: MaskConfig,
@@ -90,7 +112,7 @@ def _optimize(
 ) -> list[RolloutSaliency]:
     device = model.device
     batch = pack(rollouts, answer_loss=config.answer_loss, device=device)
-    likelihood = ModelLikelihood(model, batch)
+    likelihood = make_likelihood(model, batch)
     mask = TrainableMask(
         len(batch.cot_columns),
         config,
@@ -157,7 +179,7 @@ def _check_finite(losses: Tensor, names: Sequence[int], when: str) -> None:
     wrong = losses.isfinite().logical_not()
     if bool(wrong.any()):
         where = int(wrong.nonzero()[0])
-        raise FloatingPointError(f"the loss of rollout {names[where]} is {losses[where].item()} {when}")
+        raise NonFiniteLossError(names[where], losses[where].item(), when)
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class PackedRollouts:
         plan: one sequence per rollout; its prefix range is its prompt among the packed prompts.
         cot_columns: (C_total,) int64, the packed column of each CoT token, rollout after rollout.
         cot_lengths: CoT tokens of each rollout.
-        loss_rows: (L_total,) int64, the rows that predict the tokens of the loss, ascending.
+        loss_rows: (L_total,) int64, the rows that predict the tokens of the loss: the last ones of each rollout.
+        loss_plan: as ``plan``, with only those rows as queries.
         loss_targets: (L_total,) int64, those tokens.
         loss_rollout: (L_total,) int64, the rollout each belongs to.
         loss_lengths: (n,) int64, tokens of the loss per rollout.
@@ -43,6 +44,7 @@ class PackedRollouts:
     cot_columns: Tensor
     cot_lengths: tuple[int, ...]
     loss_rows: Tensor
+    loss_plan: AttentionPlan
     loss_targets: Tensor
     loss_rollout: Tensor
     loss_lengths: Tensor
@@ -102,24 +104,30 @@ def pack(rollouts: Sequence[Rollout], *, answer_loss: AnswerLoss, device: torch.
     def on_device(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    def plan(lengths_q: list[int]) -> AttentionPlan:
+        return AttentionPlan(
+            lengths_q,
+            [len(rollout.completion_ids) - 1 for rollout in rollouts],
+            [prompts[rollout.prompt_ids] for rollout in rollouts],
+            [len(rollout.prompt_ids) for rollout in rollouts],
+            device=device,
+        )
+
+    loss_lengths = [loss_rollout.count(index) for index in range(len(rollouts))]
     return PackedRollouts(
         prompt_ids=on_device([i for prompt in prompts for i in prompt]),
         prompt_positions=on_device([i for prompt in prompts for i in range(len(prompt))]),
         prompt_plan=AttentionPlan([len(prompt) for prompt in prompts], device=device),
         ids=on_device(ids),
         positions=on_device(positions),
-        plan=AttentionPlan(
-            [len(rollout.completion_ids) - 1 for rollout in rollouts],
-            prefix_start=[prompts[rollout.prompt_ids] for rollout in rollouts],
-            prefix_length=[len(rollout.prompt_ids) for rollout in rollouts],
-            device=device,
-        ),
+        plan=plan([len(rollout.completion_ids) - 1 for rollout in rollouts]),
         cot_columns=on_device(cot_columns),
         cot_lengths=tuple(len(rollout.cot_ids) for rollout in rollouts),
         loss_rows=on_device(loss_rows),
+        loss_plan=plan(loss_lengths),
         loss_targets=on_device(loss_targets),
         loss_rollout=on_device(loss_rollout),
-        loss_lengths=on_device([loss_rollout.count(index) for index in range(len(rollouts))]),
+        loss_lengths=on_device(loss_lengths),
     )
 
 

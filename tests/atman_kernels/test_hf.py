@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from atman_kernels.hf import atman_mask
 from tests.atman_kernels.families import FAMILIES, padding_mask, random_ids, random_model
 from tests.oracle import assert_as_exact_as_reference
 
@@ -179,3 +181,13 @@ def test_the_implementation_can_be_chosen_when_the_model_is_made():
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="atman")
     assert model.config._attn_implementation == "atman"
     assert model(random_ids(1, 4)).logits.isfinite().all()
+
+
+def test_what_stands_for_the_mask_moves_with_accelerate_to_the_device_of_a_layer():
+    mask = atman_mask(3, 12, 12, attention_mask=padding_mask(LENGTHS, "left").bool())
+    moved = send_to_device({"attention_mask": mask}, "meta")["attention_mask"]
+    assert mask.plan.device.type == "cpu"
+    assert moved.plan.device.type == moved.valid.device.type == "meta"
+    assert (moved.seen, moved.plan.total_q) == (12, 12)
+    decoding = atman_mask(3, 1, 12, 11, attention_mask=padding_mask(LENGTHS, "left").bool())
+    assert send_to_device(decoding, "meta").one_row.device.type == "meta"

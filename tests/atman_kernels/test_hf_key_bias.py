@@ -17,14 +17,15 @@ from tests.atman_kernels.families import (
     random_model,
     window_of_layers,
 )
+from tests.atman_kernels.test_attention_all_backends import BACKENDS, DEVICE
 from tests.oracle import assert_as_exact_as_reference
 
 LENGTHS = [12, 7, 3]
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def random_bias(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+def random_bias(*shape: int, dtype: torch.dtype = torch.float32, device: object = "cpu") -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype).requires_grad_()
 
 
 class BiasedEager(nn.Module):
@@ -56,13 +57,13 @@ class BiasedEager(nn.Module):
 
 
 def loss_of(logits: Tensor, attention_mask: Tensor) -> Tensor:
-    weight = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2)).to(logits.dtype)
+    weight = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2)).to(logits)
     return ((logits.log_softmax(-1) @ weight) * attention_mask).sum()
 
 
 def biased(model: nn.Module, dtype: torch.dtype, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of the real tokens and the gradient of key_bias."""
-    bias = random_bias(*ids.shape, dtype=dtype)
+    bias = random_bias(*ids.shape, dtype=dtype, device=ids.device)
     output = model(ids, attention_mask=mask, key_bias=bias)
     logits = output if isinstance(output, Tensor) else output.logits
     loss_of(logits, mask).backward()
@@ -144,14 +145,19 @@ def test_a_cached_biased_forward_equals_the_uncached_one(family, make_cache, chu
     torch.testing.assert_close(torch.cat(parts, dim=1)[real], whole[real], rtol=1e-5, atol=1e-4)
 
 
-def test_the_forced_backend_computes_the_model():
-    model = random_model("llama")
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_every_backend_computes_the_padded_model(name):
     ids, mask = random_ids(3, 12), padding_mask(LENGTHS, "left")
     with backend("reference"):
-        reference = biased(model, torch.float32, ids, mask)
-    default = biased(model, torch.float32, ids, mask)
-    for actual, expected in zip(default, reference, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        reference = biased(random_model("mistral", num_hidden_layers=1), torch.float32, ids, mask)
+    exact = BiasedEager(random_model("mistral", "eager", num_hidden_layers=1).double())
+    oracle = biased(exact, torch.float64, ids, mask)
+    device = DEVICE if name == "triton" else "cpu"
+    with backend(name):
+        model = random_model("mistral", num_hidden_layers=1).to(device)
+        results = biased(model, torch.float32, ids.to(device), mask.to(device))
+    for i, key in enumerate(("logits", "dkey_bias")):
+        assert_as_exact_as_reference(key, results[i].cpu(), reference[i], oracle[i])
 
 
 def swapped(attn_implementation: str) -> PreTrainedModel:

@@ -162,6 +162,13 @@ def test_generate_rejects_key_bias():
         random_model("llama").generate(random_ids(1, 4), key_bias=torch.zeros(1, 4), max_new_tokens=1)
 
 
+def test_other_implementations_drop_key_bias_in_silence():
+    model, ids, bias = random_model("llama", "sdpa"), random_ids(1, 4), torch.tensor([[-9.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(model(ids, key_bias=bias).logits, model(ids).logits)
+    model.set_attn_implementation("atman")
+    assert not torch.equal(model(ids, key_bias=bias).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("key_bias", "message"),
     [

@@ -11,10 +11,10 @@ from atman_kernels import AttentionPlan, attention, attention_varlen, backend
 from tests.atman_kernels.grid import Case, Operands, assert_exact, make_operands, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PACKED = Case((65, 17, 40), heads=(4, 2), head_dim=32, lse_gradient=False)
+PACKED = Case((65, 17, 20), heads=(4, 2), head_dim=32, lse_gradient=False)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
@@ -69,9 +69,8 @@ def test_dkey_bias_with_prefix_is_completed_by_the_prefix_columns() -> None:
 def test_repeated_backwards_are_bitwise_equal() -> None:
     operands = make_operands(PACKED, torch.float16, DEVICE)
     first = run("triton", PACKED, operands)
-    for _ in range(2):
-        again = run("triton", PACKED, operands)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+    again = run("triton", PACKED, operands)
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_removing_a_key_by_its_bias_equals_deleting_it() -> None:

@@ -89,6 +89,6 @@ def _dense_masks(model: PreTrainedModel, columns: Tensor) -> Any:
         seen = (distance >= 0) & (distance < reach)
         return torch.where(seen, columns[None, :].expand(length, length), -torch.inf)[None, None].to(model.dtype)
 
-    if model.config.model_type == "gemma3_text":
+    if "sliding_attention" in getattr(model.config, "layer_types", ()):
         return {"full_attention": dense(length), "sliding_attention": dense(window)}
     return dense(length if model.config.model_type != "mistral" or window is None else window)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import datasets
+import httpx
 import pytest
 
 from atmanrl.config import DataConfig
@@ -165,7 +166,10 @@ def test_the_last_marker_holds_the_gold_answer():
     assert gold_answer("#### 1/2") == "1/2"
 
 
-@pytest.mark.parametrize("error", [ConnectionError("offline"), datasets.exceptions.DatasetNotFoundError("offline")])
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("offline"), datasets.exceptions.DatasetNotFoundError("offline"), httpx.ConnectError("offline")],
+)
 def test_an_unreachable_hub_says_how_to_pass_a_local_file(monkeypatch, error):
     def offline(*_args, **_kwargs):
         raise error

@@ -42,7 +42,9 @@ FAMILIES = {
     "llama tied": lambda: LlamaForCausalLM(LlamaConfig(**_SHAPE, tie_word_embeddings=True)),
     "llama biased": lambda: LlamaForCausalLM(LlamaConfig(**_SHAPE, attention_bias=True, mlp_bias=True)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SHAPE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**_SHAPE, use_sliding_window=True, sliding_window=7, layer_types=_SLIDING)
+    ),
     "mistral window": lambda: MistralForCausalLM(MistralConfig(**_SHAPE, sliding_window=7)),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**_SHAPE, sliding_window=7, layer_types=_SLIDING, query_pre_attn_scalar=16)

@@ -1,0 +1,7 @@
+"""``python -m atmanrl`` and ``accelerate launch -m atmanrl``."""
+
+import sys
+
+from atmanrl.cli import main
+
+sys.exit(main())

@@ -1,0 +1,186 @@
+"""The command line: parse, import late, call. Loading this module, and ``--help``, load no torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from atmanrl.recipe import ModelConfig, builtin_recipes, parse_overrides
+
+TRAIN_HELP = """\
+Any key of a recipe can be overridden: --learning_rate 1e-6, --mask.steps 100, --data.path train.jsonl. Keys are the
+sections model.*, data.*, evaluation.* and mask.*, and the fields of atmanrl.trainer.AtManGRPOConfig, which are those of
+TRL's GRPOConfig and of Hugging Face's TrainingArguments as well.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status: 0, 1 where a check failed, 2 for input that cannot be used."""
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    try:
+        if known.command == "train":
+            from atmanrl.commands.train import train
+
+            return train(
+                known.config,
+                parse_overrides(rest),
+                dry_run=known.dry_run,
+                overwrite=known.overwrite,
+                resume=known.resume,
+            )
+        if known.command == "evaluate":
+            from atmanrl.commands.evaluate import evaluate_command
+
+            return evaluate_command(
+                known.config, parse_overrides(rest), checkpoints=known.checkpoints, output=known.output
+            )
+        if known.command == "explain":
+            return _explain(known, parse_overrides(rest))
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if known.command == "compare":
+            from atmanrl.commands.compare import compare_command
+
+            return compare_command(known.before, known.after, output=known.output)
+        from atmanrl.commands.doctor import doctor
+
+        return doctor()
+    except ValueError as error:
+        print(f"atmanrl {known.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from atmanrl.commands.explain import explain_command
+
+    return explain_command(
+        ModelConfig(known.model, known.revision, known.dtype),
+        overrides,
+        examples=known.input,
+        prompt=known.prompt,
+        completion=known.completion,
+        answer=known.answer,
+        html=known.html,
+        json=known.json,
+        csv=known.csv,
+        max_new_tokens=known.max_new_tokens,
+        temperature=known.temperature,
+        seed=known.seed,
+        color=known.color,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atmanrl", description="Saliency of a chain of thought, and reinforcement learning on it."
+    )
+    parser.add_argument("--version", action="version", version=f"atmanrl {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model with GRPO on outcome and saliency rewards",
+        description="Train a model with GRPO on outcome and saliency rewards.",
+        epilog=TRAIN_HELP,
+        allow_abbrev=False,
+    )
+    train.add_argument(
+        "--config", required=True, metavar="RECIPE", help=f"a YAML file, or one of: {', '.join(builtin_recipes())}"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the batch arithmetic and what an update costs, and stop"
+    )
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run in output_dir from its last checkpoint")
+    again.add_argument("--overwrite", action="store_true", help="delete the run that output_dir holds")
+
+    _add_evaluate(commands)
+    _add_explain(commands)
+    compare = commands.add_parser(
+        "compare",
+        help="compare two files of explain or evaluate, prompt by prompt",
+        description="Print the paired comparison of two files that explain or evaluate wrote.",
+    )
+    compare.add_argument("before", type=Path, metavar="BEFORE.json")
+    compare.add_argument("after", type=Path, metavar="AFTER.json")
+    compare.add_argument("--output", type=Path, metavar="DIR", help="also write report.html, plots and tables there")
+
+    commands.add_parser(
+        "doctor",
+        help="check the installation: versions, devices, kernels",
+        description="Check the installation: versions, devices, and every available kernel against the reference.",
+    )
+    return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy, length and saliency of checkpoints on held-out prompts",
+        description="Evaluate checkpoints on the same held-out prompts; several are compared with the first.",
+        epilog="Any key of the recipe can be overridden: --evaluation.prompts 64, --evaluation.saliency false, "
+        "--mask.steps 100, --data.path test.jsonl.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument(
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help=f"a YAML file, such as a run's config.yaml, or one of: {', '.join(builtin_recipes())}",
+    )
+    evaluate.add_argument(
+        "--checkpoints",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help='directories, Hugging Face ids or "ledger"; the recipe\'s model if left out',
+    )
+    evaluate.add_argument(
+        "--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="where the results go"
+    )
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="show which tokens of a chain of thought its answer rests on",
+        description="Show which tokens of a chain of thought its answer rests on.",
+        epilog="How masks are optimised can be set with --mask.steps, --mask.lr and the other fields of MaskConfig.",
+        allow_abbrev=False,
+    )
+    explain.add_argument("--model", required=True, help='directory, Hugging Face id, or "ledger" (built in)')
+    explain.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    explain.add_argument("--dtype", default="float32", help="of the parameters (float32, bfloat16)")
+    given = explain.add_mutually_exclusive_group(required=True)
+    given.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='one object per line: "prompt" (text or messages), and if given "completion", "answer", "expected", "id"',
+    )
+    given.add_argument("--prompt", help="one prompt")
+    explain.add_argument("--completion", help="its completion; the model writes one if left out")
+    explain.add_argument("--answer", help="the answer as it stands in the completion, where nothing announces it")
+    explain.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of written completions")
+    explain.add_argument("--temperature", type=float, default=0.0, help="of written completions; 0 is greedy")
+    explain.add_argument("--seed", type=int, default=0)
+    explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
+    explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")
+    explain.add_argument("--csv", type=Path, metavar="FILE", help="write a row per token")
+    explain.add_argument("--no-color", dest="color", action="store_false")
+
+
+def _version() -> str:
+    try:
+        return version("atmanrl")
+    except PackageNotFoundError:
+        return "(source tree)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

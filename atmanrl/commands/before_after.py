@@ -1,0 +1,77 @@
+"""Held-out evaluation on both sides of a training run, and the report that compares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atmanrl.comparison import write_comparison
+from atmanrl.data import Task
+from atmanrl.evaluation import evaluate
+from atmanrl.generation import GenerationSettings
+from atmanrl.recipe import Recipe
+from atmanrl.records import Run
+from atmanrl.trainer import AtManGRPOConfig
+
+BEFORE, AFTER = "before.json", "after.json"
+
+
+class BeforeAfter:
+    """Evaluates the policy before and after training on the same prompts, with the same seed.
+
+    Args:
+        recipe: its ``evaluation`` section says how; 0 prompts turn everything off.
+        args: masks are optimised as in training.
+        task: its test rows are the prompts.
+        tokenizer: the policy's.
+        run: directory the results go to.
+    """
+
+    def __init__(
+        self, recipe: Recipe, args: AtManGRPOConfig, task: Task, tokenizer: PreTrainedTokenizerBase, run: Path
+    ) -> None:
+        self.recipe = recipe
+        self.args = args
+        self.task = task
+        self.tokenizer = tokenizer
+        self.run = run
+
+    def before(self, model: PreTrainedModel) -> None:
+        """Evaluate the untrained policy, unless a stopped run has done so already."""
+        config = self.recipe.evaluation
+        if config.prompts and config.before and not (self.run / BEFORE).is_file():
+            self._evaluate(model, "before").save(self.run / BEFORE)
+
+    def after(self, model: PreTrainedModel, console: Console) -> None:
+        """Evaluate the trained policy; with an evaluation before, print and write the comparison."""
+        config = self.recipe.evaluation
+        if not config.prompts:
+            return
+        after = self._evaluate(model, "after")
+        after.save(self.run / AFTER)
+        if config.before:
+            before = Run.load(self.run / BEFORE)
+            write_comparison(self.run, before, after, title=f"AtManRL on {self.task.name}", console=console)
+
+    def _evaluate(self, model: PreTrainedModel, label: str) -> Run:
+        config = self.recipe.evaluation
+        return evaluate(
+            model,
+            self.tokenizer,
+            self.task,
+            self.task.test.select(range(min(config.prompts, len(self.task.test)))),
+            label=label,
+            generation=GenerationSettings(
+                max_new_tokens=self.args.max_completion_length,
+                temperature=config.temperature,
+                samples=config.samples,
+                batch_size=config.batch_size,
+            ),
+            mask=self.args.mask,
+            saliency=config.saliency,
+            seed=config.seed,
+            settings={"model": self.recipe.model.name},
+            progress=True,
+        )

@@ -1,0 +1,96 @@
+"""``atmanrl evaluate``: one or several checkpoints on the same held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from atmanrl.comparison import write_comparison, write_single
+from atmanrl.config import MaskConfig
+from atmanrl.data import Task, load_task
+from atmanrl.evaluation import evaluate
+from atmanrl.generation import GenerationSettings
+from atmanrl.policy import load_policy
+from atmanrl.recipe import Recipe, build, load_recipe
+from atmanrl.records import Run
+
+
+def evaluate_command(
+    config: str,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    checkpoints: Sequence[str] = (),
+    output: Path = Path("runs/evaluation"),
+) -> int:
+    """Evaluate checkpoints by a recipe's data, evaluation and mask sections, and return the exit status.
+
+    Writes ``<label>.json`` per checkpoint, and the report: of the one checkpoint, of both side by side, or, with more,
+    of each later one against the first in ``<label>/``.
+
+    Args:
+        config: a recipe or a run's ``config.yaml``.
+        overrides: see `load_recipe`.
+        checkpoints: directories, hub ids or "ledger"; the recipe's model where none is given.
+        output: directory the results go to.
+
+    Raises:
+        ValueError: for a recipe, data or a checkpoint that cannot be used.
+    """
+    recipe = load_recipe(config, overrides)
+    if not recipe.evaluation.prompts:
+        raise ValueError(f"{recipe.source}: evaluation.prompts is 0; pass --evaluation.prompts N")
+    task = load_task(recipe.data)
+    names = list(checkpoints) or [recipe.model.name]
+    output.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for name, label in zip(names, labels(names), strict=True):
+        run = _evaluate(recipe, task, name, label)
+        run.save(output / f"{label}.json")
+        runs.append(run)
+    console = Console(highlight=False)
+    if len(runs) == 1:
+        write_single(output, runs[0], title=f"{runs[0].label} on {task.name}", console=console)
+    for after in runs[1:]:
+        folder = output if len(runs) == 2 else output / after.label
+        title = f"{runs[0].label} and {after.label} on {task.name}"
+        write_comparison(folder, runs[0], after, title=title, console=console)
+    console.print(f"written: {output}", markup=False)
+    return 0
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """A short distinct name per checkpoint: as many trailing parts of its path as it takes, joined by "-"."""
+    parts = [Path(name).parts for name in names]
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"a checkpoint is named twice: {', '.join(names)}")
+    for length in range(1, max(map(len, parts)) + 1):
+        short = ["-".join(part.strip("/") for part in path[-length:]).strip("-") for path in parts]
+        if len(set(short)) == len(short):
+            return short
+    return [f"{i + 1}-{name}" for i, name in enumerate(short)]
+
+
+def _evaluate(recipe: Recipe, task: Task, name: str, label: str) -> Run:
+    section = recipe.evaluation
+    model, tokenizer = load_policy(replace(recipe.model, name=name))
+    limit = recipe.training.get("max_completion_length")
+    mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.")
+    generation = GenerationSettings(
+        temperature=section.temperature, samples=section.samples, batch_size=section.batch_size
+    )
+    return evaluate(
+        model,
+        tokenizer,
+        task,
+        task.test.select(range(min(section.prompts, len(task.test)))),
+        label=label,
+        generation=generation if limit is None else replace(generation, max_new_tokens=limit),
+        mask=mask,
+        saliency=section.saliency,
+        seed=section.seed,
+        settings={"model": name},
+        progress=True,
+    )

@@ -1,0 +1,113 @@
+"""``atmanrl explain``: saliency of given or generated completions, in the terminal and in files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from atmanrl.config import MaskConfig
+from atmanrl.explanation import Example, explain, read_examples
+from atmanrl.generation import GenerationSettings
+from atmanrl.policy import load_policy
+from atmanrl.recipe import ModelConfig, RecipeError, build
+from atmanrl.records import Run
+from atmanrl.report import print_run, write_page
+
+
+def explain_command(
+    model: ModelConfig,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    examples: Path | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    answer: str | None = None,
+    html: Path | None = None,
+    json: Path | None = None,
+    csv: Path | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    color: bool = True,
+) -> int:
+    """Explain the examples of a JSONL file, or one prompt, and return the exit status.
+
+    Args:
+        model: what explains its own answers.
+        overrides: ``mask.*`` keys, as on the command line of ``train``.
+        examples: JSONL file, see `read_examples`.
+        prompt, completion, answer: one example, see `Example`; the model writes a completion that is not given.
+        html, json, csv: files to write.
+        max_new_tokens, temperature, seed: of completions that the model writes.
+        color: whether the terminal's colours may be used.
+
+    Raises:
+        ValueError: for examples or options that cannot be used, before anything is computed.
+    """
+    mask = mask_config(overrides)
+    for path in (html, json, csv):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no directory {path.parent}")
+    items = _examples(examples, prompt, completion, answer)
+    policy, tokenizer = load_policy(model)
+    generation = None
+    if max_new_tokens is not None or temperature > 0:
+        generation = GenerationSettings(temperature=temperature)
+        generation = generation if max_new_tokens is None else replace(generation, max_new_tokens=max_new_tokens)
+    run = explain(
+        policy,
+        tokenizer,
+        items,
+        label=Path(model.name).name,
+        generation=generation,
+        mask=mask,
+        seed=seed,
+        settings={"model": model.name},
+        progress=True,
+    )
+    console = Console(no_color=not color, highlight=False)
+    print_run(run, console)
+    _write(run, console, html=html, json=json, csv=csv)
+    return 0
+
+
+def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
+    """A `MaskConfig` from ``mask.*`` overrides.
+
+    Raises:
+        RecipeError: for any other key, or a value the mask does not take.
+    """
+    values = {}
+    for key, text in overrides:
+        section, _, name = key.partition(".")
+        if section != "mask" or not name:
+            raise RecipeError(f"unknown option --{key}; only --mask.* can be set besides the options of this command")
+        values[name] = yaml.safe_load(text)
+    return build(MaskConfig, values, source="command line", prefix="mask.")
+
+
+def _examples(path: Path | None, prompt: str | None, completion: str | None, answer: str | None) -> list[Example]:
+    if (path is None) == (prompt is None):
+        raise ValueError("give either a file of examples or one prompt")
+    if path is None:
+        return [Example(prompt or "", completion, answer)]
+    if completion is not None or answer is not None:
+        raise ValueError("the completion and the answer of a file's examples stand in the file")
+    return list(read_examples(path))
+
+
+def _write(run: Run, console: Console, *, html: Path | None, json: Path | None, csv: Path | None) -> None:
+    if html is not None:
+        write_page(html, run, shown=len(run.rollouts))
+    if json is not None:
+        run.save(json)
+    if csv is not None:
+        with csv.open("w", encoding="utf-8", newline="") as file:
+            run.write_csv(file)
+    for path in (html, json, csv):
+        if path is not None:
+            console.print(f"written: {path}", markup=False)

@@ -1,0 +1,87 @@
+"""``atmanrl train``: recipe -> task and policy -> evaluation, training, evaluation -> run directory."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
+
+from atmanrl import checkpoints, run_directory
+from atmanrl.callbacks import MetricsFile, ProgressLine, StopOnSigterm
+from atmanrl.commands.before_after import BeforeAfter
+from atmanrl.commands.dry_run import describe_update
+from atmanrl.data import Task, load_task
+from atmanrl.policy import load_policy
+from atmanrl.recipe import build, load_recipe
+from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
+
+MODEL = "model"
+
+
+def train(
+    config: str,
+    overrides: Sequence[tuple[str, str]],
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> int:
+    """Run a recipe and return the exit status.
+
+    Raises:
+        ValueError: for a recipe, data or an output directory that cannot be used, before anything is computed.
+    """
+    recipe = load_recipe(config, overrides)
+    args = build(AtManGRPOConfig, {"disable_tqdm": True, **recipe.training}, source=recipe.source)
+    console = Console()
+    if dry_run:
+        console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
+        return 0
+    run = Path(args.output_dir)
+    process = PartialState()
+    if process.is_main_process:
+        run_directory.prepare(run, recipe, overwrite=overwrite, resume=resume)
+    process.wait_for_everyone()
+    checkpoint = checkpoints.last_checkpoint(run) if resume else None
+    task = load_task(recipe.data)
+    model, tokenizer = load_policy(recipe.model)
+    steps = args.arithmetic.optimizer_steps(len(task.train), args.num_train_epochs)
+    _check_context(model, tokenizer, task, args)
+    if process.is_main_process:
+        console.print(args.arithmetic.describe(), highlight=False)
+        console.print(f"steps             {args.max_steps if args.max_steps > 0 else steps} optimiser steps")
+
+    # Nothing is lost before the first generation batch; from then on the trainer's own handler saves.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    evaluation = BeforeAfter(recipe, args, task, tokenizer, run)
+    # Before the trainer is made: it seeds the generators, so that an evaluation changes no number of the training.
+    evaluation.before(model)
+    stop = StopOnSigterm(args.arithmetic.steps_per_generation)
+    trainer = AtManGRPOTrainer(model, args, task, tokenizer, callbacks=[stop])
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressLine(trainer.seconds))
+    trainer.add_callback(MetricsFile(trainer.seconds))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.requested:
+        console.print(f"stopped at step {trainer.state.global_step}; the same command with --resume goes on from there")
+        return 0
+    trainer.save_model(str(run / MODEL))
+    evaluation.after(trainer.accelerator.unwrap_model(trainer.model), console)
+    return 0
+
+
+def _check_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, args: AtManGRPOConfig) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or args.max_completion_length is None:
+        return
+    if args.max_completion_length >= context:
+        raise ValueError(
+            f"max_completion_length {args.max_completion_length} leaves no room for a prompt in the model's context of "
+            f"{context} tokens"
+        )

@@ -1,0 +1,111 @@
+"""A run's directory: what stands in it, and when one may be written to. Importing this module loads no torch.
+
+    config.yaml          the recipe with every override, itself a recipe
+    environment.json     versions of Python and of the packages, the command line
+    metrics.jsonl        one line per log step; reproducible
+    timings.jsonl        seconds of generation, saliency and update per log step
+    checkpoint-N/        to resume from
+    model/               the trained model, Hugging Face format
+    before.json after.json summary.json report.html plots/   the evaluation
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atmanrl.recipe import Recipe
+
+CONFIG = "config.yaml"
+PACKAGES = ("atmanrl", "torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "flash-attn")
+
+_WRITTEN = (
+    *(CONFIG, "environment.json", "metrics.jsonl", "timings.jsonl", "training_args.bin", "README.md"),
+    *("before.json", "after.json", "summary.json", "report.html", "summary.md"),
+    *("checkpoint-*", ".saving", "model", "plots", "runs", "completions", "non_finite"),
+)
+# A run may go on for longer than it was first asked to; everything else is part of what makes it reproducible.
+_MAY_CHANGE = ("max_steps", "num_train_epochs", "save_total_limit", "report_to")
+
+
+class RunDirectoryError(ValueError):
+    """The directory cannot be used; the message says what it holds and what to do."""
+
+
+def prepare(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Make ``path`` ready for a run of ``recipe``, or for the rest of one.
+
+    Args:
+        path: the run's directory, created if need be.
+        recipe: what will be run, written to config.yaml.
+        overwrite: delete what an earlier run wrote there, and nothing else.
+        resume: the directory must hold a run of this same recipe.
+
+    Raises:
+        RunDirectoryError: the directory holds another run, or files that are no run's; or there is nothing to resume,
+            or the recipe is not the one that was started (with the keys that differ).
+    """
+    config = path / CONFIG
+    holds_run = config.is_file()
+    if resume:
+        if not holds_run:
+            raise RunDirectoryError(f"{path} holds no run to resume: there is no {config}")
+        _check_same(config, recipe)
+    elif holds_run and overwrite:
+        for pattern in _WRITTEN:
+            for item in path.glob(pattern):
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+    elif holds_run:
+        raise RunDirectoryError(
+            f"{path} holds another run ({', '.join(_contents(path))}): choose another output_dir, go on with --resume or "
+            f"delete it with --overwrite"
+        )
+    elif path.exists() and any(path.iterdir()):
+        raise RunDirectoryError(
+            f"{path} is not empty ({', '.join(_contents(path))}) and holds no run: choose another output_dir"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    config.write_text(recipe.to_yaml(), encoding="utf-8")
+    (path / "environment.json").write_text(json.dumps(_environment(), indent=1), encoding="utf-8")
+
+
+def _contents(path: Path, most: int = 5) -> list[str]:
+    names = sorted(item.name for item in path.iterdir())
+    return names[:most] + (["..."] if len(names) > most else [])
+
+
+def _check_same(config: Path, recipe: Recipe) -> None:
+    before, now = (dict(_flat(yaml.safe_load(text))) for text in (config.read_text(encoding="utf-8"), recipe.to_yaml()))
+    differing = [
+        f"{key} ({before.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in _MAY_CHANGE
+    ]
+    if differing:
+        raise RunDirectoryError(f"{config} was started with other settings: {', '.join(differing)}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"python": platform.python_version(), "platform": platform.platform(), "argv": sys.argv, **versions}

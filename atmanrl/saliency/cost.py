@@ -1,0 +1,76 @@
+"""What mask optimisation must cost, counted from shapes: operations of a step, bytes that a packed row keeps alive."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from atman_kernels.flops import attention_backward_flops, attention_forward_flops, visible_pairs
+from atmanrl.saliency.packing import PackedRollouts
+
+
+class DecoderShape(NamedTuple):
+    """Sizes of a gated-MLP decoder: layers L, hidden h, q width, k and v width each, MLP width m, vocabulary V."""
+
+    layers: int
+    hidden: int
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> DecoderShape:
+        """The shape of a Llama-like model."""
+        config = model.config
+        heads_q = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads_q=heads_q,
+            heads_kv=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads_q,
+            mlp=config.intermediate_size,
+            vocabulary=config.vocab_size,
+        )
+
+    @property
+    def width_q(self) -> int:
+        """Columns of q."""
+        return self.heads_q * self.head_dim
+
+    @property
+    def width_kv(self) -> int:
+        """Columns of k, and of v."""
+        return self.heads_kv * self.head_dim
+
+
+def necessary_flops(shape: DecoderShape, batch: PackedRollouts, windows: list[int | None]) -> int:
+    """Operations of one step, forward and backward, that no implementation of the paper's mask can leave out.
+
+    With R rows of which N predict a loss token: the linear layers of R rows, without layer 0's q, k, v (constant) and
+    layer L-1's parts after k and v outside the N rows; the vocabulary for N rows; the same again for input gradients;
+    attention over visible pairs, 4 per pair and column of q forward, 10 (own keys) or 6 (prefix keys) backward, layer
+    0 only 4. A multiplication with its addition counts as 2. What is done once per batch is not in it.
+
+    Args:
+        shape: of the decoder; batch: the packed rollouts; windows: of each layer's attention, None for full.
+    """
+    rows, loss_rows = batch.n_rows, len(batch.loss_rows)
+    h, dq, dkv = shape.hidden, shape.width_q, shape.width_kv
+    inputs_q, inputs_kv, after = 2 * h * dq, 4 * h * dkv, 2 * dq * h + 6 * h * shape.mlp
+    linear = 2 * h * shape.vocabulary * loss_rows
+    attention = 0
+    for layer, window in enumerate(windows):
+        first, last = layer == 0, layer == shape.layers - 1
+        queries = loss_rows if last else rows
+        linear += queries * after
+        if not first:
+            linear += queries * inputs_q + rows * inputs_kv
+        own, prefix = visible_pairs((batch.loss_plan if last else batch.plan).sequences, causal=True, window=window)
+        attention += attention_forward_flops(own + prefix, shape.heads_q, shape.head_dim)
+        needs = dict.fromkeys(("need_dq", "need_dk", "need_dv"), not first)
+        attention += attention_backward_flops(own, prefix, shape.heads_q, shape.head_dim, **needs)
+    return 2 * linear + attention

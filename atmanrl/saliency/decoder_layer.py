@@ -1,0 +1,258 @@
+"""One frozen decoder layer, forward and backward, in buffers that are made once and used in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atman_kernels import AttentionPlan, SharedPrefix, attention_varlen
+from atmanrl.saliency.pointwise import Pointwise
+
+
+class Geometry(NamedTuple):
+    """What the layers of a decoder have in common.
+
+    Attributes:
+        head_dim: of the attention; sm_scale: factor of its scores; eps: of the norms.
+        cos, sin: (R, 1, head_dim / 2), the rotary embedding of every row.
+        block: rows that the row-wise parts work on at a time.
+        pointwise: norm, rotary embedding and SwiGLU for the device.
+    """
+
+    head_dim: int
+    sm_scale: float
+    eps: float
+    cos: Tensor
+    sin: Tensor
+    block: int
+    pointwise: Pointwise
+
+
+class HeadProjection:
+    """rotate(norm(x W^T + b)), the path of q or k into the attention; without norm and rotation, that of v.
+
+    Args:
+        linear: the projection; norm: weight of a norm over each head (Qwen3), or None.
+        rows: how many there are; index: which of the geometry's rows they are, None: all, in order.
+        like: a tensor of the right dtype and device.
+        rotary: whether the rotary embedding is applied.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        norm: Tensor | None,
+        geometry: Geometry,
+        rows: int,
+        like: Tensor,
+        *,
+        rotary: bool,
+        index: Tensor | None = None,
+    ) -> None:
+        self._linear, self._norm, self._geometry, self._rotary = linear, norm, geometry, rotary
+        self._cos, self._sin = (x if index is None else x[index] for x in (geometry.cos, geometry.sin))
+        self.out = like.new_empty(rows, linear.out_features // geometry.head_dim, geometry.head_dim)
+        # Kept for the backward of the norm only.
+        self._raw = None if norm is None else torch.empty_like(self.out)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The buffers."""
+        return [self.out] if self._raw is None else [self.out, self._raw]
+
+    def forward(self, x: Tensor, rows: slice) -> None:
+        """Fill ``out[rows]`` from x (rows, hidden)."""
+        ops, out = self._geometry.pointwise, self.out[rows]
+        if self._norm is None and not self._rotary:
+            project(x, self._linear, out.flatten(1))
+            return
+        y = project(x, self._linear).view(out.shape)
+        if self._norm is not None and self._raw is not None:
+            self._raw[rows] = y
+            y, _ = ops.rms_norm(y, self._norm, self._geometry.eps)
+        out.copy_(ops.rotate(y, self._cos[rows], self._sin[rows]) if self._rotary else y)
+
+    def backward(self, dy: Tensor, rows: slice, dx: Tensor | None) -> Tensor:
+        """The gradient of x given ``dy`` of all rows, added to ``dx`` where there is one."""
+        ops, dy = self._geometry.pointwise, dy[rows]
+        if self._rotary:
+            dy = ops.rotate(dy, self._cos[rows], -self._sin[rows])
+        if self._norm is not None and self._raw is not None:
+            raw = self._raw[rows]
+            _, rstd = ops.rms_norm(raw, self._norm, self._geometry.eps)
+            dy = ops.rms_norm_backward(dy, raw, self._norm, rstd)
+        return pull_back(dy.reshape(len(dy), -1), self._linear, dx)
+
+
+class FrozenLayer:
+    """Pre-norm attention and gated MLP with weights that get no gradient.
+
+    For the backward it keeps the input and the middle of the residual stream, q, k, v, o, lse, gate and up; nothing of
+    the linear layers, because a frozen one needs only its weight.
+
+    Args:
+        module: a Llama, Mistral, Qwen2 or Qwen3 decoder layer.
+        geometry: see :class:`Geometry`.
+        x: (R, hidden), the buffer that holds the input whenever the layer runs.
+        queries: (Q,) int64, the rows that go on after the attention; None: all. In the last layer only those that
+            predict a loss token do, while every row still gives keys and values.
+        constant_input: the input does not depend on the bias (the first layer): q, k and v are computed once and the
+            backward ends at the bias.
+        plan: layout of query rows and keys; prefix: the prompts' keys and values in this layer.
+        window: of the attention, or None.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        geometry: Geometry,
+        x: Tensor,
+        *,
+        queries: Tensor | None,
+        constant_input: bool,
+        plan: AttentionPlan,
+        prefix: SharedPrefix,
+        window: int | None,
+    ) -> None:
+        attention, self._mlp = module.self_attn, module.mlp
+        self._o_proj = attention.o_proj
+        self._norm_in, self._norm_mid = module.input_layernorm.weight, module.post_attention_layernorm.weight
+        self._geometry, self._queries, self._constant_input = geometry, queries, constant_input
+        self._plan, self._prefix, self._window = plan, prefix, window
+        self._projected = False
+
+        rows, hidden = x.shape
+        n_queries = rows if queries is None else len(queries)
+        q_norm, k_norm = (getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm"))
+        self._q = HeadProjection(attention.q_proj, q_norm, geometry, n_queries, x, rotary=True, index=queries)
+        self._k = HeadProjection(attention.k_proj, k_norm, geometry, rows, x, rotary=True)
+        self._v = HeadProjection(attention.v_proj, None, geometry, rows, x, rotary=False)
+        self.x = x
+        self.out, self._middle = (x.new_empty(n_queries, hidden) for _ in range(2))
+        self._gate, self._up = (x.new_empty(n_queries, self._mlp.gate_proj.out_features) for _ in range(2))
+        self._rstd_in = x.new_empty((rows, 1), dtype=torch.float32)
+        self._rstd_mid = x.new_empty((n_queries, 1), dtype=torch.float32)
+        self._o: Tensor | None = None
+        self._leaves: tuple[Tensor, ...] = ()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that this layer keeps for its backward: its buffers, the attention's output and its logsumexp."""
+        buffers = [self.out, self._middle, self._gate, self._up, self._rstd_in, self._rstd_mid]
+        for projection in (self._q, self._k, self._v):
+            buffers += projection.kept
+        n_queries, heads_q, _ = self._q.out.shape
+        return sum(buffer.nbytes for buffer in buffers) + self._q.out.nbytes + 4 * n_queries * heads_q
+
+    def forward(self, key_bias: Tensor, *, keep: bool) -> None:
+        """Fill ``out`` (Q, hidden) from ``x`` under ``key_bias`` (R,); with ``keep`` a backward may follow."""
+        if not (self._constant_input and self._projected):
+            self._project()
+            self._projected = True
+        o = self._attend(key_bias, keep=keep).flatten(1)
+        x = self.x if self._queries is None else self.x[self._queries]
+        ops = self._geometry.pointwise
+        for rows in self._blocks(len(self.out)):
+            middle, gate, up = self._middle[rows], self._gate[rows], self._up[rows]
+            torch.add(x[rows], project(o[rows], self._o_proj), out=middle)
+            normed, self._rstd_mid[rows] = ops.rms_norm(middle, self._norm_mid, self._geometry.eps)
+            project(normed, self._mlp.gate_proj, gate)
+            project(normed, self._mlp.up_proj, up)
+            torch.add(middle, project(ops.swiglu(gate, up), self._mlp.down_proj), out=self.out[rows])
+
+    def backward(self, d_out: Tensor, d_x: Tensor | None) -> Tensor:
+        """Pull the gradient of ``out`` back to the input and the bias.
+
+        Args:
+            d_out: (Q, hidden), overwritten.
+            d_x: (R, hidden), receives the gradient of ``x``; the same tensor as ``d_out`` where all rows are queries;
+                None where the input is constant.
+
+        Returns:
+            the gradient of the bias from this layer, (R,).
+        """
+        do = torch.empty_like(self._q.out)
+        for rows in self._blocks(len(d_out)):
+            # From here on d_out holds the gradient of the middle of the residual stream.
+            d_out[rows] += self._mlp_backward(d_out[rows], rows)
+            do[rows] = pull_back(d_out[rows], self._o_proj).view(do[rows].shape)
+        assert self._o is not None, "forward(keep=True) comes first"
+        *d_qkv, d_bias = torch.autograd.grad(self._o, self._leaves, do)
+        self._o, self._leaves = None, ()
+        if d_x is not None:
+            self._inputs_backward(d_qkv, d_out, d_x)
+        return d_bias
+
+    def _project(self) -> None:
+        ops, eps = self._geometry.pointwise, self._geometry.eps
+        for rows in self._blocks(len(self.x)):
+            normed, self._rstd_in[rows] = ops.rms_norm(self.x[rows], self._norm_in, eps)
+            self._k.forward(normed, rows)
+            self._v.forward(normed, rows)
+            if self._queries is None:
+                self._q.forward(normed, rows)
+        if self._queries is not None:
+            for rows in self._blocks(len(self._queries)):
+                self._q.forward(ops.rms_norm(self.x[self._queries[rows]], self._norm_in, eps)[0], rows)
+
+    def _attend(self, key_bias: Tensor, *, keep: bool) -> Tensor:
+        # A graph of this one operation: its backward is called where this layer's own backward needs it.
+        with torch.set_grad_enabled(keep):
+            needs_qkv = keep and not self._constant_input
+            q, k, v = (x.out.detach().requires_grad_(needs_qkv) for x in (self._q, self._k, self._v))
+            bias = key_bias.detach().requires_grad_(keep)
+            o = attention_varlen(
+                q,
+                k,
+                v,
+                bias,
+                plan=self._plan,
+                prefix=self._prefix,
+                sm_scale=self._geometry.sm_scale,
+                window=self._window,
+            )
+        if keep:
+            self._o, self._leaves = o, (q, k, v, bias) if needs_qkv else (bias,)
+        return o.detach()
+
+    def _mlp_backward(self, d_out: Tensor, rows: slice) -> Tensor:
+        ops, mlp = self._geometry.pointwise, self._mlp
+        d_gate, d_up = ops.swiglu_backward(pull_back(d_out, mlp.down_proj), self._gate[rows], self._up[rows])
+        d_normed = pull_back(d_up, mlp.up_proj, pull_back(d_gate, mlp.gate_proj))
+        return ops.rms_norm_backward(d_normed, self._middle[rows], self._norm_mid, self._rstd_mid[rows])
+
+    def _inputs_backward(self, d_qkv: list[Tensor], d_out: Tensor, d_x: Tensor) -> None:
+        dq, dk, dv = d_qkv
+        norm_backward = self._geometry.pointwise.rms_norm_backward
+        for rows in self._blocks(len(self.x)):
+            d_normed = self._v.backward(dv, rows, self._k.backward(dk, rows, None))
+            if self._queries is None:
+                d_normed = self._q.backward(dq, rows, d_normed)
+            d_rows = norm_backward(d_normed, self.x[rows], self._norm_in, self._rstd_in[rows])
+            d_x[rows] = d_rows if self._queries is not None else d_out[rows] + d_rows
+        if self._queries is not None:
+            for rows in self._blocks(len(self._queries)):
+                here = self._queries[rows]
+                d_normed = self._q.backward(dq, rows, None)
+                d_out[rows] += norm_backward(d_normed, self.x[here], self._norm_in, self._rstd_in[here])
+            d_x.index_add_(0, self._queries, d_out)
+
+    def _blocks(self, n: int) -> Iterator[slice]:
+        return (slice(start, min(start + self._geometry.block, n)) for start in range(0, n, self._geometry.block))
+
+
+def project(x: Tensor, linear: nn.Linear, out: Tensor | None = None) -> Tensor:
+    """x W^T + b, (rows, out_features), written to ``out`` if given."""
+    if linear.bias is None:
+        return torch.mm(x, linear.weight.t()) if out is None else torch.mm(x, linear.weight.t(), out=out)
+    if out is None:
+        return torch.addmm(linear.bias, x, linear.weight.t())
+    return torch.addmm(linear.bias, x, linear.weight.t(), out=out)
+
+
+def pull_back(dy: Tensor, linear: nn.Linear, dx: Tensor | None = None) -> Tensor:
+    """dy W, added to ``dx`` in place if given."""
+    return torch.mm(dy, linear.weight) if dx is None else torch.addmm(dx, dy, linear.weight, out=dx)

@@ -1,0 +1,391 @@
+"""GRPO with outcome and saliency rewards: TRL's trainer, with one more reward column and checkpoints that resume exactly.
+
+TRL samples, forms groups and advantages, weighs, logs and optimises. What is added: the rollouts' exact token ids reach
+the saliency computation together with the live policy (`AtManGRPOTrainer.saliency` is an ordinary TRL reward function);
+a checkpoint is written in one piece and only where a generation batch ends; NaN stops the run with its rollout on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from atmanrl import checkpoints
+from atmanrl.batches import BatchArithmetic
+from atmanrl.chat import end_of_turn_ids
+from atmanrl.config import MaskConfig
+from atmanrl.data import Task
+from atmanrl.metrics import class_metrics, mask_metrics, mean
+from atmanrl.rewards import Direction, Reduction, saliency_reward
+from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
+from atmanrl.saliency import NonFiniteLossError, SaliencyResult, optimize_masks
+
+Target = Literal["predicted", "correct"]
+
+UNLOGGED = "unlogged.json"
+"""File of a checkpoint: what was measured since the last log line."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
+    """TRL's ``GRPOConfig`` plus the saliency reward; defaults are the paper's (AtManRL, arXiv 2604.16158).
+
+    The reward is R = R_out + saliency_weight * R_sal, with R_out 0 for a correct answer and -1 otherwise, and the loss
+    L = -(1/G) sum_i (1/|o_i|) sum_t min(r_t A_i, clip(r_t, 1 - epsilon, 1 + epsilon) A_i) with A_i = R_i - mean(R) of the
+    group: ``scale_rewards="none"``, ``loss_type="grpo"``, no KL term. ``importance_sampling_level="sequence"`` puts one
+    length-normalised ratio per rollout in place of r_t.
+
+    Attributes:
+        saliency_weight: weight of R_sal; with 0 the run is TRL's own, step for step.
+        direction: see :func:`atmanrl.saliency_reward`.
+        reduction: see :func:`atmanrl.saliency_reward`.
+        target: which answer the mask's loss teacher-forces: the rollout's own ("predicted") or the gold ("correct").
+        mask: how masks are optimised.
+        log_saliency: compute and log the saliency also where ``saliency_weight`` is 0; it changes no number of the run.
+        skip_non_finite: leave a rollout with a NaN or infinite loss, mask or reward out instead of stopping.
+    """
+
+    saliency_weight: float = 1.0
+    direction: str = "restored"
+    reduction: str = "causal"
+    target: str = "predicted"
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    log_saliency: bool = False
+    skip_non_finite: bool = False
+
+    per_device_train_batch_size: int = 2
+    gradient_accumulation_steps: int = 32
+    num_iterations: int = 2
+    num_train_epochs: float = 8.0
+    max_completion_length: int | None = 1024
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "constant"
+    scale_rewards: str = "none"
+    loss_type: str = "grpo"
+    logging_steps: float = 1
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mask, Mapping):
+            self.mask = MaskConfig(**self.mask)
+        for name, choices in (("direction", Direction), ("reduction", Reduction), ("target", Target)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        if self.reward_weights is not None:
+            raise ValueError(f"reward_weights {self.reward_weights}: the one free weight is saliency_weight")
+        if self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end is not supported: checkpoints are rotated by age alone")
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        arithmetic = BatchArithmetic.check(
+            num_generations=self.num_generations,
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            num_iterations=self.num_iterations,
+            # What a launcher sets; the process group itself comes up inside super().__post_init__().
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            generation_batch_size=self.generation_batch_size,
+            steps_per_generation=self.steps_per_generation,
+        )
+        super().__post_init__()
+        if self.save_strategy == "steps" and self.save_steps >= 1:
+            arithmetic.check_save_steps(int(self.save_steps))
+        self.arithmetic = arithmetic
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**super().to_dict(), "mask": asdict(self.mask)}
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, mask or reward is NaN or infinite; the rollouts it came from are in the file the message names."""
+
+
+class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+    """TRL's GRPO trainer on an `atmanrl.data.Task`, rewarding correct answers and salient chains of thought.
+
+    Args:
+        model: the policy; its attention must go through transformers' AttentionInterface.
+        args: see `AtManGRPOConfig`.
+        task: rows to train on and how their answers are read.
+        processing_class: the policy's tokenizer.
+        callbacks: further callbacks of transformers' Trainer.
+        **kwargs: passed to ``trl.GRPOTrainer`` (``peft_config``, ``optimizers``, ``rollout_func``).
+
+    Attributes:
+        seconds: since the last reset, per part of an update: "generation", "saliency" and "update".
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: AtManGRPOConfig,
+        task: Task,
+        processing_class: PreTrainedTokenizerBase,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.task = task
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._prompt_ids: list[list[int]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._completion_ids: list[list[int]] = []
+        self._splits: list[CompletionSplit] = []
+        self._staging: Path | None = None
+        reward_funcs = [self.outcome]
+        args.reward_weights = [1.0]
+        if args.saliency_weight or args.log_saliency:
+            reward_funcs.append(self.saliency)
+            args.reward_weights.append(args.saliency_weight)
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=task.train,
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+            **kwargs,
+        )
+        self._end_ids = end_of_turn_ids(processing_class, self.eos_token_ids)
+
+    # Reward functions: TRL calls them with the data set's columns and weighs, adds and logs what they return.
+
+    def outcome(
+        self, completion_ids: list[list[int]], answer: list[str], log_metric: Any, log_extra: Any, **columns: Any
+    ) -> list[float]:
+        """R_out: 0 where the parsed answer equals the gold answer, else -1."""
+        predicted = [None if split.answer is None else split.answer.value for split in self._splits]
+        log_extra("predicted", predicted)
+        log_metric("answers/parse_failures", mean(value is None for value in predicted))
+        log_metric("cot/tokens", mean(len(split.cot_ids) for split in self._splits))
+        correct = [
+            value is not None and self.task.answer_format.matches(value, gold)
+            for value, gold in zip(predicted, answer, strict=True)
+        ]
+        log_metric("answers/accuracy", mean(correct))
+        return [0.0 if is_correct else -1.0 for is_correct in correct]
+
+    def saliency(self, answer: list[str], log_metric: Any, **columns: Any) -> list[float]:
+        """R_sal of every rollout, all masks optimised in one call on the live policy; 0 where nothing can be."""
+        rollouts = self._rollouts(answer)
+        rewards = torch.zeros(len(rollouts))
+        active = [i for i, rollout in enumerate(rollouts) if rollout.cot_ids and rollout.answer_ids]
+        # TRL leaves a rollout whose rewards are all NaN out of its group; one whose mask failed must get there.
+        rewards[active] = torch.nan
+        with self._clock("saliency"):
+            active, masks = self._optimize_masks(rollouts, active)
+        rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
+        metrics = mask_metrics(masks)
+        if self.task.classify_tokens is not None:
+            metrics |= class_metrics(masks, self._classes(active), self.task.token_classes)
+        for name, value in metrics.items():
+            if not math.isnan(value):
+                log_metric(name, value)
+        return rewards.tolist()
+
+    # The seams in TRL's trainer.
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        with self._clock("generation"):
+            generated = super()._generate(prompts)
+        self._prompt_ids = generated[0]
+        return generated
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
+    ) -> Tensor:
+        self._rows, self._completion_ids = inputs, completion_ids
+        self._splits = [
+            split_completion(ids, self.processing_class, self.task.answer_format, end_ids=self._end_ids)
+            for ids in completion_ids
+        ]
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        # TRL sums with nansum, which would take a NaN for a reward function that does not apply.
+        broken = ~rewards.isfinite().all(dim=1)
+        if broken.any():
+            own = broken[self.accelerator.process_index * len(prompts) :][: len(prompts)]
+            where = own.nonzero().flatten().tolist()
+            self._on_non_finite(
+                "reward", [self._describe(self._prompt_ids[i], completion_ids[i], reward=rewards[i]) for i in where]
+            )
+            rewards[broken] = torch.nan
+        return rewards
+
+    def _compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+        loss: Tensor = super()._compute_loss(model, inputs)
+        if bool(loss.isfinite()):
+            return loss
+        prompts, completions = (
+            [ids[mask.bool()].tolist() for ids, mask in zip(inputs[f"{part}_ids"], inputs[f"{part}_mask"], strict=True)]
+            for part in ("prompt", "completion")
+        )
+        self._on_non_finite(
+            f"loss of optimiser step {self.state.global_step + 1}",
+            [
+                self._describe(prompt, completion, advantage=advantage)
+                for prompt, completion, advantage in zip(prompts, completions, inputs["advantages"], strict=True)
+            ],
+        )
+        # A gradient of zeros for every parameter: other processes wait for all of them.
+        return torch.stack([0.0 * parameter.sum() for parameter in model.parameters() if parameter.requires_grad]).sum()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        before = self.seconds["generation"] + self.seconds["saliency"]
+        start = time.perf_counter()
+        loss: Tensor = super().training_step(*args, **kwargs)
+        elsewhere = self.seconds["generation"] + self.seconds["saliency"] - before
+        self.seconds["update"] += time.perf_counter() - start - elsewhere
+        return loss
+
+    # Checkpoints that resume exactly.
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        with checkpoints.staged(Path(self.args.output_dir), name, self.accelerator) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.args.should_save:
+                (staging / name / UNLOGGED).write_text(json.dumps(self._unlogged()), encoding="utf-8")
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Called once per resumed run, before its first step and after the loop has reset its running sums.
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint) / UNLOGGED).is_file():
+            unlogged = json.loads(path.read_text(encoding="utf-8"))
+            self._metrics["train"].update(unlogged["metrics"])
+            self._tr_loss.fill_(unlogged["tr_loss"])
+            self._total_loss_scalar = unlogged["total_loss"]
+            self._globalstep_last_logged = unlogged["last_logged_step"]
+
+    def _unlogged(self) -> dict[str, Any]:
+        # What the next log line averages over: without it a run saved between two lines logs other numbers.
+        return {
+            "metrics": self._metrics["train"],
+            "tr_loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+        }
+
+    # Own steps.
+
+    def _rollouts(self, answer: Sequence[str]) -> list[Rollout]:
+        if self.args.target == "predicted":
+            return [
+                Rollout(tuple(prompt_ids), split.cot_ids, split.answer_ids, split.marker_ids)
+                for prompt_ids, split in zip(self._prompt_ids, self._splits, strict=True)
+            ]
+        return [
+            rollout_from_completion(
+                prompt_ids,
+                completion_ids,
+                self.processing_class,
+                self.task.answer_format,
+                target="correct",
+                gold=gold,
+                end_ids=self._end_ids,
+            )
+            for prompt_ids, completion_ids, gold in zip(self._prompt_ids, self._completion_ids, answer, strict=True)
+        ]
+
+    def _optimize_masks(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], SaliencyResult]:
+        """Masks of the ``active`` rollouts, in one call; those left out for a non-finite loss are missing from both."""
+        model = self.accelerator.unwrap_model(self.model)
+        while True:
+            try:
+                return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)
+            except NonFiniteLossError as error:
+                index = active[error.rollout]
+                rollout = rollouts[index]
+                described = self._describe(rollout.prompt_ids, rollout.completion_ids)
+                self._on_non_finite(f"mask ({error})", [described])
+                active = [i for i in active if i != index]
+
+    def _classes(self, indices: Sequence[int]) -> list[list[str]]:
+        """The class of each chain-of-thought token of these rollouts."""
+        texts = [self.processing_class.convert_ids_to_tokens(list(self._splits[i].cot_ids)) for i in indices]
+        return [self.task.classify_tokens(self._rows[i], text) for i, text in zip(indices, texts, strict=True)]
+
+    def _describe(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], **numbers: Tensor) -> dict[str, Any]:
+        return {
+            "prompt": self.processing_class.decode(prompt_ids),
+            "completion": self.processing_class.decode(completion_ids),
+            "prompt_ids": list(prompt_ids),
+            "completion_ids": list(completion_ids),
+            **{name: str(value.tolist()) for name, value in numbers.items()},
+        }
+
+    def _on_non_finite(self, what: str, rollouts: list[dict[str, Any]]) -> None:
+        """Write the rollouts to disk; stop, unless the configuration says to leave them out."""
+        folder = Path(self.args.output_dir) / "non_finite"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"step-{self.state.global_step + 1}-process-{self.accelerator.process_index}.json"
+        path.write_text(json.dumps({"what": what, "rollouts": rollouts}, indent=1, ensure_ascii=False), encoding="utf-8")
+        message = f"{what} is not finite; the {len(rollouts)} rollout(s) it came from are in {path}"
+        if not self.args.skip_non_finite:
+            raise NonFiniteError(f"{message}; skip_non_finite leaves such rollouts out instead")
+        logger.warning("%s, left out", message)
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+
+class EpochSampler(RepeatSampler):  # type: ignore[misc]
+    """TRL's sampler with an order that depends on the seed and the epoch alone.
+
+    The orders are those an uninterrupted run draws one after the other; TRL's own sampler starts again with the first
+    epoch's order in a resumed process.
+    """
+
+    def __init__(self, *args: Any, epoch: Callable[[], int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()  # type: ignore[no-any-return]

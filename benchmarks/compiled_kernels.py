@@ -1,0 +1,160 @@
+"""Static performance checks: compile the production kernels ahead of time and compare with the committed table.
+
+    python -m benchmarks.compiled_kernels            compile all configurations and report what got worse
+    python -m benchmarks.compiled_kernels --quick    the subset that the tests compile
+    python -m benchmarks.compiled_kernels --update   write the table
+
+No GPU is needed. A kernel is worse than its row if it spills more, or if one of its main loops has over 5 % more
+non-matrix instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# Kernels decorated under the interpreter cannot be compiled; this must precede the first import of Triton.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+
+from atman_kernels._triton.backward import backward_launches
+from atman_kernels._triton.forward import forward_launch
+from atman_kernels._triton.launch import Launch
+from benchmarks.compiled import Counts, compile_launch, count
+
+TABLE = Path(__file__).parent / "results" / "compiled_kernels.json"
+MAIN_LOOP_GROWTH = 1.05
+
+
+class Configuration(NamedTuple):
+    """One production use of the kernels: 24 query heads over 8 kv heads unless said otherwise."""
+
+    target: str
+    dtype: str = "bfloat16"
+    head_dim: int = 128
+    heads: tuple[int, int] = (24, 8)
+    bias: bool = True
+    prefix: bool = False
+    window: bool = False
+    causal: bool = True
+    gradients: str = "all"
+
+    def __str__(self) -> str:
+        extras = [name for name in ("prefix", "window") if getattr(self, name)]
+        extras += [] if self.bias else ["unbiased"]
+        extras += [] if self.causal else ["full"]
+        extras += [] if self.gradients == "all" else [f"only {self.gradients}"]
+        return " ".join([self.target, self.dtype, f"d{self.head_dim}", "{}/{}".format(*self.heads), *extras])
+
+    def launches(self) -> Iterator[Launch]:
+        """Forward and backward launches as they happen for such tensors; tensors are without storage."""
+        dtype = getattr(torch, self.dtype)
+        heads_q, heads_kv = self.heads
+        n_rows, n_tiles = 4096, 32
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        q, k, v = (empty(1, n_rows, heads, self.head_dim) for heads in (heads_q, heads_kv, heads_kv))
+        lse = empty(1, heads_q, n_rows, dtype=torch.float32)
+        key_bias = empty(1, n_rows, dtype=torch.float32) if self.bias else None
+        prefix = empty(512, heads_kv, self.head_dim) if self.prefix else None
+        sequences, tiles = empty(8, 7, dtype=torch.int32), empty(n_tiles, 2, dtype=torch.int32)
+        bounds = (self.head_dim**-0.5, self.causal, 1024 if self.window else None)
+        if self.gradients == "all":
+            yield forward_launch(self.target, q, lse, q, k, v, key_bias, prefix, prefix, sequences, tiles, *bounds)
+        gradients = [x if self.gradients == "all" else None for x in (q, k, v)]
+        yield from backward_launches(
+            self.target, *gradients, key_bias, q, None, q, lse, q, k, v, key_bias, prefix, prefix,
+            sequences, tiles, tiles, *bounds,
+        )  # fmt: skip
+
+
+def configurations() -> list[Configuration]:
+    """The production configurations; each stands for two to four kernels."""
+    found = []
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for head_dim in (64, 128, 256):
+            found.append(Configuration(target, "bfloat16", head_dim))
+        found.append(Configuration(target, "float16"))
+        found.append(Configuration(target, "float32", 64))
+        found.append(Configuration(target, bias=False))
+        found.append(Configuration(target, prefix=True))
+        found.append(Configuration(target, gradients="key_bias"))
+    for target in ("sm_80", "sm_90"):
+        found.append(Configuration(target, window=True))
+        found.append(Configuration(target, head_dim=80, heads=(32, 32)))
+    found.append(Configuration("sm_90", causal=False))
+    return found
+
+
+def quick_configurations() -> list[Configuration]:
+    """What the tests compile: every target and head_dim, both 16-bit dtypes, and a mask-only backward."""
+    return [
+        Configuration("sm_80"),
+        Configuration("sm_90"),
+        Configuration("sm_100"),
+        Configuration("sm_90", head_dim=64, prefix=True),
+        Configuration("sm_80", "float16", head_dim=64),
+        Configuration("sm_90", head_dim=256),
+        Configuration("sm_90", gradients="key_bias"),
+    ]
+
+
+def measure(configuration: Configuration) -> Iterator[tuple[str, Counts]]:
+    """(row name, counts) of each attention kernel of a configuration."""
+    for launch in configuration.launches():
+        if "BLOCK_M" in launch.arguments:
+            name = f"{configuration} {launch.kernel.__name__.removesuffix('_kernel')}"
+            yield name, count(compile_launch(launch, configuration.target))
+
+
+def worse(name: str, now: Counts, row: dict[str, object] | None) -> list[str]:
+    """What got worse against a row of the table, as sentences."""
+    if row is None:
+        return [f"{name}: not in the table"]
+    before = Counts(**{**row, "main_loops": tuple(row["main_loops"])})
+    found = []
+    if now.spill_bytes > before.spill_bytes:
+        found.append(f"{name}: spills {now.spill_bytes} B per thread, {before.spill_bytes} B before")
+    for index, (length, length_before) in enumerate(zip(now.main_loops, before.main_loops, strict=False)):
+        if length > MAIN_LOOP_GROWTH * length_before:
+            found.append(f"{name}: main loop {index} grew from {length_before} to {length} non-matrix instructions")
+    if len(now.main_loops) != len(before.main_loops):
+        found.append(f"{name}: {len(now.main_loops)} main loops, {len(before.main_loops)} before")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only the configurations that the tests compile")
+    parser.add_argument("--update", action="store_true", help="write the table instead of comparing with it")
+    arguments = parser.parse_args()
+    rows = {} if arguments.update or not TABLE.exists() else json.loads(TABLE.read_text())["kernels"]
+    found: dict[str, Counts] = {}
+    complaints = []
+    chosen = quick_configurations() if arguments.quick else [*configurations(), *quick_configurations()]
+    for configuration in dict.fromkeys(chosen):
+        for name, counts in measure(configuration):
+            print(f"{name}: {counts}", flush=True)
+            found[name] = counts
+            complaints += [] if arguments.update else worse(name, counts, rows.get(name))
+    if arguments.update:
+        kernels = {name: counts._asdict() for name, counts in sorted(found.items())}
+        TABLE.parent.mkdir(exist_ok=True)
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
+        TABLE.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

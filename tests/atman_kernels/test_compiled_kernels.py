@@ -1,0 +1,55 @@
+"""The production kernels compile for GPUs that are not here, and none is worse than the committed table says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia", reason="ahead-of-time compilation needs Triton's NVIDIA backend")
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # In this process the kernels may belong to the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_production_kernels_compile_without_new_spills_or_longer_main_loops() -> None:
+    result = _python("-m", "benchmarks.compiled_kernels", "--quick")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Counts(") >= 20
+
+
+_SPECIALIZATIONS = """
+import json
+import torch
+from atman_kernels import AttentionPlan
+from atman_kernels._triton.backward import backward_launches
+from atman_kernels._triton.forward import forward_launch
+from benchmarks.compiled import specialization
+
+found = set()
+for lengths in ([64, 64], [1], [17, 1000, 3], [16] * 5, [333]):
+    plan = AttentionPlan(lengths)
+    n = sum(lengths)
+    q, k, v = (torch.empty(1, n, h, 128, dtype=torch.bfloat16) for h in (6, 2, 2))
+    lse, bias = torch.empty(1, 6, n), torch.empty(1, n)
+    tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
+    launches = [forward_launch("sm_90", q, lse, q, k, v, bias, None, None, *tables[:2], 1.0, True, 7 + n)]
+    launches += backward_launches(
+        "sm_90", q, k, v, bias, q, None, q, lse, q, k, v, bias, None, None, *tables, 1.0, True, 7 + n
+    )
+    found.add(json.dumps([repr(specialization(launch, "sm_90")) for launch in launches]))
+print(json.dumps(len(found)))
+"""
+
+
+def test_new_packed_lengths_and_windows_compile_nothing_new() -> None:
+    result = _python("-c", _SPECIALIZATIONS)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == 1

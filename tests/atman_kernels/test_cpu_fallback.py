@@ -1,0 +1,49 @@
+"""Where the C++ kernel does not compute: float64, and a source tree without the extension."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from atman_kernels import _cpu, attention, backend
+
+
+def test_float64_on_the_cpu_is_computed_by_the_reference() -> None:
+    q = torch.randn(1, 5, 1, 4, dtype=torch.float64)
+    with backend("reference"):
+        expected = attention(q, q, q)
+    assert torch.equal(attention(q, q, q), expected)
+
+
+def test_forced_backend_refuses_float64_by_name() -> None:
+    q = torch.randn(1, 5, 1, 4, dtype=torch.float64)
+    with backend("cpu"), pytest.raises(ValueError, match=r"float32, float16 or bfloat16, got torch\.float64 on cpu"):
+        attention(q, q, q)
+
+
+def test_missing_extension_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "_C", None)
+    _cpu._warn_once.cache_clear()
+    q = torch.randn(1, 5, 1, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        first, second = attention(q, q, q), attention(q, q, q)
+    assert ["not built" in str(w.message) for w in caught] == [True]
+    assert torch.equal(first, second)
+
+
+def test_missing_extension_is_an_error_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "_C", None)
+    q = torch.randn(1, 5, 1, 4)
+    with backend("cpu"), pytest.raises(RuntimeError, match="not built; install the package"):
+        attention(q, q, q)
+
+
+@pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
+def test_unknown_instruction_set_is_refused_with_the_available_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "_isa", "avx1024")
+    q = torch.randn(1, 5, 1, 4)
+    with backend("cpu"), pytest.raises(ValueError, match=r"no kernels for 'avx1024' here; available: .*portable"):
+        attention(q, q, q)
