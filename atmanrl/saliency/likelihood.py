@@ -35,8 +35,13 @@ class ModelLikelihood:
         self._prefix = prompt_keys_and_values(model, batch)
 
     def __call__(self, key_bias: Tensor) -> Tensor:
+        logits = self.logits(key_bias)
+        return nn.functional.cross_entropy(logits.to(key_bias.dtype), self._batch.loss_targets, reduction="none")
+
+    def logits(self, key_bias: Tensor) -> Tensor:
+        """(L_total, V) logits of the rows that predict the loss tokens, in the model's dtype."""
         batch = self._batch
-        logits = self._model(
+        logits: Tensor = self._model(
             input_ids=batch.ids[None],
             position_ids=batch.positions[None],
             attention_mask=_no_mask(batch),
@@ -46,7 +51,7 @@ class ModelLikelihood:
             attention_plan=batch.plan,
             shared_prefix=self._prefix,
         ).logits[0]
-        return nn.functional.cross_entropy(logits.to(key_bias.dtype), batch.loss_targets, reduction="none")
+        return logits
 
 
 @torch.no_grad()
