@@ -16,8 +16,13 @@ from atmanrl.agreement import auroc, precision_at_k
 from atmanrl.intervals import CONFIDENCE, RESAMPLES, Estimate, bootstrap_ratios, divide, estimates
 from atmanrl.records import RESTORED, RolloutRecord, Run, paired_rollouts, write_text_atomically
 
+SATURATED_LOSS = 0.01
+"""Answer loss under the initial mask, in nats per token, below which a mask has nothing to restore: its values are then
+decided by rounding (fp32 and fp64 give different masks), not by the answer."""
+
 # The built-in task's classes in reading order; classes of other tasks follow alphabetically.
 _NEEDED = "needed"
+_WORTH_A_WARNING = 0.25
 _CLASS_ORDER = (_NEEDED, "filler", "other")
 
 
@@ -71,6 +76,19 @@ class Summary:
 
     def __getitem__(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
+
+    @property
+    def warning(self) -> str:
+        """What a reader of the saliency must know: masks that had nothing to restore. "" where there is nothing."""
+        row = next((row for row in self.rows if row.name == "saturated"), None)
+        shares = [] if row is None else [estimate.value or 0.0 for estimate in row.runs]
+        if not shares or max(shares) < _WORTH_A_WARNING:
+            return ""
+        listed = " and ".join(f"{share:.0%} ({label})" for share, label in zip(shares, self.labels, strict=True))
+        return (
+            f"In {listed} of the completions the initial mask leaves the answer's loss below {SATURATED_LOSS} nats per "
+            f"token: there was nothing to restore, and these masks say little about which tokens matter."
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the summary as JSON, atomically."""
@@ -135,6 +153,8 @@ def metrics(
         ),
         Metric(f"{score}_mass", f"summed {score} per CoT", "", partial(_summed_score, score=score)),
     ]
+    if score == RESTORED:
+        rows.append(Metric("saturated", "masks with nothing to restore", "%", _saturated))
     if _NEEDED in classes:
         rows += [
             Metric(f"{score}_auroc", f"AUROC of {score}", "", partial(_recovery, score=score, measure=auroc)),
@@ -171,6 +191,10 @@ def _mean_score(rollout: RolloutRecord, score: str, name: str | None) -> tuple[f
 def _summed_score(rollout: RolloutRecord, score: str) -> tuple[float, float]:
     values = rollout.scores.get(score)
     return (0, 0) if values is None else (sum(values), 1)
+
+
+def _saturated(rollout: RolloutRecord) -> tuple[float, float]:
+    return (0, 0) if rollout.loss is None else (rollout.loss.initial < SATURATED_LOSS, 1)
 
 
 def _recovery(

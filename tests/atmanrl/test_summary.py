@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 from atmanrl.intervals import bootstrap_ratios, estimates
-from atmanrl.records import Run
+from atmanrl.records import MaskLoss, Run
 from atmanrl.summary import compare, summarize
 from tests.atmanrl.saliency_runs import rollout, run
 
@@ -86,6 +87,7 @@ def test_numbers_of_a_run_by_hand():
             "restored_other": 0.25,
             # The rollout without a mask is not one with a mass of 0.
             "restored_mass": 0.6,
+            "saturated": 0,
             # The first finds its needed token, the second ties it with another; the third has no scores.
             "restored_auroc": (1 + 0.5) / 2,
             "restored_precision": (1 + 0.5) / 2,
@@ -99,6 +101,15 @@ def test_measures_are_means_over_the_completions_that_have_them():
     summary = summarize(run(*(rollout(f"p{i}", measures=value) for i, value in enumerate(values))))
     assert summary["causal_influence"].runs[0].value == pytest.approx(0.3)
     assert (summary["filler_unchanged"].label, summary["filler_unchanged"].unit) == ("filler unchanged", "%")
+
+
+def test_masks_with_nothing_to_restore_are_counted_and_said():
+    effective = rollout("p0")
+    saturated = [replace(rollout(f"p{i}"), loss=MaskLoss(0.002, 0.001, 0.001)) for i in range(1, 4)]
+    summary = summarize(run(effective, *saturated))
+    assert summary["saturated"].runs[0].value == 0.75
+    assert summary.warning.startswith("In 75% (before) of the completions the initial mask leaves")
+    assert summarize(run(effective)).warning == ""
 
 
 def test_a_class_that_never_occurs_has_no_mean_and_no_interval():
