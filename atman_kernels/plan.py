@@ -49,8 +49,9 @@ class AttentionPlan:
 
     Attributes:
         sequences: (n_seq, 7) int32 table: batch row, q start, q length, k start, k length, prefix start, prefix length.
-        tiles_q: (n, 2) int32 schedule of query tiles, most visible keys first: sequence index (-1: idle), first row.
-        tiles_k: (m, 2) int32 schedule of key tiles, most visible rows first: sequence index (-1: idle), first key.
+        tiles_q: (n, 2) int32 schedule of query tiles: sequence index (-1: idle), first row. Sequences with the most
+            visible keys come first, and of a sequence the tiles with the most.
+        tiles_k: (m, 2) int32 the same of key tiles, by visible rows: sequence index (-1: idle), first key.
         batch: batch rows of the tensors; 1 for a packed batch.
         total_q, total_k: rows and keys of the tensors, per batch row.
         prefix_end: one past the last prefix key in use; None where it is known on the device only.
@@ -197,8 +198,10 @@ class AttentionPlan:
         q_length, k_length, prefix = table[:, Q_LENGTH], table[:, K_LENGTH], table[:, PREFIX_LENGTH]
         # Under a causal mask, rows near the end see the most keys and keys near the start are seen by the most rows.
         keys_before_first_row = prefix + k_length - q_length
-        tiles_q = _schedule(q_length, n_tiles_q, work_at_start=keys_before_first_row, work_per_row=1)
-        tiles_k = _schedule(k_length, n_tiles_k, work_at_start=q_length, work_per_row=-1)
+        tiles_q = _schedule(
+            q_length, n_tiles_q, cost=prefix + k_length, work_at_start=keys_before_first_row, work_per_row=1
+        )
+        tiles_k = _schedule(k_length, n_tiles_k, cost=q_length, work_at_start=q_length, work_per_row=-1)
         self.sequences = table.to(torch.int32).to(device)
         self.tiles_q = tiles_q.to(device)
         self.tiles_k = tiles_k.to(device)
@@ -242,8 +245,12 @@ def tiles_of(lengths: Tensor) -> Tensor:
     return (lengths + (TILE - 1)) // TILE
 
 
-def _schedule(lengths: Tensor, n_tiles: int, *, work_at_start: Tensor, work_per_row: int) -> Tensor:
-    """(n_tiles, 2) int32 (sequence, first row), largest work first; entries beyond the needed ones are (-1, 0)."""
+def _schedule(lengths: Tensor, n_tiles: int, *, cost: Tensor, work_at_start: Tensor, work_per_row: int) -> Tensor:
+    """(n_tiles, 2) int32 (sequence, first row): costliest sequence first, and in it the costliest tile first.
+
+    Tiles of one sequence stay together, so that those running at the same time share its keys in the cache. Entries
+    beyond the needed ones are (-1, 0) and stand last.
+    """
     n_seq = lengths.shape[0]
     if n_seq == 0:
         return torch.full((n_tiles, 2), -1, dtype=torch.int32, device=lengths.device)
@@ -254,9 +261,12 @@ def _schedule(lengths: Tensor, n_tiles: int, *, work_at_start: Tensor, work_per_
     idle = sequence >= n_seq
     sequence = sequence.clamp(max=n_seq - 1)
     first = (tile - (ends - counts)[sequence]) * TILE
-    work = torch.where(idle, -(2**62), work_at_start[sequence] + work_per_row * first)
+    rank = torch.argsort(torch.argsort(cost, descending=True, stable=True))
+    # Lexicographic: the second stable sort keeps the order of the first among tiles of one sequence.
+    by_work = torch.argsort(work_at_start[sequence] + work_per_row * first, descending=True, stable=True)
+    by_rank = torch.argsort(torch.where(idle, n_seq, rank[sequence])[by_work], stable=True)
     table = torch.stack([torch.where(idle, -1, sequence), torch.where(idle, 0, first)], dim=1)
-    return table[torch.argsort(work, descending=True, stable=True)].to(torch.int32)
+    return table[by_work[by_rank]].to(torch.int32)
 
 
 def _host_lengths(name: str, values: Sequence[int] | Tensor, expected: int | None) -> Tensor:

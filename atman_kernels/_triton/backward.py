@@ -10,7 +10,6 @@ therefore also sums its ds over each row: that sum is the error of delta, and th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,6 +37,9 @@ from atman_kernels._triton.tiles import (
     tile_start,
 )
 from atman_kernels.plan import TILE
+
+# fp32 numbers per 16 bytes: the key kernel reads its per-row numbers in vectors.
+ROW_ALIGNMENT = tl.constexpr(4)
 
 
 @triton.jit
@@ -102,7 +104,13 @@ def _accumulate_dq(
     return dq, ds_sum
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_bb", "window"])
+@triton.jit
+def _aligned_rows(batch, head, q_start, sequence, stride_rb, stride_rh):
+    """Where a sequence's rows start in the scratch of :func:`_row_scratch`: at a multiple of ROW_ALIGNMENT numbers."""
+    return (batch * stride_rb + head * stride_rh + q_start // ROW_ALIGNMENT + sequence) * ROW_ALIGNMENT
+
+
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_rh", "stride_bb", "window"])
 def backward_queries_kernel(
     dq_ptr,
     row_term_ptr,
@@ -127,6 +135,8 @@ def backward_queries_kernel(
     stride_oh,
     stride_lb,
     stride_lh,
+    stride_rb,
+    stride_rh,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -267,11 +277,12 @@ def backward_queries_kernel(
             row_term += ds_sum
             if HAS_DLSE:
                 row_term -= dlse
-    tl.store(row_term_ptr + row_offset + rows, row_term, mask=rows < n_rows)
-    tl.store(lse_log2_ptr + row_offset + rows, lse_log2, mask=rows < n_rows)
+    aligned_offset = _aligned_rows(batch, head, q_start, sequence, stride_rb, stride_rh)
+    tl.store(row_term_ptr + aligned_offset + rows, row_term, mask=rows < n_rows)
+    tl.store(lse_log2_ptr + aligned_offset + rows, lse_log2, mask=rows < n_rows)
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_bb", "stride_gh", "stride_gb", "window"])
+@triton.jit(do_not_specialize=["stride_rb", "stride_rh", "stride_bb", "stride_gh", "stride_gb", "window"])
 def backward_keys_kernel(
     dk_ptr,
     dv_ptr,
@@ -295,8 +306,8 @@ def backward_keys_kernel(
     stride_dkh,
     stride_gh,
     stride_gb,
-    stride_lb,
-    stride_lh,
+    stride_rb,
+    stride_rh,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -357,7 +368,6 @@ def backward_keys_kernel(
     head = head_kv * GROUP
     q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
     do_base = do_ptr + batch * stride_dob + q_start * stride_dot + head * stride_doh
-    row_offset = batch * stride_lb + head * stride_lh + q_start
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dkey_bias = tl.zeros([BLOCK_N], tl.float32)
@@ -374,7 +384,7 @@ def backward_keys_kernel(
             start = tile_start(tile - member * n_tiles, begin, full_begin, full_end, MASKED, BLOCK_M)
             rows = start + offs_m
             q = load_rows(q_base + member * stride_qh, start, n_rows, stride_qt, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
-            row_offsets = row_offset + member * stride_lh + rows
+            row_offsets = _aligned_rows(batch, head + member, q_start, sequence, stride_rb, stride_rh) + rows
             if MASKED:
                 lse_log2 = tl.load(lse_log2_ptr + row_offsets, mask=rows < n_rows, other=float("inf"))
                 row_term = tl.load(row_term_ptr + row_offsets, mask=rows < n_rows, other=0.0)
@@ -435,6 +445,15 @@ def sum_heads_kernel(
     tl.store(dkey_bias_ptr + offsets, total, mask=inside)
 
 
+def _row_scratch(lse: Tensor, n_seq: int) -> tuple[Tensor, Tensor]:
+    """Two fp32 (B, Hq, T') with room for every sequence to start at a multiple of ROW_ALIGNMENT."""
+    batch, heads, n_rows = lse.shape
+    alignment = ROW_ALIGNMENT.value
+    padded = (-(-n_rows // alignment) + n_seq) * alignment
+    first, second = lse.new_empty((2, batch, heads, padded)).unbind(0)
+    return first, second
+
+
 def backward_launches(
     family: str,
     dq: Tensor | None,
@@ -464,10 +483,11 @@ def backward_launches(
     """
     heads_q, heads_kv, head_dim = q.shape[2], k.shape[2], q.shape[3]
     o, lse = o.contiguous(), lse.contiguous()
-    row_term, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
+    row_term, lse_log2 = _row_scratch(lse, sequences.shape[0])
     operands = attention_operands(q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal, window)
     common = {**operands, "do_ptr": do, "row_term_ptr": row_term, "lse_log2_ptr": lse_log2}
-    common |= strides_of("do", do, "bth") | strides_of("l", lse, "bh")
+    common |= strides_of("do", do, "bth")
+    common |= {f"stride_r{axis}": row_term.stride(i) // ROW_ALIGNMENT.value for i, axis in enumerate("bh")}
 
     blocks = block_sizes(family, "backward_queries", head_dim, q.dtype)
     arguments = {
@@ -478,6 +498,7 @@ def backward_launches(
         "lse_ptr": lse,
         "tiles_ptr": tiles_q,
         **strides_of("o", o, "bth"),
+        **strides_of("l", lse, "bh"),
         "HAS_DLSE": dlse is not None,
         "NEED_DQ": dq is not None,
         "EXACT_DELTA": dkey_bias is not None,

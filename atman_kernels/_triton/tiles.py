@@ -95,8 +95,8 @@ def tile_start(tile, begin, full_begin, full_end, MASKED: tl.constexpr, BLOCK: t
     """First position of the ``tile``-th tile counted by :func:`count_tiles`."""
     if MASKED:
         n_left = (full_begin - begin) // BLOCK
-        return tl.where(tile < n_left, begin + tile * BLOCK, full_end + (tile - n_left) * BLOCK)
-    return full_begin + tile * BLOCK
+        return tl.multiple_of(tl.where(tile < n_left, begin + tile * BLOCK, full_end + (tile - n_left) * BLOCK), BLOCK)
+    return tl.multiple_of(full_begin + tile * BLOCK, BLOCK)
 
 
 @triton.jit

@@ -44,6 +44,7 @@ class ModelLikelihood:
         logits: Tensor = self._model(
             input_ids=batch.ids[None],
             position_ids=batch.positions[None],
+            attention_mask=_no_mask(batch),
             use_cache=False,
             logits_to_keep=batch.loss_rows,
             key_bias=key_bias[None],
@@ -60,9 +61,16 @@ def prompt_keys_and_values(model: PreTrainedModel, batch: PackedRollouts) -> Key
     model(
         input_ids=batch.prompt_ids[None],
         position_ids=batch.prompt_positions[None],
+        attention_mask=_no_mask(batch),
         use_cache=False,
         logits_to_keep=1,
         attention_plan=batch.prompt_plan,
         capture=record,
     )
     return record
+
+
+def _no_mask(batch: PackedRollouts) -> Tensor:
+    # The plan says what each row sees. A 4-D mask, unused, keeps transformers from reading that off the positions,
+    # which would synchronise with the device in every forward.
+    return torch.empty(1, 1, 0, 0, device=batch.ids.device)

@@ -72,9 +72,9 @@ def test_query_tiles_with_the_most_visible_keys_come_first():
     assert visits(plan.tiles_q) == [(1, 0), (0, TILE), (0, 0)]
 
 
-def test_key_tiles_that_the_most_rows_see_come_first():
+def test_key_tiles_of_the_longest_sequence_come_first():
     plan = AttentionPlan([TILE, 3 * TILE])
-    assert visits(plan.tiles_k) == [(1, 0), (1, TILE), (0, 0), (1, 2 * TILE)]
+    assert visits(plan.tiles_k) == [(1, 0), (1, TILE), (1, 2 * TILE), (0, 0)]
 
 
 def test_rows_of_a_padded_batch_are_one_sequence_each():

@@ -135,9 +135,9 @@ def test_scratch_memory_is_linear_in_the_sequence() -> None:
             )  # fmt: skip
         return allocated.total
 
-    # Two fp32 numbers per row and query head, and one per key and kv head.
-    assert scratch(256, (6, 2)) == 4 * 256 * (2 * 6 + 2)
-    assert scratch(4096, (6, 2)) == 4 * 4096 * (2 * 6 + 2)
+    # Two fp32 numbers per row and query head with room to align the one sequence, and one per key and kv head.
+    assert scratch(256, (6, 2)) == 4 * (2 * 6 * (256 + 4) + 2 * 256)
+    assert scratch(4096, (6, 2)) == 4 * (2 * 6 * (4096 + 4) + 2 * 4096)
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
