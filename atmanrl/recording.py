@@ -139,6 +139,7 @@ def _record(
         truncated=not split.finished,
         skipped=skipped,
         loss=_loss(saliency),
+        measures=_other_parser(item, split),
         trajectory=_trajectory(saliency),
     )
 
@@ -157,6 +158,16 @@ def _loss(saliency: RolloutSaliency | None) -> MaskLoss | None:
     if saliency is None:
         return None
     return MaskLoss(saliency.loss_initial, saliency.loss_final, saliency.loss_unmasked)
+
+
+def _other_parser(item: Completion, split: CompletionSplit) -> dict[str, float]:
+    # Published accuracies differ in how strictly an answer must be announced: both are reported.
+    found = item.answer_format
+    if item.expected is None or found.mode == "flexible" or not found.flexible_markers:
+        return {}
+    flexible = found.with_mode("flexible")
+    answer = flexible.parse(split.text)
+    return {"accuracy_flexible": float(answer is not None and flexible.matches(answer.value, item.expected))}
 
 
 def _trajectory(saliency: RolloutSaliency | None) -> Trajectory | None:

@@ -96,6 +96,16 @@ def test_numbers_of_a_run_by_hand():
     assert (summary.prompts, summary.rollouts) == (3, 3)
 
 
+def test_pass_at_n_asks_for_one_correct_answer_among_all_samples():
+    verdicts = {"p0": [True, False], "p1": [False, False], "p2": [True, True], "p3": [False, True]}
+    items = [rollout(name, sample=i, correct=v) for name, each in verdicts.items() for i, v in enumerate(each)]
+    summary = summarize(run(*items))
+    assert summary["pass_at_2"].runs[0].value == 0.75
+    assert summary["accuracy"].runs[0].value == 0.5
+    assert "pass_at_1" not in [row.name for row in summarize(run(*items[:1])).rows]
+    assert compare(run(*items), run(*items, label="after"))["pass_at_2"].difference.value == 0
+
+
 def test_measures_are_means_over_the_completions_that_have_them():
     values = [{"causal_influence": 0.2, "filler_unchanged": 1.0}, {"causal_influence": 0.4}, {}]
     summary = summarize(run(*(rollout(f"p{i}", measures=value) for i, value in enumerate(values))))
