@@ -17,7 +17,7 @@ $(INSTALLED): $(BUILD_INPUTS)
 	touch $@
 
 demo: setup
-	$(BIN)/atmanrl train --config ledger --output_dir runs/demo --demo
+	$(BIN)/atmanrl train --config ledger --output_dir runs/demo --overwrite
 
 test: check
 	$(BIN)/pytest

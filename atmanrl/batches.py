@@ -15,8 +15,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from atmanrl.errors import InputError
 
-class BatchArithmeticError(ValueError):
+
+class BatchArithmeticError(InputError):
     """The sizes contradict one another; the message has the numbers that clash and the nearest that work."""
 
 

@@ -39,7 +39,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             for name in (METRICS, TIMINGS):
-                _keep_lines_up_to(Path(args.output_dir) / name, state.global_step)
+                _keep_lines_up_to(_directory(args) / name, state.global_step)
 
     def on_log(
         self,
@@ -52,10 +52,10 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         values = {name: value for name, value in logs.items() if name not in _MEASURED_TIMES}
-        _append(Path(args.output_dir) / METRICS, {"step": state.global_step, **values})
+        _append(_directory(args) / METRICS, {"step": state.global_step, **values})
         spent = {part: seconds - self._written.get(part, 0.0) for part, seconds in self.seconds.items()}
         self._written = dict(self.seconds)
-        _append(Path(args.output_dir) / TIMINGS, {"step": state.global_step, **spent})
+        _append(_directory(args) / TIMINGS, {"step": state.global_step, **spent})
 
 
 class ProgressLine(TrainerCallback):
@@ -75,9 +75,7 @@ class ProgressLine(TrainerCallback):
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
@@ -135,9 +133,7 @@ class StopOnSigterm(TrainerCallback):
     ) -> None:
         self._before = signal.signal(signal.SIGTERM, self._request)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.steps_per_generation:
             return
         # The signal reaches processes at different moments, but all must stop at the same step.
@@ -154,6 +150,10 @@ class StopOnSigterm(TrainerCallback):
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         print("SIGTERM: saving at the end of this generation batch", file=sys.stderr, flush=True)
+
+
+def _directory(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir))
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints that are there whole or not at all.
 
-A checkpoint is written into a staging directory, gets a manifest with the size and CRC-32 of every file, and appears under
-its name by one rename. A process killed at any moment leaves the older checkpoints as they were; one damaged later is
-recognised by its manifest.
+A checkpoint is written into a staging directory, gets a manifest with the size and CRC-32 of every file, and appears
+under its name by one rename. A process killed at any moment leaves the older checkpoints as they were; a checkpoint
+damaged later is recognised by its manifest.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from atmanrl.errors import InputError
 from atmanrl.recipe import ModelConfig, builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
@@ -37,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from atmanrl.commands.evaluate import evaluate_command
 
             return evaluate_command(
-                known.config, parse_overrides(rest), checkpoints=known.checkpoints, output=known.output
+                known.config,
+                parse_overrides(rest),
+                checkpoints=known.checkpoints,
+                output=known.output,
+                faithfulness=known.faithfulness,
             )
         if known.command == "explain":
             return _explain(known, parse_overrides(rest))
@@ -51,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return doctor()
     except ValueError as error:
+        # Hours into a training run any other error is a bug, and its traceback is what one needs.
+        if known.command == "train" and not isinstance(error, InputError):
+            raise
         print(f"atmanrl {known.command}: {error}", file=sys.stderr)
         return 2
 
@@ -72,6 +80,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         temperature=known.temperature,
         seed=known.seed,
         color=known.color,
+        deletion=known.deletion,
     )
 
 
@@ -143,6 +152,11 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="where the results go"
     )
+    evaluate.add_argument(
+        "--faithfulness",
+        action="store_true",
+        help="also cut, hide and replace parts of every chain of thought and see what becomes of the answer",
+    )
 
 
 def _add_explain(commands: Any) -> None:
@@ -172,6 +186,9 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")
     explain.add_argument("--csv", type=Path, metavar="FILE", help="write a row per token")
+    explain.add_argument(
+        "--deletion", action="store_true", help="also hide each token in turn: how much the answer's loss rises"
+    )
     explain.add_argument("--no-color", dest="color", action="store_false")
 
 

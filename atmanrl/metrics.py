@@ -17,8 +17,8 @@ def mean(values: Iterable[float]) -> float:
 def mask_metrics(masks: SaliencyResult) -> dict[str, float]:
     """Means over rollouts of the mask's losses (nats per answer token) and of what it restored.
 
-    ``mask/restored_mass`` is the mean over rollouts of sum_v (1 - H_v / init), ``mask/restored`` the mean over all tokens.
-    A reward that is a mean per token also rises when unsalient tokens go; the mass does not.
+    ``mask/restored_mass`` is the mean over rollouts of sum_v (1 - H_v / init), ``mask/restored`` the mean over all
+    tokens. A reward that is a mean per token also rises when unsalient tokens go; the mass does not.
     """
     return {
         "mask/loss_initial": mean(item.loss_initial for item in masks),

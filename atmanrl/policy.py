@@ -9,16 +9,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.data.ledger import CHECKPOINT as LEDGER_CHECKPOINT
+from atmanrl.errors import InputError
 from atmanrl.recipe import ModelConfig
+
+
+def source_of(config: ModelConfig) -> str:
+    """What ``from_pretrained`` takes: the configured name, or the directory of the built-in task's checkpoint."""
+    return str(LEDGER_CHECKPOINT) if config.name == "ledger" else config.name
 
 
 def load_policy(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy and its tokenizer; every end-of-turn token of the tokenizer ends a completion.
 
     Raises:
-        ValueError: where ``config.name`` is neither a directory nor a model of the hub.
+        InputError: where ``config.name`` is neither a directory nor a model of the hub.
     """
-    name = str(LEDGER_CHECKPOINT) if config.name == "ledger" else config.name
+    name = source_of(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
         model = AutoModelForCausalLM.from_pretrained(
@@ -28,7 +34,7 @@ def load_policy(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokeniz
             attn_implementation=config.attn_implementation,
         )
     except OSError as error:
-        raise ValueError(f"model.name {config.name!r} cannot be loaded: {error}") from error
+        raise InputError(f"model.name {config.name!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     ends: Any = model.generation_config.eos_token_id

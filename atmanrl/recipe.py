@@ -2,6 +2,7 @@
 
 A recipe has three sections of its own, ``model``, ``data`` and ``evaluation``; every other key is a field of
 `atmanrl.trainer.AtManGRPOConfig`, that is of TRL's ``GRPOConfig`` or Hugging Face's ``TrainingArguments`` as well.
+``base: NAME`` starts from another recipe, a built-in one or a file beside this one.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any, TypeVar
 import yaml
 
 from atmanrl.config import DataConfig
+from atmanrl.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T")
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """A recipe or an override that cannot be used; the message names the key and the file."""
 
 
@@ -127,14 +129,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
             value of the wrong type.
     """
     path = find_recipe(name_or_path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not {type(data).__name__}")
+    data = _read(path)
     for key, text in overrides:
         _set(data, key, text)
     sections: dict[str, Any] = {}
@@ -144,6 +139,34 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
         value = {"name": value} if isinstance(value, str) and name != "evaluation" else value
         sections[name] = build(section, value, source=str(path), prefix=f"{name}.")
     return Recipe(source=str(path), training=data, **sections)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, laid over that of the recipe it names as its ``base``."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    beside = path.parent / str(base)
+    found = beside if beside.is_file() else find_recipe(str(base))
+    if found == path:
+        raise RecipeError(f"{path}: names itself as its base")
+    return _merged(_read(found), data)
+
+
+def _merged(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in data.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -157,7 +180,9 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     while remaining:
         option = remaining.pop(0)
         if not option.startswith("--") or option == "--":
-            raise RecipeError(f"unexpected argument {option!r}: overrides are written --key value or --section.key value")
+            raise RecipeError(
+                f"unexpected argument {option!r}: overrides are written --key value or --section.key value"
+            )
         key, equals, value = option[2:].partition("=")
         if not equals:
             value = remaining.pop(0) if remaining and not remaining[0].startswith("--") else "true"
@@ -253,7 +278,7 @@ def _coerce(value: Any, hint: Any, *, source: str, key: str) -> Any:
 def _describe(hint: Any) -> str:
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    described = []
+    described: list[str] = []
     for part in parts:
         literal = typing.get_origin(part) is typing.Literal
         described += map(repr, typing.get_args(part)) if literal else [names.get(part, str(part))]

@@ -10,7 +10,7 @@ The file is UTF-8 JSON: an object with ``format`` ("atmanrl.run"), ``version`` (
      "prompt": {"ids": [...], "texts": [...]}, "cot": {...}, "marker": {...}, "answer": {...}, "rest": {...},
      "classes": ["needed", "filler", ...], "scores": {"restored": [0.31, ...]},
      "predicted": "8", "expected": "8", "correct": true, "truncated": false, "skipped": null,
-     "loss": {"initial": 2.1, "final": 0.4, "unmasked": 0.1}, "trajectory": null}
+     "loss": {"initial": 2.1, "final": 0.4, "unmasked": 0.1}, "measures": {"causal_influence": 0.2}, "trajectory": null}
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class RolloutRecord:
         truncated: the completion reached the length limit before it ended.
         skipped: why no saliency was computed ("no answer found"), or None.
         loss: the mask's losses where a mask was optimised.
+        measures: named numbers of the whole completion, such as the faithfulness measures of `atmanrl.scoring`.
         trajectory: the optimisation's course where it was recorded.
     """
 
@@ -115,6 +116,7 @@ class RolloutRecord:
     truncated: bool = False
     skipped: str | None = None
     loss: MaskLoss | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
     trajectory: Trajectory | None = None
 
     def __post_init__(self) -> None:

@@ -1,12 +1,12 @@
 """A run's directory: what stands in it, and when one may be written to. Importing this module loads no torch.
 
-    config.yaml          the recipe with every override, itself a recipe
-    environment.json     versions of Python and of the packages, the command line
-    metrics.jsonl        one line per log step; reproducible
-    timings.jsonl        seconds of generation, saliency and update per log step
-    checkpoint-N/        to resume from
-    model/               the trained model, Hugging Face format
-    before.json after.json summary.json report.html plots/   the evaluation
+config.yaml          the recipe with every override, itself a recipe
+environment.json     versions of Python and of the packages, the command line
+metrics.jsonl        one line per log step; reproducible
+timings.jsonl        seconds of generation, saliency and update per log step
+checkpoint-N/        to resume from
+model/               the trained model, Hugging Face format
+before.json after.json summary.json report.html plots/   the evaluation
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from atmanrl.errors import InputError
 from atmanrl.recipe import Recipe
 
 CONFIG = "config.yaml"
@@ -36,44 +37,46 @@ _WRITTEN = (
 _MAY_CHANGE = ("max_steps", "num_train_epochs", "save_total_limit", "report_to")
 
 
-class RunDirectoryError(ValueError):
+class RunDirectoryError(InputError):
     """The directory cannot be used; the message says what it holds and what to do."""
 
 
-def prepare(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
-    """Make ``path`` ready for a run of ``recipe``, or for the rest of one.
+def check(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Check that a run of ``recipe``, or the rest of one, may be written to ``path``; changes nothing.
 
     Args:
-        path: the run's directory, created if need be.
-        recipe: what will be run, written to config.yaml.
-        overwrite: delete what an earlier run wrote there, and nothing else.
+        path: the run's directory.
+        recipe: what will be run.
+        overwrite: an earlier run there is to be deleted.
         resume: the directory must hold a run of this same recipe.
 
     Raises:
         RunDirectoryError: the directory holds another run, or files that are no run's; or there is nothing to resume,
             or the recipe is not the one that was started (with the keys that differ).
     """
-    config = path / CONFIG
-    holds_run = config.is_file()
+    holds_run = (path / CONFIG).is_file()
     if resume:
         if not holds_run:
-            raise RunDirectoryError(f"{path} holds no run to resume: there is no {config}")
-        _check_same(config, recipe)
-    elif holds_run and overwrite:
-        for pattern in _WRITTEN:
-            for item in path.glob(pattern):
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
-    elif holds_run:
+            raise RunDirectoryError(f"{path} holds no run to resume: there is no {path / CONFIG}")
+        _check_same(path / CONFIG, recipe)
+    elif holds_run and not overwrite:
         raise RunDirectoryError(
-            f"{path} holds another run ({', '.join(_contents(path))}): choose another output_dir, go on with --resume or "
-            f"delete it with --overwrite"
+            f"{path} holds another run ({', '.join(_contents(path))}): choose another output_dir, go on with --resume "
+            f"or delete it with --overwrite"
         )
-    elif path.exists() and any(path.iterdir()):
+    elif not holds_run and path.exists() and any(path.iterdir()):
         raise RunDirectoryError(
             f"{path} is not empty ({', '.join(_contents(path))}) and holds no run: choose another output_dir"
         )
+
+
+def start(path: Path, recipe: Recipe, *, resume: bool = False) -> None:
+    """Make the checked directory, delete what an earlier run wrote there unless it is resumed, and write the recipe."""
     path.mkdir(parents=True, exist_ok=True)
-    config.write_text(recipe.to_yaml(), encoding="utf-8")
+    if not resume:
+        for item in (item for pattern in _WRITTEN for item in path.glob(pattern)):
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+    (path / CONFIG).write_text(recipe.to_yaml(), encoding="utf-8")
     (path / "environment.json").write_text(json.dumps(_environment(), indent=1), encoding="utf-8")
 
 
@@ -102,7 +105,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _environment() -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

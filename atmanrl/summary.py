@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from atmanrl.agreement import auroc, precision_at_k
 from atmanrl.intervals import CONFIDENCE, RESAMPLES, Estimate, bootstrap_ratios, divide, estimates
 from atmanrl.records import RESTORED, RolloutRecord, Run, paired_rollouts, write_text_atomically
 
 # The built-in task's classes in reading order; classes of other tasks follow alphabetically.
-_CLASS_ORDER = ("needed", "filler", "other")
+_NEEDED = "needed"
+_CLASS_ORDER = (_NEEDED, "filler", "other")
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,14 @@ def token_classes(rollouts: Iterable[RolloutRecord]) -> list[str]:
     return known + sorted(found.difference(known))
 
 
-def metrics(classes: Sequence[str], score: str = RESTORED, *, graded: bool = True) -> list[Metric]:
+def metrics(
+    classes: Sequence[str], score: str = RESTORED, *, graded: bool = True, measures: Sequence[str] = ()
+) -> list[Metric]:
     """The metrics of a run whose tokens fall into ``classes``, with the accuracy where answers were ``graded``.
+
+    Where the task knows which tokens are needed, the score is also rated by how well it finds them: AUROC and
+    precision at k (k the number of needed tokens), means over completions. ``measures`` are means over the completions
+    that have them.
 
     Means over tokens are pooled: a long chain of thought weighs more than a short one. The summed score per chain of
     thought stands beside the means because deleting tokens raises a mean without making any token matter more.
@@ -126,6 +135,19 @@ def metrics(classes: Sequence[str], score: str = RESTORED, *, graded: bool = Tru
         ),
         Metric(f"{score}_mass", f"summed {score} per CoT", "", partial(_summed_score, score=score)),
     ]
+    if _NEEDED in classes:
+        rows += [
+            Metric(f"{score}_auroc", f"AUROC of {score}", "", partial(_recovery, score=score, measure=auroc)),
+            Metric(
+                f"{score}_precision",
+                f"precision@k of {score}",
+                "",
+                partial(_recovery, score=score, measure=precision_at_k),
+            ),
+        ]
+    for name in measures:
+        unit = "%" if name.endswith("_unchanged") else ""
+        rows.append(Metric(name, name.replace("_", " "), unit, partial(_measure, name=name)))
     if graded:
         rows.insert(0, Metric("accuracy", "accuracy", "%", _accuracy))
     return rows
@@ -151,6 +173,20 @@ def _summed_score(rollout: RolloutRecord, score: str) -> tuple[float, float]:
     return (0, 0) if values is None else (sum(values), 1)
 
 
+def _recovery(
+    rollout: RolloutRecord, score: str, measure: Callable[[Sequence[float], Sequence[bool]], float]
+) -> tuple[float, float]:
+    values = rollout.scores.get(score)
+    if not values or not rollout.classes:
+        return 0, 0
+    found = measure(values, [name == _NEEDED for name in rollout.classes])
+    return (0, 0) if math.isnan(found) else (found, 1)
+
+
+def _measure(rollout: RolloutRecord, name: str) -> tuple[float, float]:
+    return (rollout.measures[name], 1) if name in rollout.measures else (0, 0)
+
+
 def _summary(
     labels: tuple[str, ...],
     sides: Sequence[Sequence[RolloutRecord]],
@@ -163,7 +199,8 @@ def _summary(
     if not everything:
         raise ValueError(f"{labels[0]!r} holds no rollouts: nothing to summarise")
     graded = any(rollout.correct is not None for rollout in everything)
-    columns = metrics(token_classes(everything), score, graded=graded)
+    measures = list(dict.fromkeys(name for rollout in everything for name in rollout.measures))
+    columns = metrics(token_classes(everything), score, graded=graded, measures=measures)
     prompts = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(rollout.prompt_id for rollout in sides[0]))}
     counts = [_counts_per_prompt(side, prompts, columns) for side in sides]
     numerators = np.concatenate([count[0] for count in counts], axis=1)

@@ -1,4 +1,4 @@
-"""GRPO with outcome and saliency rewards: TRL's trainer, with one more reward column and checkpoints that resume exactly.
+"""GRPO with outcome and saliency rewards: TRL's trainer with one more reward column, and checkpoints to resume from.
 
 TRL samples, forms groups and advantages, weighs, logs and optimises. What is added: the rollouts' exact token ids reach
 the saliency computation together with the live policy (`AtManGRPOTrainer.saliency` is an ordinary TRL reward function);
@@ -49,9 +49,9 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     """TRL's ``GRPOConfig`` plus the saliency reward; defaults are the paper's (AtManRL, arXiv 2604.16158).
 
     The reward is R = R_out + saliency_weight * R_sal, with R_out 0 for a correct answer and -1 otherwise, and the loss
-    L = -(1/G) sum_i (1/|o_i|) sum_t min(r_t A_i, clip(r_t, 1 - epsilon, 1 + epsilon) A_i) with A_i = R_i - mean(R) of the
-    group: ``scale_rewards="none"``, ``loss_type="grpo"``, no KL term. ``importance_sampling_level="sequence"`` puts one
-    length-normalised ratio per rollout in place of r_t.
+    L = -(1/G) sum_i (1/|o_i|) sum_t min(r_t A_i, clip(r_t, 1 - epsilon, 1 + epsilon) A_i) with A_i = R_i - mean(R) of
+    the group: ``scale_rewards="none"``, ``loss_type="grpo"``, no KL term. ``importance_sampling_level="sequence"`` puts
+    one length-normalised ratio per rollout in place of r_t.
 
     Attributes:
         saliency_weight: weight of R_sal; with 0 the run is TRL's own, step for step.
@@ -75,7 +75,7 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     gradient_accumulation_steps: int = 32
     num_iterations: int = 2
     num_train_epochs: float = 8.0
-    max_completion_length: int | None = 1024
+    max_completion_length: int = 1024
     learning_rate: float = 1e-6
     lr_scheduler_type: str = "constant"
     scale_rewards: str = "none"
@@ -83,6 +83,7 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     logging_steps: float = 1
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
+    bf16: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.mask, Mapping):
@@ -151,7 +152,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._completion_ids: list[list[int]] = []
         self._splits: list[CompletionSplit] = []
         self._staging: Path | None = None
-        reward_funcs = [self.outcome]
+        reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
         if args.saliency_weight or args.log_saliency:
             reward_funcs.append(self.saliency)
@@ -330,7 +331,8 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model)
         while True:
             try:
-                return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)
+                with self.accelerator.autocast():
+                    return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)
             except NonFiniteLossError as error:
                 index = active[error.rollout]
                 rollout = rollouts[index]
@@ -339,9 +341,11 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 active = [i for i in active if i != index]
 
     def _classes(self, indices: Sequence[int]) -> list[list[str]]:
-        """The class of each chain-of-thought token of these rollouts."""
+        """The class of each chain-of-thought token of these rollouts; the task must know them."""
+        classify = self.task.classify_tokens
+        assert classify is not None
         texts = [self.processing_class.convert_ids_to_tokens(list(self._splits[i].cot_ids)) for i in indices]
-        return [self.task.classify_tokens(self._rows[i], text) for i, text in zip(indices, texts, strict=True)]
+        return [classify(self._rows[i], text) for i, text in zip(indices, texts, strict=True)]
 
     def _describe(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], **numbers: Tensor) -> dict[str, Any]:
         return {
@@ -357,7 +361,9 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         folder = Path(self.args.output_dir) / "non_finite"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step-{self.state.global_step + 1}-process-{self.accelerator.process_index}.json"
-        path.write_text(json.dumps({"what": what, "rollouts": rollouts}, indent=1, ensure_ascii=False), encoding="utf-8")
+        path.write_text(
+            json.dumps({"what": what, "rollouts": rollouts}, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         message = f"{what} is not finite; the {len(rollouts)} rollout(s) it came from are in {path}"
         if not self.args.skip_non_finite:
             raise NonFiniteError(f"{message}; skip_non_finite leaves such rollouts out instead")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -73,5 +74,5 @@ class BeforeAfter:
             saliency=config.saliency,
             seed=config.seed,
             settings={"model": self.recipe.model.name},
-            progress=True,
+            progress=sys.stderr.isatty(),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from atmanrl.generation import GenerationSettings
 from atmanrl.policy import load_policy
 from atmanrl.recipe import Recipe, build, load_recipe
 from atmanrl.records import Run
+from atmanrl.scoring import with_deletion_effects, with_faithfulness
 
 
 def evaluate_command(
@@ -24,6 +26,7 @@ def evaluate_command(
     *,
     checkpoints: Sequence[str] = (),
     output: Path = Path("runs/evaluation"),
+    faithfulness: bool = False,
 ) -> int:
     """Evaluate checkpoints by a recipe's data, evaluation and mask sections, and return the exit status.
 
@@ -35,6 +38,7 @@ def evaluate_command(
         overrides: see `load_recipe`.
         checkpoints: directories, hub ids or "ledger"; the recipe's model where none is given.
         output: directory the results go to.
+        faithfulness: also intervene on every chain of thought: see `atmanrl.scoring`.
 
     Raises:
         ValueError: for a recipe, data or a checkpoint that cannot be used.
@@ -42,12 +46,13 @@ def evaluate_command(
     recipe = load_recipe(config, overrides)
     if not recipe.evaluation.prompts:
         raise ValueError(f"{recipe.source}: evaluation.prompts is 0; pass --evaluation.prompts N")
-    task = load_task(recipe.data)
     names = list(checkpoints) or [recipe.model.name]
+    named = list(zip(names, labels(names), strict=True))
+    task = load_task(recipe.data)
     output.mkdir(parents=True, exist_ok=True)
     runs = []
-    for name, label in zip(names, labels(names), strict=True):
-        run = _evaluate(recipe, task, name, label)
+    for name, label in named:
+        run = _evaluate(recipe, task, name, label, faithfulness)
         run.save(output / f"{label}.json")
         runs.append(run)
     console = Console(highlight=False)
@@ -73,7 +78,7 @@ def labels(names: Sequence[str]) -> list[str]:
     return [f"{i + 1}-{name}" for i, name in enumerate(short)]
 
 
-def _evaluate(recipe: Recipe, task: Task, name: str, label: str) -> Run:
+def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: bool) -> Run:
     section = recipe.evaluation
     model, tokenizer = load_policy(replace(recipe.model, name=name))
     limit = recipe.training.get("max_completion_length")
@@ -81,7 +86,7 @@ def _evaluate(recipe: Recipe, task: Task, name: str, label: str) -> Run:
     generation = GenerationSettings(
         temperature=section.temperature, samples=section.samples, batch_size=section.batch_size
     )
-    return evaluate(
+    run = evaluate(
         model,
         tokenizer,
         task,
@@ -92,5 +97,8 @@ def _evaluate(recipe: Recipe, task: Task, name: str, label: str) -> Run:
         saliency=section.saliency,
         seed=section.seed,
         settings={"model": name},
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
+    if faithfulness:
+        run = with_faithfulness(model, tokenizer, with_deletion_effects(model, run), seed=section.seed)
+    return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig, RecipeError, build
 from atmanrl.records import Run
 from atmanrl.report import print_run, write_page
+from atmanrl.scoring import with_deletion_effects
 
 
 def explain_command(
@@ -33,6 +35,7 @@ def explain_command(
     temperature: float = 0.0,
     seed: int = 0,
     color: bool = True,
+    deletion: bool = False,
 ) -> int:
     """Explain the examples of a JSONL file, or one prompt, and return the exit status.
 
@@ -44,6 +47,7 @@ def explain_command(
         html, json, csv: files to write.
         max_new_tokens, temperature, seed: of completions that the model writes.
         color: whether the terminal's colours may be used.
+        deletion: also hide each token in turn and record how much the answer's loss rises.
 
     Raises:
         ValueError: for examples or options that cannot be used, before anything is computed.
@@ -67,8 +71,10 @@ def explain_command(
         mask=mask,
         seed=seed,
         settings={"model": model.name},
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
+    if deletion:
+        run = with_deletion_effects(policy, run)
     console = Console(no_color=not color, highlight=False)
     print_run(run, console)
     _write(run, console, html=html, json=json, csv=csv)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from atmanrl import checkpoints, run_directory
 from atmanrl.callbacks import MetricsFile, ProgressLine, StopOnSigterm
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
-from atmanrl.data import Task, load_task
+from atmanrl.data import load_task
+from atmanrl.errors import InputError
 from atmanrl.policy import load_policy
 from atmanrl.recipe import build, load_recipe
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
@@ -35,7 +36,7 @@ def train(
     """Run a recipe and return the exit status.
 
     Raises:
-        ValueError: for a recipe, data or an output directory that cannot be used, before anything is computed.
+        InputError: for a recipe, data or an output directory that cannot be used, before anything is computed.
     """
     recipe = load_recipe(config, overrides)
     args = build(AtManGRPOConfig, {"disable_tqdm": True, **recipe.training}, source=recipe.source)
@@ -46,16 +47,17 @@ def train(
     run = Path(args.output_dir)
     process = PartialState()
     if process.is_main_process:
-        run_directory.prepare(run, recipe, overwrite=overwrite, resume=resume)
-    process.wait_for_everyone()
-    checkpoint = checkpoints.last_checkpoint(run) if resume else None
+        run_directory.check(run, recipe, overwrite=overwrite, resume=resume)
     task = load_task(recipe.data)
     model, tokenizer = load_policy(recipe.model)
     steps = args.arithmetic.optimizer_steps(len(task.train), args.num_train_epochs)
-    _check_context(model, tokenizer, task, args)
+    _check_context(model, args)
     if process.is_main_process:
-        console.print(args.arithmetic.describe(), highlight=False)
+        run_directory.start(run, recipe, resume=resume)
+        console.print(args.arithmetic.describe(), highlight=False, soft_wrap=True)
         console.print(f"steps             {args.max_steps if args.max_steps > 0 else steps} optimiser steps")
+    process.wait_for_everyone()
+    checkpoint = checkpoints.last_checkpoint(run) if resume else None
 
     # Nothing is lost before the first generation batch; from then on the trainer's own handler saves.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -76,12 +78,10 @@ def train(
     return 0
 
 
-def _check_context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, args: AtManGRPOConfig) -> None:
+def _check_context(model: PreTrainedModel, args: AtManGRPOConfig) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None or args.max_completion_length is None:
-        return
-    if args.max_completion_length >= context:
-        raise ValueError(
+    if context is not None and args.max_completion_length >= context:
+        raise InputError(
             f"max_completion_length {args.max_completion_length} leaves no room for a prompt in the model's context of "
             f"{context} tokens"
         )

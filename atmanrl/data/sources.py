@@ -13,11 +13,12 @@ import datasets
 import httpx
 
 from atmanrl.config import DataConfig
+from atmanrl.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used; the message names the file and the line."""
 
 

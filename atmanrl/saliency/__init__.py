@@ -1,6 +1,6 @@
 """Which tokens of a chain of thought the answer rests on."""
 
-from atmanrl.saliency.engine import NonFiniteLossError, optimize_masks
-from atmanrl.saliency.result import RolloutSaliency, SaliencyResult
+from atmanrl.saliency.engine import optimize_masks
+from atmanrl.saliency.result import NonFiniteLossError, RolloutSaliency, SaliencyResult, Trajectory
 
-__all__ = ["NonFiniteLossError", "RolloutSaliency", "SaliencyResult", "optimize_masks"]
+__all__ = ["NonFiniteLossError", "RolloutSaliency", "SaliencyResult", "Trajectory", "optimize_masks"]

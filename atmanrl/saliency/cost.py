@@ -74,3 +74,33 @@ def necessary_flops(shape: DecoderShape, batch: PackedRollouts, windows: list[in
         needs = dict.fromkeys(("need_dq", "need_dk", "need_dv"), not first)
         attention += attention_backward_flops(own, prefix, shape.heads_q, shape.head_dim, **needs)
     return 2 * linear + attention
+
+
+def peak_bytes(
+    shape: DecoderShape,
+    item: int,
+    rows: int,
+    loss_rows: int,
+    prompt_rows: int,
+    *,
+    on_cpu: bool,
+    head_norms: bool = False,
+) -> int:
+    """Memory that the fast path needs at its peak on top of the weights.
+
+    Args:
+        shape: of the decoder; item: bytes of a weight.
+        rows, loss_rows, prompt_rows: packed rows, those that predict a loss token, and rows of distinct prompts.
+        on_cpu: row-wise parts run in blocks, and their products take no room.
+        head_norms: q and k are also kept before a norm of their own (Qwen3).
+    """
+    h, m, dq, dkv = shape.hidden, shape.mlp, shape.width_q, shape.width_kv
+    queries = 2 * h + 2 * m + (3 if head_norms else 2) * dq
+    keys = (3 if head_norms else 2) * dkv
+    # Per query row a second rstd and the logsumexp, per row the first rstd, in float32.
+    layer = rows * (item * (queries + keys) + 4 * (2 + shape.heads_q))
+    last = loss_rows * (item * queries + 4 * (1 + shape.heads_q)) + rows * (item * keys + 4)
+    outside = item * (rows * (2 * h + shape.head_dim) + 2 * shape.layers * prompt_rows * dkv)
+    attention_backward = item * rows * (2 * dq + 2 * dkv)
+    mlp_backward = 0 if on_cpu else item * rows * (4 * m + 2 * h)
+    return (shape.layers - 1) * layer + last + outside + max(attention_backward, mlp_backward)

@@ -1,4 +1,4 @@
-"""Mask optimisation of a batch of rollouts: checks, packing, the loop over steps, the result."""
+"""Mask optimisation of any number of rollouts: checks, batches that fit memory, results in order."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from contextlib import contextmanager
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
+from atmanrl.saliency.budget import affordable_rows, halving_on_out_of_memory, split
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
-from atmanrl.saliency.mask import TrainableMask
+from atmanrl.saliency.optimization import optimize_batch
 from atmanrl.saliency.packing import PackedRollouts, pack
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
+
+MakeLikelihood = Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -41,7 +43,10 @@ def optimize_masks(
     config: MaskConfig | None = None,
     *,
     progress: bool | None = None,
-    likelihood: Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood] | None = None,
+    record_every: int | None = None,
+    token_budget: int | None = None,
+    capture: bool = False,
+    likelihood: MakeLikelihood | None = None,
 ) -> SaliencyResult:
     """Learn, for every rollout at once, which CoT tokens must be re-enabled for its answer to become likely again.
 
@@ -58,6 +63,10 @@ def optimize_masks(
         rollouts: prompt, chain of thought, marker and answer of each, as token ids of the model's vocabulary.
         config: see :class:`MaskConfig`; default: the paper's.
         progress: show a progress bar on stderr; default: if stderr is a terminal.
+        record_every: keep each mask and its loss every so many steps as ``trajectory``; default: never.
+        token_budget: rows packed into one batch, prompts included; default: as many as are predicted to fit the free
+            memory on the fast path, all on the general one. If memory runs out, half of it is tried once.
+        capture: on a GPU, replay the steps from a CUDA graph.
         likelihood: computes the answers' likelihood of a packed batch; default: :class:`FrozenDecoder` where it
             supports the model, else :class:`ModelLikelihood`.
 
@@ -67,12 +76,18 @@ def optimize_masks(
 
     Raises:
         ValueError: a rollout has more tokens than the model's context or a token id outside its vocabulary; the model
-            cannot use the attention.
-        NonFiniteLossError: a rollout's loss is NaN or infinite.
+            cannot use the attention; ``capture`` without a GPU.
+        NonFiniteLossError: a rollout's loss is NaN or infinite; its ``rollout`` is the index.
 
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
     config = MaskConfig() if config is None else config
+    if capture and model.device.type != "cuda":
+        raise ValueError(f"capture replays CUDA graphs, but the model is on {model.device}")
+    if record_every is not None and record_every < 1:
+        raise ValueError(f"record_every must be at least 1, got {record_every}")
+    if token_budget is not None and token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     for index, rollout in enumerate(rollouts):
         _check_fits(model, rollout, index)
     reasons = [_reason_to_skip(rollout) for rollout in rollouts]
@@ -85,10 +100,33 @@ def optimize_masks(
         )
     learned: dict[int, RolloutSaliency] = {}
     if active:
-        with frozen(model), _progress_bar(config.steps, progress) as advance:
+        with frozen(model), _progress_bar(config.steps * len(active), progress) as show:
             make = likelihood or _default_likelihood(model)
-            masks = _optimize(model, make, [rollouts[index] for index in active], active, config, advance)
-        learned = dict(zip(active, masks, strict=True))
+            if token_budget is None and make is FrozenDecoder:
+                token_budget = affordable_rows(model, [rollouts[index] for index in active])
+
+            def learn(group: list[int]) -> list[RolloutSaliency]:
+                members = [rollouts[index] for index in group]
+                batch = pack(members, answer_loss=config.answer_loss, device=model.device)
+                finished = config.steps * len(learned)
+                return optimize_batch(
+                    members,
+                    batch,
+                    make(model, batch),
+                    config,
+                    numbers=group,
+                    dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
+                    record_every=record_every,
+                    capture=capture,
+                    advance=lambda steps: show(finished + steps * len(group)),
+                )
+
+            def run(budget: int) -> None:
+                for group in split(rollouts, [index for index in active if index not in learned], budget):
+                    learned.update(zip(group, learn(group), strict=True))
+
+            all_rows = sum(len(rollouts[index]) for index in active)
+            halving_on_out_of_memory(run, all_rows if token_budget is None else min(token_budget, all_rows))
     return SaliencyResult(
         [
             learned[index] if reason is None else skipped(rollout, reason, config)
@@ -98,58 +136,8 @@ def optimize_masks(
     )
 
 
-def _default_likelihood(model: PreTrainedModel) -> Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]:
+def _default_likelihood(model: PreTrainedModel) -> MakeLikelihood:
     return FrozenDecoder if why_unsupported(model) is None else ModelLikelihood
-
-
-def _optimize(
-    model: PreTrainedModel,
-    make_likelihood: Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood],
-    rollouts: Sequence[Rollout],
-    names: Sequence[int],
-    config: MaskConfig,
-    advance: Callable[[], None],
-) -> list[RolloutSaliency]:
-    device = model.device
-    batch = pack(rollouts, answer_loss=config.answer_loss, device=device)
-    likelihood = make_likelihood(model, batch)
-    mask = TrainableMask(
-        len(batch.cot_columns),
-        config,
-        device=device,
-        dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
-    )
-
-    def losses() -> Tensor:
-        return batch.mean_per_rollout(likelihood(batch.key_bias(mask.bias())))
-
-    with torch.no_grad():
-        unmasked = batch.mean_per_rollout(likelihood(batch.key_bias(torch.zeros_like(mask.values))))
-    _check_finite(unmasked, names, "without a mask")
-    initial: Tensor | None = None
-    for step in range(config.steps):
-        current = losses()
-        if initial is None:
-            initial = current.detach()
-        # Elsewhere the check would wait for the device; a NaN stays in H, so the check of the last loss finds it.
-        if device.type == "cpu":
-            _check_finite(current.detach(), names, f"at step {step}")
-        mask.step(current)
-        advance()
-    with torch.no_grad():
-        final = losses()
-    _check_finite(final, names, f"after {config.steps} steps")
-    return [
-        RolloutSaliency(rollout, values, config.init, *numbers)
-        for rollout, values, *numbers in zip(
-            rollouts,
-            mask.values.detach().cpu().split(batch.cot_lengths),
-            (final if initial is None else initial).tolist(),
-            final.tolist(),
-            unmasked.tolist(),
-            strict=True,
-        )
-    ]
 
 
 def _reason_to_skip(rollout: Rollout) -> str | None:
@@ -175,6 +163,7 @@ def _check_fits(model: PreTrainedModel, rollout: Rollout, index: int) -> None:
         )
 
 
+<<<<<<< HEAD
 def _check_finite(losses: Tensor, names: Sequence[int], when: str) -> None:
     wrong = losses.isfinite().logical_not()
     if bool(wrong.any()):
@@ -182,13 +171,15 @@ def _check_finite(losses: Tensor, names: Sequence[int], when: str) -> None:
         raise NonFiniteLossError(names[where], losses[where].item(), when)
 
 
+=======
+>>>>>>> saliency
 @contextmanager
-def _progress_bar(steps: int, shown: bool | None) -> Iterator[Callable[[], None]]:
+def _progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
     shown = sys.stderr.isatty() if shown is None else shown
     if not shown:
-        yield lambda: None
+        yield lambda completed: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("saliency masks", total=steps)
-        yield lambda: bar.advance(task)
+        task = bar.add_task("saliency masks, rollout-steps", total=total)
+        yield lambda completed: bar.update(task, completed=completed)

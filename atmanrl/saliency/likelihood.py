@@ -35,17 +35,23 @@ class ModelLikelihood:
         self._prefix = prompt_keys_and_values(model, batch)
 
     def __call__(self, key_bias: Tensor) -> Tensor:
+        logits = self.logits(key_bias)
+        return nn.functional.cross_entropy(logits.to(key_bias.dtype), self._batch.loss_targets, reduction="none")
+
+    def logits(self, key_bias: Tensor) -> Tensor:
+        """(L_total, V) logits of the rows that predict the loss tokens, in the model's dtype."""
         batch = self._batch
-        logits = self._model(
+        logits: Tensor = self._model(
             input_ids=batch.ids[None],
             position_ids=batch.positions[None],
+            attention_mask=_no_mask(batch),
             use_cache=False,
             logits_to_keep=batch.loss_rows,
             key_bias=key_bias[None],
             attention_plan=batch.plan,
             shared_prefix=self._prefix,
         ).logits[0]
-        return nn.functional.cross_entropy(logits.to(key_bias.dtype), batch.loss_targets, reduction="none")
+        return logits
 
 
 @torch.no_grad()
@@ -55,9 +61,16 @@ def prompt_keys_and_values(model: PreTrainedModel, batch: PackedRollouts) -> Key
     model(
         input_ids=batch.prompt_ids[None],
         position_ids=batch.prompt_positions[None],
+        attention_mask=_no_mask(batch),
         use_cache=False,
         logits_to_keep=1,
         attention_plan=batch.prompt_plan,
         capture=record,
     )
     return record
+
+
+def _no_mask(batch: PackedRollouts) -> Tensor:
+    # The plan says what each row sees. A 4-D mask, unused, keeps transformers from reading that off the positions,
+    # which would synchronise with the device in every forward.
+    return torch.empty(1, 1, 0, 0, device=batch.ids.device)

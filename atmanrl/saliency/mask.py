@@ -33,6 +33,7 @@ class TrainableMask:
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=True,
+            capturable=device.type == "cuda",
         )
 
     def bias(self) -> Tensor:

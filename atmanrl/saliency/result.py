@@ -13,6 +13,33 @@ from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
 
 
+class NonFiniteLossError(FloatingPointError):
+    """A rollout's loss is NaN or infinite.
+
+    Attributes:
+        rollout: its index in the list given.
+    """
+
+    def __init__(self, rollout: int, loss: float, when: str) -> None:
+        super().__init__(f"the loss of rollout {rollout} is {loss} {when}")
+        self.rollout = rollout
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How a mask and its loss developed, on the CPU.
+
+    Attributes:
+        steps: (K,) int64, updates done before each record; the last is the number of steps.
+        masks: (K, T) raw H after that many updates.
+        losses: (K,) the loss under that mask, in nats.
+    """
+
+    steps: Tensor
+    masks: Tensor
+    losses: Tensor
+
+
 @dataclass(frozen=True)
 class RolloutSaliency:
     """The mask of one rollout's T chain-of-thought tokens, on the CPU, without gradient.
@@ -25,6 +52,7 @@ class RolloutSaliency:
         loss_final: the same after the last update.
         loss_unmasked: the same without a mask.
         skipped: why nothing was optimised; None where something was. The losses of a skipped rollout are NaN.
+        trajectory: what ``record_every`` recorded, else None.
     """
 
     rollout: Rollout
@@ -34,6 +62,7 @@ class RolloutSaliency:
     loss_final: float = float("nan")
     loss_unmasked: float = float("nan")
     skipped: str | None = None
+    trajectory: Trajectory | None = None
 
     @property
     def normalized(self) -> Tensor:

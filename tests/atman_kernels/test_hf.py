@@ -176,6 +176,19 @@ def test_autocast_computes_attention_in_the_autocast_dtype():
     assert_as_exact_as_reference("logits", actual[real], reference[real], oracle[real])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@families
+def test_low_precision_models_are_as_exact_as_with_sdpa(family, dtype):
+    ids, mask = random_ids(3, 12), padding_mask(LENGTHS, "left")
+    real = mask.bool()
+    actual, reference = (
+        logits(random_model(family, name).to(dtype), ids, attention_mask=mask)[real] for name in ("atman", "sdpa")
+    )
+    # The same rounded weights.
+    oracle = logits(random_model(family, "sdpa").to(dtype).double(), ids, attention_mask=mask)[real]
+    assert_as_exact_as_reference(f"{family} logits", actual, reference, oracle)
+
+
 def test_the_implementation_can_be_chosen_when_the_model_is_made():
     config = random_model("llama").config
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="atman")

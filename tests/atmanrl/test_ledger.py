@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from atmanrl.config import DataConfig, LedgerConfig
 from atmanrl.data import DataError, load_task
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.data.ledger.generator import classify_tokens, sample_chain, sample_examples
-from atmanrl.data.ledger.model import answer_after, measure, substitute
+from atmanrl.data.ledger.measure import measure, measure_interventions
 from atmanrl.data.ledger.pretrain import PretrainConfig, batches, main, pretrain
-from atmanrl.data.ledger.vocabulary import FILLER, NAMES, VALUES, WORDS, build_tokenizer
+from atmanrl.data.ledger.vocabulary import FILLER, NAMES, WORDS, build_tokenizer
 
 RECORD = json.loads((CHECKPOINT / "record.json").read_text())
 
@@ -143,24 +144,17 @@ def test_the_shipped_tokenizer_is_the_built_one(tokenizer):
 
 def test_the_answer_follows_the_needed_values_and_nothing_filler_says(model, tokenizer):
     """The truth that `classify_tokens` states, by intervention on the chain of thought."""
-    config, rng = LedgerConfig(), random.Random(0)
-    changed = {"needed": [], "filler": [], "unasked value": []}
-    for example in islice(sample_examples(config, 1, held_out=True), 25):
-        chain = sample_chain(example, config, rng, example.pairs)
-        base = answer_after(model, tokenizer, example.prompt, chain)
-        assert base == tuple(example.answer.split())
-        for i, (word, kind) in enumerate(zip(chain, classify_tokens(example.row(), chain), strict=True)):
-            if kind == "other" and word in VALUES:
-                kind = "unasked value"
-            if kind in changed:
-                words = FILLER if kind == "filler" else VALUES
-                answer = answer_after(model, tokenizer, example.prompt, substitute(chain, i, words, rng))
-                changed[kind].append(answer != base)
-    assert all(changed["needed"])
-    assert len(changed["needed"]) == 75
-    assert len(changed["filler"]) > 20
-    assert not any(changed["filler"])
-    assert not any(changed["unasked value"])
+    config = LedgerConfig()
+    examples = list(islice(sample_examples(config, 1, held_out=True), 60))
+    counts = measure_interventions(model, tokenizer, examples, config, seed=1)
+    assert counts["intact chain"] == {"replaced": 60, "changed": 0}
+    assert counts["needed value"] == {"replaced": 180, "changed": 180}
+    assert counts["filler"]["replaced"] > 50
+    assert counts["filler"]["changed"] == 0
+    assert counts["other value"]["replaced"] > 10
+    assert counts["other value"]["changed"] == 0
+    for kind in ("asked name", "other name"):
+        assert counts[kind]["changed"] <= 0.05 * counts[kind]["replaced"]
 
 
 def test_masked_chains_carry_no_loss_and_their_answers_follow_them():
@@ -171,8 +165,9 @@ def test_masked_chains_carry_no_loss_and_their_answers_follow_them():
     masked = 0
     for ids, weights in zip(batch.input_ids.tolist(), batch.weights.tolist(), strict=True):
         start, end = ids.index(chain_marker) + 1, ids.index(answer_marker)
-        assert sum(weights[:start]) == 0
-        assert all(w == config.content_weight for w, i in zip(weights[end + 1 :], ids[end + 1 :], strict=True) if i)
+        assert not any(weights[:start])
+        assert all(weight == 1 for weight, i in zip(weights[end + 1 :], ids[end + 1 :], strict=True) if i)
+        assert set(weights[start:end]) in ({0}, {1})
         masked += not any(weights[start:end])
     # Five standard errors of a binomial.
     share = config.ledger.random_value_fraction
@@ -209,3 +204,15 @@ def test_the_script_writes_a_loadable_checkpoint_with_its_record(tmp_path, capsy
 def test_importing_the_configuration_loads_no_torch():
     code = "import sys, atmanrl.config; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_documented_figures_are_those_of_the_record():
+    text = (Path(__file__).parents[2] / "docs" / "ledger.md").read_text("utf-8")
+    measured = RECORD["measured"]
+    assert f"held-out prompts its accuracy is {measured['accuracy']:.3f}, with {measured['filler']:.2f} filler" in text
+    assert f"and {measured['cot_tokens']:.2f} tokens per chain of thought" in text
+    assert f"a Llama of {RECORD['parameters']:,} parameters" in text
+    for kind, count in RECORD["interventions"].items():
+        if kind != "intact chain":
+            assert f"| {kind} | {count['replaced']} | {count['changed']} |" in text
+    assert RECORD["command"] in text

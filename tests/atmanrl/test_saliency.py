@@ -209,3 +209,21 @@ def test_the_progress_bar_counts_the_steps(capsys):
     assert "3/3" in capsys.readouterr().err
     optimize_masks(tiny_model(), random_rollouts([(5, 1, 2)]), MaskConfig(steps=3), progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_recorded_masks_and_losses_are_those_of_shorter_runs():
+    model, rollouts = tiny_model(), random_rollouts([(9, 0, 3), (5, 1, 2)])
+    config = MaskConfig(steps=5, lr=4e-3)
+    plain = optimize_masks(model, rollouts, config)
+    recorded = optimize_masks(model, rollouts, config, record_every=2)
+    for one, other in zip(plain, recorded, strict=True):
+        assert one.trajectory is None
+        assert torch.equal(one.mask, other.mask)
+        assert other.trajectory.steps.tolist() == [0, 2, 4, 5]
+        assert other.trajectory.losses[[0, -1]].tolist() == [one.loss_initial, one.loss_final]
+        assert torch.equal(other.trajectory.masks[-1], one.mask)
+    after_two = optimize_masks(model, rollouts, replace(config, steps=2))
+    assert torch.equal(recorded[1].trajectory.masks[1], after_two[1].mask)
+    assert recorded[1].trajectory.losses[1].item() == after_two[1].loss_final
+    with pytest.raises(ValueError, match="record_every must be at least 1, got 0"):
+        optimize_masks(model, rollouts, record_every=0)

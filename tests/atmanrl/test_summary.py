@@ -86,9 +86,19 @@ def test_numbers_of_a_run_by_hand():
             "restored_other": 0.25,
             # The rollout without a mask is not one with a mass of 0.
             "restored_mass": 0.6,
+            # The first finds its needed token, the second ties it with another; the third has no scores.
+            "restored_auroc": (1 + 0.5) / 2,
+            "restored_precision": (1 + 0.5) / 2,
         }
     )
     assert (summary.prompts, summary.rollouts) == (3, 3)
+
+
+def test_measures_are_means_over_the_completions_that_have_them():
+    values = [{"causal_influence": 0.2, "filler_unchanged": 1.0}, {"causal_influence": 0.4}, {}]
+    summary = summarize(run(*(rollout(f"p{i}", measures=value) for i, value in enumerate(values))))
+    assert summary["causal_influence"].runs[0].value == pytest.approx(0.3)
+    assert (summary["filler_unchanged"].label, summary["filler_unchanged"].unit) == ("filler unchanged", "%")
 
 
 def test_a_class_that_never_occurs_has_no_mean_and_no_interval():

@@ -1,0 +1,7 @@
+"""The error that the command line shows without a traceback; importing this module loads no torch."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Input that cannot be used: a recipe, data, a model's name or a directory. The message says what and where."""

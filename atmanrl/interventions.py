@@ -1,0 +1,154 @@
+"""What becomes of an answer when its chain of thought is altered: packed forwards of many variants, teacher forced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atmanrl.rollouts import Rollout
+from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.packing import pack
+
+Mask = NDArray[np.bool_]
+
+ROWS = 8192
+"""Packed rows per forward, prompts not counted; a longer variant runs alone."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A rollout with some of its chain-of-thought tokens hidden from every row, their positions kept.
+
+    Attributes:
+        rollout: with an answer; its chain of thought may be empty.
+        hidden: (T,) bool, or None for none. A hidden column has a key bias of -inf in all layers and heads, which is
+            the same as deleting its keys and values.
+    """
+
+    rollout: Rollout
+    hidden: Mask | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The original answer under a variant.
+
+    Attributes:
+        nll: mean negative log-likelihood of its tokens, nats.
+        unchanged: whether each of its tokens is the most likely one: whether greedy decoding would still write it.
+    """
+
+    nll: float
+    unchanged: bool
+
+    @property
+    def probability(self) -> float:
+        """exp(-nll), the geometric mean of the tokens' probabilities, in 0..1."""
+        return math.exp(-self.nll)
+
+
+def answer_log_probabilities(
+    model: PreTrainedModel, variants: Iterable[Variant], *, rows: int = ROWS
+) -> Iterator[Tensor]:
+    """Log-probabilities of the next token at each position of the answer, (N, V) fp32, one tensor per variant.
+
+    Variants of one rollout share their prompt's forward where they stand in the same batch.
+
+    Args:
+        model: a causal LM on transformers' AttentionInterface; borrowed frozen while a batch runs.
+        variants: taken as they are needed.
+        rows: packed completion rows per forward, which bounds the memory.
+
+    Raises:
+        ValueError: for a rollout without an answer, or a ``hidden`` of another length than its chain of thought.
+    """
+    batch: list[Variant] = []
+    size = 0
+    for variant in variants:
+        _check(variant)
+        length = len(variant.rollout.completion_ids)
+        if batch and size + length > rows:
+            yield from _forward(model, batch)
+            batch, size = [], 0
+        batch.append(variant)
+        size += length
+    if batch:
+        yield from _forward(model, batch)
+
+
+def outcomes(model: PreTrainedModel, variants: Iterable[Variant], *, rows: int = ROWS) -> list[Outcome]:
+    """The `Outcome` of each variant; arguments as for `answer_log_probabilities`."""
+    variants = list(variants)
+    results = []
+    for variant, log_probabilities in zip(variants, answer_log_probabilities(model, variants, rows=rows), strict=True):
+        targets = torch.tensor(variant.rollout.answer_ids, device=log_probabilities.device)
+        own = log_probabilities.gather(1, targets[:, None])
+        unchanged = bool((log_probabilities.argmax(1) == targets).all())
+        results.append(Outcome(-float(own.mean()), unchanged))
+    return results
+
+
+def deletion_effects(
+    model: PreTrainedModel, rollouts: Sequence[Rollout], *, rows: int = ROWS
+) -> list[NDArray[np.float64]]:
+    """Rise of the answer's mean NLL (nats) when one chain-of-thought token is hidden, for each token in turn.
+
+    The leave-one-out reference that other saliency is scored against: T forwards for T tokens.
+
+    Returns:
+        (T,) float64 per rollout.
+    """
+    variants = [
+        Variant(rollout, hidden)
+        for rollout in rollouts
+        for hidden in [None, *np.eye(len(rollout.cot_ids), dtype=np.bool_)]
+    ]
+    nll = iter([outcome.nll for outcome in outcomes(model, variants, rows=rows)])
+    effects = []
+    for rollout in rollouts:
+        base = next(nll)
+        effects.append(np.array([next(nll) - base for _ in rollout.cot_ids], dtype=np.float64))
+    return effects
+
+
+def _check(variant: Variant) -> None:
+    length = len(variant.rollout.cot_ids)
+    if not variant.rollout.answer_ids:
+        raise ValueError("a rollout without an answer has no outcome")
+    if variant.hidden is not None and variant.hidden.shape != (length,):
+        raise ValueError(f"hidden has shape {variant.hidden.shape}, the chain of thought {length} tokens")
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, variants: Sequence[Variant]) -> list[Tensor]:
+    with frozen(model), torch.no_grad():
+        batch = pack([_with_a_row(variant.rollout) for variant in variants], answer_loss="value", device=model.device)
+        bias = torch.cat([_bias(variant) for variant in variants]).to(model.device)
+        logits = ModelLikelihood(model, batch).logits(batch.key_bias(bias))
+        lengths = [len(variant.rollout.answer_ids) for variant in variants]
+        return list(logits.float().log_softmax(-1).split(lengths))
+
+
+def _with_a_row(rollout: Rollout) -> Rollout:
+    # The row that predicts the answer's first token must be a packed one: an empty chain of thought borrows the
+    # prompt's last token, which is the same computation, as nothing is hidden there.
+    if rollout.cot_ids:
+        return rollout
+    if len(rollout.prompt_ids) < 2:
+        raise ValueError("a prompt of one token and an empty chain of thought leave no prefix")
+    return replace(rollout, prompt_ids=rollout.prompt_ids[:-1], cot_ids=rollout.prompt_ids[-1:])
+
+
+def _bias(variant: Variant) -> Tensor:
+    bias = torch.zeros(max(1, len(variant.rollout.cot_ids)))
+    if variant.hidden is not None and len(variant.hidden):
+        bias[torch.from_numpy(variant.hidden)] = -math.inf
+    return bias

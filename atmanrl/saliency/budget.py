@@ -1,0 +1,93 @@
+"""How many packed rows run at once: memory predicted before running, and batches that keep to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from atmanrl.rollouts import Rollout
+from atmanrl.saliency.cost import DecoderShape, peak_bytes
+
+_Result = TypeVar("_Result")
+
+# Of the free memory, what the allocator loses to fragments and other processes may take meanwhile.
+_HEADROOM = 0.9
+
+
+def rows_of(rollout: Rollout) -> int:
+    """Packed rows of one rollout: its completion without the last token."""
+    return len(rollout.completion_ids) - 1
+
+
+def split(rollouts: Sequence[Rollout], order: Sequence[int], budget: int) -> list[list[int]]:
+    """Successive groups of ``order`` (indices into ``rollouts``) with at most ``budget`` rows, prompts included.
+
+    Neighbours with one prompt share its rows. A rollout that needs more than the budget forms a group of its own.
+    """
+    groups: list[list[int]] = []
+    used = 0
+    prompts: set[tuple[int, ...]] = set()
+    for index in order:
+        rollout = rollouts[index]
+        needed = rows_of(rollout) + (0 if rollout.prompt_ids in prompts else len(rollout.prompt_ids))
+        if not groups or used + needed > budget:
+            groups.append([])
+            used, prompts = 0, set()
+            needed = rows_of(rollout) + len(rollout.prompt_ids)
+        groups[-1].append(index)
+        used += needed
+        prompts.add(rollout.prompt_ids)
+    return groups
+
+
+def affordable_rows(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> int | None:
+    """Rows whose predicted peak fits the free memory of the model's device; None where that is unknown."""
+    free = _free_bytes(model.device)
+    if free is None:
+        return None
+    rows = sum(map(rows_of, rollouts))
+    prompts = sum(map(len, {rollout.prompt_ids for rollout in rollouts}))
+    answers = sum(len(rollout.answer_ids) + len(rollout.marker_ids) for rollout in rollouts)
+    needed = peak_bytes(
+        DecoderShape.of(model), model.dtype.itemsize, rows, answers, prompts, on_cpu=model.device.type == "cpu"
+    )
+    return int((rows + prompts) * _HEADROOM * free / needed)
+
+
+def halving_on_out_of_memory(run: Callable[[int], _Result], budget: int) -> _Result:
+    """``run(budget)``; if memory runs out, once more with half the budget.
+
+    Raises:
+        torch.OutOfMemoryError: if it runs out with half of it, too.
+    """
+    try:
+        return run(budget)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    # Outside the handler: its traceback would keep the failed run's tensors alive.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return run(max(1, budget // 2))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the allocator holds without using it is free for us as well.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if device.type == "cpu" and meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from atmanrl.cli import main
+from atmanrl.commands.evaluate import labels
+from atmanrl.data.ledger import CHECKPOINT
+from atmanrl.records import Run
+
+PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
+COMPLETION = "c 0 . b 6 e 8 <ans> c 0 b 6 e 8 <eos>"
+
+
+def test_explain_shows_one_prompt_and_writes_every_format(tmp_path, capsys):
+    files = {name: tmp_path / f"out.{name}" for name in ("html", "json", "csv")}
+    options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+    given = ["--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION, "--mask.steps", "2", "--deletion"]
+    assert main(["explain", *given, *options]) == 0
+    output = capsys.readouterr().out
+    assert "c 0 . b 6 e 8" in output
+    assert "highest restored" in output
+    assert "\x1b" not in output
+    item = Run.load(files["json"]).rollouts[0]
+    assert set(item.scores) == {"restored", "deletion"}
+    assert files["csv"].read_text(encoding="utf-8").count("\n") == 1 + len(item.cot)
+    assert "<!doctype html>" in files["html"].read_text(encoding="utf-8")
+
+
+def test_explain_reads_a_file_and_lets_the_model_complete(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": PROMPT, "completion": COMPLETION, "expected": "c 0 b 6 e 8"}, {"prompt": PROMPT, "id": "own"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(["explain", "--model", "ledger", "--input", str(path), "--mask.steps", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "1  7 tokens, correct" in output
+    assert "own" in output
+
+
+def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
+    command = ["evaluate", "--config", "ledger", "--checkpoints", "ledger", str(CHECKPOINT), "--output", str(tmp_path)]
+    quick = ["--evaluation.prompts", "3", "--evaluation.samples", "1", "--mask.steps", "2", "--faithfulness"]
+    assert main([*command, *quick]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"ledger.json", "checkpoint.json", "summary.json", "summary.md", "report.html", "plots"}
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert all(row["difference"]["value"] in (0, None) for row in summary["rows"])
+    assert "early answering aoc" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "ledger.json"), str(tmp_path / "checkpoint.json")]) == 0
+    assert "paired differences" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "a.json", "b.json"], "a.json: no such file"),
+        (["explain", "--model", "ledger", "--input", "nothing.jsonl"], "nothing.jsonl: no such file"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--mask.stps", "2"], "unknown key 'mask.stps'"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--steps", "2"], "unknown option --steps"),
+        (
+            ["explain", "--model", "ledger", "--prompt", "a", "--html", "no/such/x.html"],
+            "there is no directory no/such",
+        ),
+        (["explain", "--model", "/no/such/model", "--prompt", "a"], "'/no/such/model' cannot be loaded"),
+        (["evaluate", "--config", "ledger", "--evaluation.prompts", "0"], "evaluation.prompts is 0"),
+        (["evaluate", "--config", "ledger", "--checkpoints", "ledger", "ledger"], "named twice"),
+    ],
+)
+def test_input_that_cannot_be_used_is_said_in_a_line_with_status_2(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_as_short_as_they_can_be():
+    assert labels(["runs/a/model", "runs/b/model", "ledger"]) == ["a-model", "b-model", "ledger"]
+    assert labels(["meta/llama"]) == ["llama"]

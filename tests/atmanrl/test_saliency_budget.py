@@ -1,0 +1,117 @@
+"""Batches keep to the token budget, running out of memory halves it once, and neither changes a mask."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from atmanrl import MaskConfig, Rollout, optimize_masks
+from atmanrl.saliency.budget import affordable_rows, split
+from atmanrl.saliency.decoder import FrozenDecoder
+from tests.atmanrl.tiny_models import random_rollouts, tiny_model
+
+LENGTHS = [(9, 0, 3), (14, 2, 1), (5, 1, 2), (7, 0, 1)]
+SHORT = MaskConfig(steps=5, lr=4e-3)
+
+
+def test_groups_keep_order_and_budget_and_share_prompts():
+    one, other = Rollout([1] * 10, [2] * 5, [3]), Rollout([4] * 10, [2] * 5, [3])
+    rollouts = [one, one, other, one]
+    # Five rows each, ten of a prompt that is new to its group.
+    assert split(rollouts, [0, 1, 2, 3], 20) == [[0, 1], [2], [3]]
+    assert split(rollouts, [0, 1, 2, 3], 40) == [[0, 1, 2, 3]]
+    assert split(rollouts, [3, 2], 1) == [[3], [2]]
+
+
+def _sizes_seen(monkeypatch, fails_above=None):
+    sizes = []
+    original = FrozenDecoder.__init__
+
+    def spied(self, model, batch):
+        sizes.append(batch.n_rollouts)
+        if fails_above is not None and batch.n_rollouts > fails_above:
+            raise torch.OutOfMemoryError("out of memory")
+        original(self, model, batch)
+
+    monkeypatch.setattr(FrozenDecoder, "__init__", spied)
+    return sizes
+
+
+def test_a_token_budget_splits_the_batch_and_changes_no_mask(monkeypatch):
+    model, rollouts = tiny_model(), random_rollouts(LENGTHS)
+    together = optimize_masks(model, rollouts, SHORT)
+    sizes = _sizes_seen(monkeypatch)
+    apart = optimize_masks(model, rollouts, SHORT, token_budget=36)
+    assert sizes == [2, 2]
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one.mask, other.mask, atol=2e-5, rtol=0)
+
+
+def test_running_out_of_memory_once_halves_the_budget(monkeypatch):
+    model, rollouts = tiny_model(), random_rollouts(LENGTHS)
+    expected = optimize_masks(model, rollouts, SHORT)
+    sizes = _sizes_seen(monkeypatch, fails_above=3)
+    result = optimize_masks(model, rollouts, SHORT)
+    assert sizes[0] == 4
+    assert max(sizes[1:]) <= 3
+    assert sum(sizes[1:]) == 4
+    for one, other in zip(expected, result, strict=True):
+        torch.testing.assert_close(one.mask, other.mask, atol=2e-5, rtol=0)
+
+
+def test_running_out_of_memory_twice_is_the_callers_problem(monkeypatch):
+    sizes = _sizes_seen(monkeypatch, fails_above=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimize_masks(tiny_model(), random_rollouts(LENGTHS), SHORT)
+    assert len(sizes) == 2
+
+
+def test_the_default_budget_follows_the_free_memory(monkeypatch):
+    model, rollouts = tiny_model(), random_rollouts(LENGTHS)
+    monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device: 2**30)
+    plenty = affordable_rows(model, rollouts)
+    monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device: 2**29)
+    assert affordable_rows(model, rollouts) == pytest.approx(plenty / 2, rel=1e-3)
+    sizes = _sizes_seen(monkeypatch)
+    monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device: 2**30 * 36 // plenty)
+    optimize_masks(model, rollouts, SHORT)
+    assert sizes == [2, 2]
+
+
+# Runs in a process of its own, because a process's peak is measured.
+_PEAK = """
+    import torch
+    from pathlib import Path
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from atmanrl import MaskConfig, Rollout, optimize_masks
+    from atmanrl.saliency.cost import DecoderShape, peak_bytes
+
+    def resident(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    torch.set_num_threads(1)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=600, initializer_range=0.1))
+    rollouts = lambda cot: [Rollout([i + 1] * 20, [i + 2] * cot, [5, 6]) for i in range(8)]
+    optimize_masks(model, rollouts(8), MaskConfig(steps=1))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    optimize_masks(model, rollouts(450), MaskConfig(steps=2))
+    measured = resident("VmHWM") - before
+    predicted = peak_bytes(DecoderShape.of(model), 4, 8 * 451, 16, 160, on_cpu=True)
+    print(predicted / measured, measured)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_predicted_peak_memory_is_within_15_percent_of_the_measured():
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(_PEAK)], capture_output=True, text=True, check=True)
+    ratio, measured = map(float, process.stdout.split())
+    assert measured > 100e6, "too little to measure"
+    assert 0.85 <= ratio <= 1.15

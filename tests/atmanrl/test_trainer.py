@@ -1,0 +1,251 @@
+"""The trainer against TRL's own, and what it adds: rewards, metrics, and stopping at numbers that are none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from atmanrl import MaskConfig, optimize_masks, saliency_reward
+from atmanrl.config import DataConfig, LedgerConfig
+from atmanrl.data import Task, load_task
+from atmanrl.policy import load_policy
+from atmanrl.recipe import ModelConfig
+from atmanrl.rollouts import Rollout, split_completion
+from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer, NonFiniteError
+from tests.atmanrl.tiny import byte_level_tokenizer, llama, write_gsm8k
+
+FEW_STEPS = MaskConfig(steps=3, lr=0.02)
+
+
+def settings(directory: Path, **overrides: Any) -> dict[str, Any]:
+    """Two queries of four rollouts, used twice; what both trainers are given."""
+    return {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "max_completion_length": 24,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "scale_rewards": "none",
+        "loss_type": "grpo",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        **overrides,
+    }
+
+
+@pytest.fixture(scope="module")
+def ledger() -> Task:
+    return load_task(DataConfig(ledger=LedgerConfig(train_size=4, test_size=2)))
+
+
+class Losses(TrainerCallback):
+    """Every number that was logged, without times."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "train_runtime" not in logs:
+            self.lines.append({name: value for name, value in logs.items() if name != "step_time"})
+
+
+def train(task: Task, directory: Path, **overrides: Any) -> tuple[AtManGRPOTrainer, list[dict[str, float]]]:
+    model, tokenizer = load_policy(ModelConfig("ledger"))
+    losses = Losses()
+    args = AtManGRPOConfig(**settings(directory, **{"mask": FEW_STEPS, **overrides}))
+    trainer = AtManGRPOTrainer(model, args, task, tokenizer, callbacks=[losses])
+    trainer.train()
+    return trainer, losses.lines
+
+
+def train_with_trl(task: Task, directory: Path) -> tuple[GRPOTrainer, list[dict[str, float]]]:
+    model, tokenizer = load_policy(ModelConfig("ledger"))
+
+    def outcome(completion_ids: list[list[int]], answer: list[str], **columns: Any) -> list[float]:
+        rewards = []
+        for ids, gold in zip(completion_ids, answer, strict=True):
+            parsed = split_completion(ids, tokenizer, task.answer_format).answer
+            rewards.append(0.0 if parsed is not None and task.answer_format.matches(parsed.value, gold) else -1.0)
+        return rewards
+
+    losses = Losses()
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=[outcome],
+        args=GRPOConfig(**settings(directory)),
+        train_dataset=task.train,
+        processing_class=tokenizer,
+        callbacks=[losses],
+    )
+    trainer.train()
+    return trainer, losses.lines
+
+
+@pytest.mark.parametrize("log_saliency", [False, True], ids=["off", "logged"])
+def test_with_weight_0_every_loss_and_parameter_is_trls_own_bit_for_bit(
+    ledger: Task, tmp_path: Path, log_saliency: bool
+) -> None:
+    # Three generation batches at two per epoch: the order of a second epoch is compared as well.
+    ours, our_lines = train(ledger, tmp_path / "ours", saliency_weight=0.0, log_saliency=log_saliency)
+    theirs, their_lines = train_with_trl(ledger, tmp_path / "theirs")
+    shared = their_lines[0].keys()
+    assert {"loss", "grad_norm", "reward", "entropy"} <= shared
+    assert [{name: line.get(name) for name in shared} for line in our_lines] == [
+        {name: line.get(name) for name in shared} for line in their_lines
+    ]
+    for (name, parameter), expected in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+
+
+def test_the_saliency_reward_of_a_batch_is_that_of_its_rollouts(ledger: Task, tmp_path: Path) -> None:
+    model, tokenizer = load_policy(ModelConfig("ledger"))
+    args = AtManGRPOConfig(**settings(tmp_path, mask=FEW_STEPS, saliency_weight=0.5, direction="printed"))
+    trainer = AtManGRPOTrainer(model, args, ledger, tokenizer)
+    rows = [ledger.train[i] for i in range(2) for _ in range(4)]
+    batch = trainer._generate_and_score_completions(rows)
+    rollouts, outcomes = [], []
+    for i, row in enumerate(rows):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
+        split = split_completion(batch["completion_ids"][i].tolist(), tokenizer, ledger.answer_format)
+        rollouts.append(Rollout(prompt, split.cot_ids, split.answer_ids, split.marker_ids))
+        correct = split.answer is not None and ledger.answer_format.matches(split.answer.value, row["answer"])
+        outcomes.append(0.0 if correct else -1.0)
+    saliency = saliency_reward(optimize_masks(model, rollouts, FEW_STEPS), direction="printed")
+    rewards = torch.tensor(outcomes) + 0.5 * saliency
+    groups = rewards.view(2, 4)
+    torch.testing.assert_close(batch["advantages"], (groups - groups.mean(dim=1, keepdim=True)).flatten())
+    assert saliency.std() > 0
+
+
+def test_training_changes_parameters_and_logs_masks_by_token_class(ledger: Task, tmp_path: Path) -> None:
+    trainer, lines = train(ledger, tmp_path, max_steps=2)
+    before, _ = load_policy(ModelConfig("ledger"))
+    assert any(
+        not torch.equal(now, then) for now, then in zip(trainer.model.parameters(), before.parameters(), strict=True)
+    )
+    first, second = lines
+    for name in (
+        "rewards/saliency/mean",
+        "mask/loss_initial",
+        "mask/restored_mass",
+        "cot/filler",
+        "mask/restored/needed",
+    ):
+        assert name in first, name
+        # The second pass over the batch samples and scores nothing.
+        assert name not in second, name
+    assert first["mask/loss_final"] < first["mask/loss_initial"]
+    assert set(trainer.seconds) == {"generation", "saliency", "update"}
+    assert trainer.model.training
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_a_real_step_on_a_gsm8k_file_with_a_random_llama(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    task = load_task(DataConfig(name="gsm8k", path=str(write_gsm8k(tmp_path / "train.jsonl")), answers="flexible"))
+    model = llama(len(tokenizer))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    args = AtManGRPOConfig(**settings(tmp_path / "run", mask=FEW_STEPS, max_steps=2, max_completion_length=32))
+    trainer = AtManGRPOTrainer(model, args, task, tokenizer)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.state.log_history[0]["mask/loss_final"] < trainer.state.log_history[0]["mask/loss_initial"]
+    assert any(not torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("part", ["reward", "loss", "mask"])
+def test_a_number_that_is_not_finite_stops_the_run_and_leaves_its_rollout_on_disk(
+    ledger: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    break_part(monkeypatch, part)
+    with pytest.raises(NonFiniteError, match=f"{part}.*not finite.*step-1-process-0.json"):
+        train(ledger, tmp_path, max_steps=2)
+    (path,) = (tmp_path / "non_finite").iterdir()
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert part in written["what"]
+    assert written["rollouts"][0]["prompt"].startswith("<b>")
+    assert written["rollouts"][0]["completion_ids"]
+
+
+@pytest.mark.parametrize("part", ["reward", "loss", "mask"])
+def test_skipping_leaves_the_rollout_out_and_trains_on(
+    ledger: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    break_part(monkeypatch, part)
+    trainer, _ = train(ledger, tmp_path, max_steps=2, skip_non_finite=True)
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "non_finite").is_dir()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def break_part(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Make the first rollout's mask loss, its reward, or the first micro-batch's loss NaN, once."""
+    from atmanrl import trainer
+    from atmanrl.saliency import NonFiniteLossError
+
+    broken = []
+
+    def once() -> bool:
+        broken.append(part)
+        return len(broken) == 1
+
+    if part == "mask":
+
+        def optimize(model: Any, rollouts: Any, *rest: Any, **options: Any) -> Any:
+            if once():
+                raise NonFiniteLossError(0, float("nan"), "at step 1")
+            return optimize_masks(model, rollouts, *rest, **options)
+
+        monkeypatch.setattr(trainer, "optimize_masks", optimize)
+    elif part == "reward":
+
+        def reward(masks: Any, *rest: Any) -> torch.Tensor:
+            values = saliency_reward(masks, *rest)
+            return values.index_fill(0, torch.tensor([0]), float("nan")) if once() else values
+
+        monkeypatch.setattr(trainer, "saliency_reward", reward)
+    else:
+        original = GRPOTrainer._compute_loss
+
+        def compute_loss(self: Any, model: Any, inputs: Any) -> torch.Tensor:
+            loss = original(self, model, inputs)
+            return loss * float("nan") if once() else loss
+
+        monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"direction": "up"}, "direction must be one of restored, printed, got 'up'"),
+        ({"target": "gold"}, "target must be one of predicted, correct, got 'gold'"),
+        ({"reward_weights": [1.0, 2.0]}, "the one free weight is saliency_weight"),
+        ({"num_generations": 3}, "does not hold whole groups of num_generations 3.*nearest that works: 12 rollouts"),
+        ({"save_strategy": "steps", "save_steps": 3}, "save_steps 3 .*nearest that works: 2 or 4"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AtManGRPOConfig(**settings(tmp_path, **overrides))
+
+
+def test_a_configuration_survives_json(tmp_path: Path) -> None:
+    config = AtManGRPOConfig(**settings(tmp_path, mask={"steps": 7}))
+    assert config.mask == replace(MaskConfig(), steps=7)
+    assert json.loads(config.to_json_string())["mask"]["steps"] == 7
