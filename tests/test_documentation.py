@@ -1,7 +1,8 @@
-"""The Python examples of the README and of the docs run, page by page, each page in order as one program."""
+"""The README and the docs say what is so: their Python examples run, their figures are those of committed results."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text()
 ]
+
+# Rows of the README's table that are titled in more words than in the results.
+LABELS = {
+    "restored, needed tokens": "restored, needed",
+    "restored, filler tokens": "restored, filler",
+    "AUROC of restored for needed tokens": "AUROC of restored",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -25,3 +33,19 @@ def test_the_examples_run(page, tmp_path, monkeypatch):
             exec(compile(block, page.name, "exec"), namespace)
         except Exception as error:
             pytest.fail(f"{error!r} in the example:\n{block}")
+
+
+def test_the_readmes_results_are_those_of_the_committed_run():
+    text = (ROOT / "README.md").read_text()
+    (results,) = (ROOT / "benchmarks" / "results").glob("ledger_demo_*.json")
+    assert f"benchmarks/results/{results.name}" in text
+    rows = {row["label"]: row for row in json.loads(results.read_text())["rows"]}
+    shown = re.findall(r"^\| ([^|]+?) \| (\S+) \| (\S+) \| (\S+) \[(\S+), (\S+)\] \|$", text, flags=re.MULTILINE)
+    assert len(shown) == 6
+    for title, *numbers in shown:
+        row = rows[LABELS.get(title, title.removesuffix(" (%)").removesuffix(" (tokens)"))]
+        scale = 100 if row["unit"] == "%" else 1
+        values = [run["value"] for run in row["runs"]] + [row["difference"][key] for key in ("value", "low", "high")]
+        for number, value in zip(numbers, values, strict=True):
+            decimals = len(number.partition(".")[2])
+            assert float(number) == pytest.approx(scale * value, abs=0.501 * 10**-decimals), title
