@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -95,8 +96,9 @@ def bench_command(
 def _policy(model: str | None, shape: str, dtype: str, device: torch.device) -> PreTrainedModel:
     if model is None:
         return random_model(shape, dtype=getattr(torch, dtype), device=device)
-    policy, _ = load_policy(ModelConfig(model, dtype=dtype))
-    return policy.to(device)
+    policy: Any = load_policy(ModelConfig(model, dtype=dtype))[0]
+    loaded: PreTrainedModel = policy.to(device)
+    return loaded
 
 
 def _row(result: Measurement, first: Measurement, n: int, rows: int, least_seconds: float) -> list[str]:

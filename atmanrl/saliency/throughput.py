@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +82,9 @@ def random_model(shape: str, *, dtype: torch.dtype, device: torch.device) -> Pre
         raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM(SHAPES[shape]).to(dtype)
+        model: Any = LlamaForCausalLM(SHAPES[shape])
+    converted: PreTrainedModel = model.to(dtype)
+    return converted
 
 
 def random_problem(
@@ -89,8 +93,8 @@ def random_problem(
     """``queries`` x ``rollouts`` random token sequences with chains of thought of ``cot`` = (least, most) tokens."""
     generator = torch.Generator().manual_seed(0)
 
-    def ids(n: int) -> list[int]:
-        return torch.randint(vocabulary, (n,), generator=generator).tolist()
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
 
     problem = []
     for _ in range(queries):
@@ -136,7 +140,7 @@ def measure(
         with frozen(model), _peak_memory(model.device) as peak:
             step = ARMS[name](model, rollouts)
             gradient = step(bias)[1]
-            seconds = _median_seconds(lambda step=step: step(bias), steps, model.device)
+            seconds = _median_seconds(partial(step, bias), steps, model.device)
             del step
         first = gradient if first is None else first
         error = float((gradient - first).abs().max() / first.abs().max())
