@@ -21,10 +21,13 @@ from atman_kernels._triton.launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Largest shared memory of one program, in bytes.
+SHARED_CAPACITY = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # wgmma, tcgen05 and mma in the machine code of their generations.
 _MATRIX = re.compile(r"\b(?:[HIQ]GMMA|UTC[A-Z]*MMA|[HID]MMA)\b")
@@ -60,7 +63,17 @@ def compile_launch(launch: Launch, target: str) -> Any:
 
 
 def count(compiled: Any) -> Counts:
-    """Read the counts of a kernel compiled for an NVIDIA target from its machine code."""
+    """Read the counts of a compiled kernel from its machine code; main loops for NVIDIA targets only."""
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly))
+        return Counts(
+            registers=int(fields["vgpr_count"]),
+            spill_bytes=4 * (int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])),
+            shared_bytes=compiled.metadata.shared,
+            matrix_instructions=len(re.findall(r"\bv_mfma_", assembly)),
+            main_loops=(),
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

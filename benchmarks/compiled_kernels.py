@@ -5,7 +5,7 @@
     python -m benchmarks.compiled_kernels --update   write the table
 
 No GPU is needed. A kernel is worse than its row if it spills more, or if one of its main loops has over 5 % more
-non-matrix instructions.
+non-matrix instructions, or if it needs more shared memory than the device has.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import triton
 from atman_kernels._triton.backward import backward_launches
 from atman_kernels._triton.forward import forward_launch
 from atman_kernels._triton.launch import Launch
-from benchmarks.compiled import Counts, compile_launch, count
+from benchmarks.compiled import SHARED_CAPACITY, Counts, compile_launch, count
 
 TABLE = Path(__file__).parent / "results" / "compiled_kernels.json"
 MAIN_LOOP_GROWTH = 1.05
@@ -88,6 +88,9 @@ def configurations() -> list[Configuration]:
         found.append(Configuration(target, bias=False))
         found.append(Configuration(target, prefix=True))
         found.append(Configuration(target, gradients="key_bias"))
+    for target in ("sm_86", "gfx942"):
+        for head_dim in (64, 128, 256):
+            found.append(Configuration(target, "bfloat16", head_dim))
     for target in ("sm_80", "sm_90"):
         found.append(Configuration(target, window=True))
         found.append(Configuration(target, head_dim=80, heads=(32, 32)))
@@ -117,11 +120,14 @@ def measure(configuration: Configuration) -> Iterator[tuple[str, Counts]]:
 
 
 def worse(name: str, now: Counts, row: dict[str, object] | None) -> list[str]:
-    """What got worse against a row of the table, as sentences."""
-    if row is None:
-        return [f"{name}: not in the table"]
-    before = Counts(**{**row, "main_loops": tuple(row["main_loops"])})
+    """What got worse against a row of the table, or cannot run at all, as sentences."""
+    capacity = SHARED_CAPACITY[name.split()[0]]
     found = []
+    if now.shared_bytes > capacity:
+        found.append(f"{name}: needs {now.shared_bytes} B of shared memory, the device has {capacity} B")
+    if row is None:
+        return [*found, f"{name}: not in the table"]
+    before = Counts(**{**row, "main_loops": tuple(row["main_loops"])})
     if now.spill_bytes > before.spill_bytes:
         found.append(f"{name}: spills {now.spill_bytes} B per thread, {before.spill_bytes} B before")
     for index, (length, length_before) in enumerate(zip(now.main_loops, before.main_loops, strict=False)):
@@ -145,7 +151,7 @@ def main() -> int:
         for name, counts in measure(configuration):
             print(f"{name}: {counts}", flush=True)
             found[name] = counts
-            complaints += [] if arguments.update else worse(name, counts, rows.get(name))
+            complaints += worse(name, counts, counts._asdict() if arguments.update else rows.get(name))
     if arguments.update:
         kernels = {name: counts._asdict() for name, counts in sorted(found.items())}
         TABLE.parent.mkdir(exist_ok=True)

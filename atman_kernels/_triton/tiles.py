@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,7 +12,6 @@ import triton
 import triton.language as tl
 
 from atman_kernels import plan
-from atman_kernels._triton.block_sizes import BLOCK_SIZES
 
 # Values of plan.py as Triton constants.
 TILE = tl.constexpr(plan.TILE)
@@ -21,6 +23,12 @@ K_LENGTH = tl.constexpr(plan.K_LENGTH)
 PREFIX_START = tl.constexpr(plan.PREFIX_START)
 PREFIX_LENGTH = tl.constexpr(plan.PREFIX_LENGTH)
 SEQUENCE_COLUMNS = tl.constexpr(7)
+
+# {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
+# from the registers, spills and shared memory of ahead-of-time compilation, or by benchmarks/tune.py on a GPU. "sm_86"
+# stands for devices with 99 KiB of shared memory per block. The interpreter's cost is per tile; its unequal shapes
+# below TILE exercise every branch of the schedules.
+BLOCK_SIZES_FILE = Path(__file__).with_name("block_sizes.json")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -42,7 +50,12 @@ def padded_head_dim(head_dim: int) -> int:
 
 def block_sizes(family: str, kernel: str, head_dim: int, dtype: torch.dtype) -> BlockSizes:
     """The committed tile shape for a device family ("sm_90", ...), kernel, head_dim and dtype."""
-    return BlockSizes(*BLOCK_SIZES[family][kernel][dtype.itemsize][padded_head_dim(head_dim)])
+    return BlockSizes(*_block_size_table()[family][kernel][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
+
+
+@lru_cache(maxsize=1)
+def _block_size_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+    return json.loads(BLOCK_SIZES_FILE.read_text())
 
 
 @triton.jit
