@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test quick check format clean
+.PHONY: setup demo test quick check gpu format clean
 
 setup: $(INSTALLED)
 
@@ -31,6 +31,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# GPU tests, tuning and benchmarks, in the Python that has a CUDA build of torch; nothing is installed or downloaded.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 format: setup
 	$(BIN)/ruff format .

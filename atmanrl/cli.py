@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from atmanrl.commands.compare import compare_command
 
             return compare_command(known.before, known.after, output=known.output)
+        if known.command == "bench":
+            return _bench(known)
         from atmanrl.commands.doctor import doctor
 
         return doctor()
@@ -82,6 +84,25 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         color=known.color,
         deletion=known.deletion,
         record_every=known.record_every,
+    )
+
+
+def _bench(known: argparse.Namespace) -> int:
+    from atmanrl.commands.bench import bench_command
+
+    least, most = known.cot
+    return bench_command(
+        model=known.model,
+        shape=known.shape,
+        dtype=known.dtype,
+        queries=known.queries,
+        rollouts=known.rollouts,
+        prompt=known.prompt,
+        cot=(least, most),
+        answer=known.answer,
+        arms=known.arms,
+        steps=known.steps,
+        output=known.output,
     )
 
 
@@ -120,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("after", type=Path, metavar="AFTER.json")
     compare.add_argument("--output", type=Path, metavar="DIR", help="also write report.html, plots and tables there")
 
+    _add_bench(commands)
     commands.add_parser(
         "doctor",
         help="check the installation: versions, devices, kernels",
@@ -194,6 +216,33 @@ def _add_explain(commands: Any) -> None:
         "--record-every", type=int, metavar="STEPS", help="also record the course of masks and losses, for the page"
     )
     explain.add_argument("--no-color", dest="color", action="store_false")
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="throughput of mask optimisation, beside other ways to write it",
+        description="Measure one step of mask optimisation: the engine's fast and general path, the loop that the "
+        "paper suggests, and batched SDPA and FlexAttention.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    given = bench.add_mutually_exclusive_group()
+    given.add_argument("--model", help="directory or Hugging Face id")
+    given.add_argument(
+        "--shape", default="llama-30m", help="llama-30m, llama-30m-untied or llama-3.2-3b, random weights"
+    )
+    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    bench.add_argument("--queries", type=int, default=8)
+    bench.add_argument("--rollouts", type=int, default=8, help="per query")
+    bench.add_argument("--prompt", type=int, default=150, help="tokens")
+    bench.add_argument("--cot", type=int, nargs=2, default=(150, 250), metavar=("LEAST", "MOST"), help="tokens")
+    bench.add_argument("--answer", type=int, default=8, help="tokens")
+    bench.add_argument("--steps", type=int, default=2, help="timed, after one to warm up")
+    bench.add_argument(
+        "--arms", nargs="+", default=["fast", "general", "sdpa", "flex", "paper"], help="ratios are to the first"
+    )
+    bench.add_argument("--output", type=Path, metavar="FILE.json")
 
 
 def _version() -> str:

@@ -1,0 +1,191 @@
+"""Throughput of mask optimisation: the engine and its peers on one problem, in one run, on one device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from atmanrl.rollouts import Rollout
+from atmanrl.saliency.cost import DecoderShape, necessary_flops
+from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
+from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.packing import pack
+from atmanrl.saliency.peers import (
+    LossesAndGradient,
+    batched_flex,
+    batched_sdpa,
+    packed_engine,
+    paper_style_loop,
+)
+
+# Two readings of "30 M parameters with 32 k words": most of them in the layers, or in the two embeddings.
+SHAPES = {
+    "llama-30m": LlamaConfig(
+        vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
+    ),
+    "llama-30m-untied": LlamaConfig(
+        vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
+    ),
+    "llama-3.2-3b": LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+_Arm = Callable[[PreTrainedModel, Sequence[Rollout]], LossesAndGradient]
+ARMS: dict[str, _Arm] = {
+    "fast": lambda model, rollouts: packed_engine(model, rollouts, FrozenDecoder),
+    "general": lambda model, rollouts: packed_engine(model, rollouts, ModelLikelihood),
+    "paper": paper_style_loop,
+    "paper-answer-logits": lambda model, rollouts: paper_style_loop(model, rollouts, answer_logits_only=True),
+    "sdpa": batched_sdpa,
+    "flex": batched_flex,
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One arm's step: losses and gradients of all rollouts.
+
+    Attributes:
+        seconds: median time of a step; peak_bytes: highest memory above what was there before, None if unknown.
+        gradient_error: largest difference from the first arm's gradient, relative to its largest entry.
+        skipped: why the arm did not run, else None.
+    """
+
+    arm: str
+    seconds: float = float("nan")
+    peak_bytes: int | None = None
+    gradient_error: float = float("nan")
+    skipped: str | None = None
+
+
+def random_model(shape: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A Llama of a named shape with random weights.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(SHAPES)}")
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(SHAPES[shape]).to(dtype)
+
+
+def random_problem(
+    vocabulary: int, *, queries: int, rollouts: int, prompt: int, cot: tuple[int, int], answer: int
+) -> list[Rollout]:
+    """``queries`` x ``rollouts`` random token sequences with chains of thought of ``cot`` = (least, most) tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(vocabulary, (n,), generator=generator).tolist()
+
+    problem = []
+    for _ in range(queries):
+        shared = ids(prompt)
+        for _ in range(rollouts):
+            length = int(torch.randint(cot[0], cot[1] + 1, (), generator=generator))
+            problem.append(Rollout(shared, ids(length), ids(answer)))
+    return problem
+
+
+def necessary_per_step(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> int:
+    """Operations of one step that nothing can leave out; see :func:`atmanrl.saliency.cost.necessary_flops`."""
+    batch = pack(rollouts, answer_loss="value", device=torch.device("cpu"))
+    shape = DecoderShape.of(model)
+    return necessary_flops(shape, batch, [None] * shape.layers)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large product of random square matrices: what the device's matrix units reach."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _median_seconds(lambda: a @ b, 5, device)
+
+
+def measure(
+    model: PreTrainedModel, rollouts: Sequence[Rollout], arms: Sequence[str], *, steps: int
+) -> Iterator[Measurement]:
+    """Run the named arms one after another, each with one warm-up and ``steps`` timed steps.
+
+    Raises:
+        ValueError: for an unknown arm.
+    """
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"unknown arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
+    bias = torch.full((sum(len(rollout.cot_ids) for rollout in rollouts),), -4.0, device=model.device)
+    first: Tensor | None = None
+    for name in arms:
+        reason = _why_not(name, model)
+        if reason is not None:
+            yield Measurement(name, skipped=reason)
+            continue
+        with frozen(model), _peak_memory(model.device) as peak:
+            step = ARMS[name](model, rollouts)
+            gradient = step(bias)[1]
+            seconds = _median_seconds(lambda step=step: step(bias), steps, model.device)
+            del step
+        first = gradient if first is None else first
+        error = float((gradient - first).abs().max() / first.abs().max())
+        yield Measurement(name, seconds, peak(), error)
+
+
+def _why_not(arm: str, model: PreTrainedModel) -> str | None:
+    if arm == "fast":
+        return why_unsupported(model)
+    if arm == "flex" and model.device.type != "cuda":
+        return "FlexAttention has no backward on this device"
+    return None
+
+
+def _median_seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
+    seconds = []
+    for _ in range(times):
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return float(torch.tensor(seconds).median())
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Yields a function that says, after the block, how far memory use rose inside it at most."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    resets, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not resets.exists():
+        yield lambda: None
+        return
+
+    def field(name: str) -> int:
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
+
+    # Writing 5 resets the peak of the resident set.
+    resets.write_text("5")
+    before = field("VmRSS:")
+    peak: list[int] = []
+    yield lambda: peak[0]
+    peak.append(field("VmHWM:") - before)
