@@ -81,6 +81,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         seed=known.seed,
         color=known.color,
         deletion=known.deletion,
+        record_every=known.record_every,
     )
 
 
@@ -188,6 +189,9 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--csv", type=Path, metavar="FILE", help="write a row per token")
     explain.add_argument(
         "--deletion", action="store_true", help="also hide each token in turn: how much the answer's loss rises"
+    )
+    explain.add_argument(
+        "--record-every", type=int, metavar="STEPS", help="also record the course of masks and losses, for the page"
     )
     explain.add_argument("--no-color", dest="color", action="store_false")
 

@@ -86,7 +86,7 @@ class LedgerConfig:
     filler_probability: float = 0.45
     lookup_probability: float = 0.25
     random_value_fraction: float = 0.3
-    random_name_probability: float = 0.1
+    random_name_probability: float = 0.2
     train_size: int = 4096
     test_size: int = 256
 

@@ -100,6 +100,7 @@ def explain(
     mask: MaskConfig | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    record_every: int | None = None,
     progress: bool = False,
 ) -> Run:
     """The saliency of each example's chain of thought for the answer that follows it.
@@ -113,6 +114,7 @@ def explain(
         mask: how masks are optimised; the paper's numbers where None.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
+        record_every: keep each mask and its loss every so many steps (`RolloutRecord.trajectory`).
         progress: show progress bars on stderr.
 
     Raises:
@@ -140,7 +142,7 @@ def explain(
         )
         for example, prompt, ids in zip(examples, prompts, completion_ids, strict=True)
     ]
-    records = record(model, tokenizer, completions, mask=mask, progress=progress)
+    records = record(model, tokenizer, completions, mask=mask, record_every=record_every, progress=progress)
     generated = {"generation": asdict(generation), "seed": seed} if generation else {}
     return Run(label, tuple(records), settings={**(settings or {}), **generated, "mask": asdict(mask)})
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.answers import AnswerFormat
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import MaskConfig
-from atmanrl.records import RESTORED, MaskLoss, RolloutRecord, TokenSpan
+from atmanrl.records import RESTORED, MaskLoss, RolloutRecord, TokenSpan, Trajectory
 from atmanrl.rollouts import CompletionSplit, Rollout, split_completion
 from atmanrl.saliency import RolloutSaliency, optimize_masks
 
@@ -47,6 +48,7 @@ def record(
     *,
     mask: MaskConfig | None,
     mask_batch: int = 64,
+    record_every: int | None = None,
     progress: bool = False,
 ) -> list[RolloutRecord]:
     """Split completions into chain of thought, marker and answer, and optimise their masks.
@@ -57,6 +59,7 @@ def record(
         completions: what to record.
         mask: how masks are optimised; None records no saliency.
         mask_batch: rollouts per call of `optimize_masks`; a mask does not depend on its companions.
+        record_every: keep each mask and its loss every so many steps; never where None.
         progress: show progress bars on stderr.
     """
     ends = end_of_turn_ids(tokenizer, model.generation_config.eos_token_id)
@@ -73,7 +76,7 @@ def record(
     order = list(rollouts)
     for start in range(0, len(order), mask_batch):
         batch = order[start : start + mask_batch]
-        result = optimize_masks(model, [rollouts[i] for i in batch], mask, progress=progress)
+        result = optimize_masks(model, [rollouts[i] for i in batch], mask, progress=progress, record_every=record_every)
         saliency.update(zip(batch, result, strict=True))
     return [
         _record(tokenizer, item, splits[i], saliency.get(i), reasons[i], ends) for i, item in enumerate(completions)
@@ -136,6 +139,8 @@ def _record(
         truncated=not split.finished,
         skipped=skipped,
         loss=_loss(saliency),
+        measures=_other_parser(item, split),
+        trajectory=_trajectory(saliency),
     )
 
 
@@ -146,14 +151,40 @@ def _span(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> TokenSpan:
 def _scores(saliency: RolloutSaliency | None) -> Mapping[str, tuple[float, ...]]:
     if saliency is None:
         return {}
-    # The shortest decimals that still tell float32 values apart: files stay small and lose nothing.
-    return {RESTORED: tuple(float(str(value)) for value in saliency.restored.float().numpy())}
+    return {RESTORED: _decimals(saliency.restored)}
 
 
 def _loss(saliency: RolloutSaliency | None) -> MaskLoss | None:
     if saliency is None:
         return None
     return MaskLoss(saliency.loss_initial, saliency.loss_final, saliency.loss_unmasked)
+
+
+def _other_parser(item: Completion, split: CompletionSplit) -> dict[str, float]:
+    # Published accuracies differ in how strictly an answer must be announced: both are reported.
+    found = item.answer_format
+    if item.expected is None or found.mode == "flexible" or not found.flexible_markers:
+        return {}
+    flexible = found.with_mode("flexible")
+    answer = flexible.parse(split.text)
+    return {"accuracy_flexible": float(answer is not None and flexible.matches(answer.value, item.expected))}
+
+
+def _trajectory(saliency: RolloutSaliency | None) -> Trajectory | None:
+    if saliency is None or saliency.trajectory is None:
+        return None
+    course = saliency.trajectory
+    restored = 1 - course.masks / saliency.init
+    return Trajectory(
+        steps=tuple(course.steps.tolist()),
+        loss=_decimals(course.losses),
+        restored=tuple(_decimals(row) for row in restored),
+    )
+
+
+def _decimals(values: Tensor) -> tuple[float, ...]:
+    # The shortest decimals that still tell float32 values apart: files stay small and lose nothing.
+    return tuple(float(str(value)) for value in values.float().numpy())
 
 
 def _reason_to_skip(split: CompletionSplit) -> str | None:

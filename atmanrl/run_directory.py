@@ -33,8 +33,8 @@ _WRITTEN = (
     *("before.json", "after.json", "summary.json", "report.html", "summary.md"),
     *("checkpoint-*", ".saving", "model", "plots", "runs", "completions", "non_finite"),
 )
-# A run may go on for longer than it was first asked to; everything else is part of what makes it reproducible.
-_MAY_CHANGE = ("max_steps", "num_train_epochs", "save_total_limit", "report_to")
+# A run may be moved, and go on for longer than it was first asked to; the rest is what makes it reproducible.
+_MAY_CHANGE = ("output_dir", "max_steps", "num_train_epochs", "save_total_limit", "report_to")
 
 
 class RunDirectoryError(InputError):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +18,33 @@ from atmanrl.agreement import auroc, precision_at_k
 from atmanrl.intervals import CONFIDENCE, RESAMPLES, Estimate, bootstrap_ratios, divide, estimates
 from atmanrl.records import RESTORED, RolloutRecord, Run, paired_rollouts, write_text_atomically
 
+SATURATED_LOSS = 0.01
+"""Answer loss under the initial mask, in nats per token, below which a mask has nothing to restore: its values are then
+decided by rounding (fp32 and fp64 give different masks), not by the answer."""
+
 # The built-in task's classes in reading order; classes of other tasks follow alphabetically.
 _NEEDED = "needed"
+_WORTH_A_WARNING = 0.25
+
+_Count = Callable[..., tuple[float, float]]
 _CLASS_ORDER = (_NEEDED, "filler", "other")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A ratio of sums over rollouts: ``count(rollout)`` gives one rollout's numerator and denominator.
+    """A ratio of sums over prompts: ``count(rollouts)`` gives the numerator and denominator of one prompt's rollouts.
 
     Attributes:
         name: key in files.
         label: what a reader sees.
         unit: "%" for shares (values in 0..1, shown times 100), else the unit's name, "" where the label says it.
-        count: (numerator, denominator) of a rollout; (0, 0) where the metric does not apply.
+        count: (numerator, denominator); (0, 0) where the metric does not apply.
     """
 
     name: str
     label: str
     unit: str
-    count: Callable[[RolloutRecord], tuple[float, float]]
+    count: Callable[[Sequence[RolloutRecord]], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,19 @@ class Summary:
 
     def __getitem__(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
+
+    @property
+    def warning(self) -> str:
+        """What a reader of the saliency must know: masks that had nothing to restore. "" where there is nothing."""
+        row = next((row for row in self.rows if row.name == "saturated"), None)
+        shares = [] if row is None else [estimate.value or 0.0 for estimate in row.runs]
+        if not shares or max(shares) < _WORTH_A_WARNING:
+            return ""
+        listed = " and ".join(f"{share:.0%} ({label})" for share, label in zip(shares, self.labels, strict=True))
+        return (
+            f"In {listed} of the completions the initial mask leaves the answer's loss below {SATURATED_LOSS} nats per "
+            f"token: there was nothing to restore, and these masks say little about which tokens matter."
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the summary as JSON, atomically."""
@@ -108,9 +130,15 @@ def token_classes(rollouts: Iterable[RolloutRecord]) -> list[str]:
 
 
 def metrics(
-    classes: Sequence[str], score: str = RESTORED, *, graded: bool = True, measures: Sequence[str] = ()
+    classes: Sequence[str],
+    score: str = RESTORED,
+    *,
+    graded: bool = True,
+    samples: int = 1,
+    measures: Sequence[str] = (),
 ) -> list[Metric]:
-    """The metrics of a run whose tokens fall into ``classes``, with the accuracy where answers were ``graded``.
+    """The metrics of a run whose tokens fall into ``classes``, with the accuracy where answers were ``graded``,
+    and pass@n, the share of prompts with a correct answer among their n = ``samples`` completions.
 
     Where the task knows which tokens are needed, the score is also rated by how well it finds them: AUROC and
     precision at k (k the number of needed tokens), means over completions. ``measures`` are means over the completions
@@ -120,37 +148,42 @@ def metrics(
     thought stands beside the means because deleting tokens raises a mean without making any token matter more.
     """
     classes = classes if len(classes) > 1 else ()
+
+    def metric(name: str, label: str, unit: str, count: _Count, /, **fixed: Any) -> Metric:
+        return Metric(name, label, unit, partial(_summed, count=partial(count, **fixed)))
+
     rows = [
-        Metric("cot_tokens", "CoT length", "tokens", lambda rollout: (len(rollout.cot), 1)),
-        *(
-            Metric(f"{name}_tokens", f"{name} per CoT", "tokens", partial(_tokens_of_class, name=name))
-            for name in classes
-        ),
-        Metric("truncated", "truncated", "%", lambda rollout: (rollout.truncated, 1)),
-        Metric("unanswered", "no answer found", "%", lambda rollout: (rollout.predicted is None, 1)),
-        Metric(f"{score}_mean", f"mean {score}", "", partial(_mean_score, score=score, name=None)),
-        *(
-            Metric(f"{score}_{name}", f"{score}, {name}", "", partial(_mean_score, score=score, name=name))
-            for name in classes
-        ),
-        Metric(f"{score}_mass", f"summed {score} per CoT", "", partial(_summed_score, score=score)),
+        metric("cot_tokens", "CoT length", "tokens", lambda rollout: (len(rollout.cot), 1)),
+        *(metric(f"{name}_tokens", f"{name} per CoT", "tokens", _tokens_of_class, name=name) for name in classes),
+        metric("truncated", "truncated", "%", lambda rollout: (rollout.truncated, 1)),
+        metric("unanswered", "no answer found", "%", lambda rollout: (rollout.predicted is None, 1)),
+        metric(f"{score}_mean", f"mean {score}", "", _mean_score, score=score, name=None),
+        *(metric(f"{score}_{name}", f"{score}, {name}", "", _mean_score, score=score, name=name) for name in classes),
+        metric(f"{score}_mass", f"summed {score} per CoT", "", _summed_score, score=score),
     ]
+    if graded:
+        passed = [Metric(f"pass_at_{samples}", f"pass@{samples}", "%", _passed)] if samples > 1 else []
+        rows = [metric("accuracy", "accuracy", "%", _accuracy), *passed, *rows]
+    if score == RESTORED:
+        rows.append(metric("saturated", "masks with nothing to restore", "%", _saturated))
     if _NEEDED in classes:
         rows += [
-            Metric(f"{score}_auroc", f"AUROC of {score}", "", partial(_recovery, score=score, measure=auroc)),
-            Metric(
-                f"{score}_precision",
-                f"precision@k of {score}",
-                "",
-                partial(_recovery, score=score, measure=precision_at_k),
-            ),
+            metric(f"{score}_auroc", f"AUROC of {score}", "", _recovery, score=score, measure=auroc),
+            metric(f"{score}_precision", f"precision@k of {score}", "", _recovery, score=score, measure=precision_at_k),
         ]
     for name in measures:
-        unit = "%" if name.endswith("_unchanged") else ""
-        rows.append(Metric(name, name.replace("_", " "), unit, partial(_measure, name=name)))
-    if graded:
-        rows.insert(0, Metric("accuracy", "accuracy", "%", _accuracy))
+        unit = "%" if name.startswith("accuracy") or name.endswith("_unchanged") else ""
+        rows.append(metric(name, name.replace("_", " "), unit, _measure, name=name))
     return rows
+
+
+def _summed(rollouts: Sequence[RolloutRecord], count: _Count) -> tuple[float, float]:
+    counts = [count(rollout) for rollout in rollouts]
+    return sum(numerator for numerator, _ in counts), sum(denominator for _, denominator in counts)
+
+
+def _passed(rollouts: Sequence[RolloutRecord]) -> tuple[float, float]:
+    return any(rollout.correct for rollout in rollouts), 1
 
 
 def _accuracy(rollout: RolloutRecord) -> tuple[float, float]:
@@ -171,6 +204,10 @@ def _mean_score(rollout: RolloutRecord, score: str, name: str | None) -> tuple[f
 def _summed_score(rollout: RolloutRecord, score: str) -> tuple[float, float]:
     values = rollout.scores.get(score)
     return (0, 0) if values is None else (sum(values), 1)
+
+
+def _saturated(rollout: RolloutRecord) -> tuple[float, float]:
+    return (0, 0) if rollout.loss is None else (rollout.loss.initial < SATURATED_LOSS, 1)
 
 
 def _recovery(
@@ -200,8 +237,10 @@ def _summary(
         raise ValueError(f"{labels[0]!r} holds no rollouts: nothing to summarise")
     graded = any(rollout.correct is not None for rollout in everything)
     measures = list(dict.fromkeys(name for rollout in everything for name in rollout.measures))
-    columns = metrics(token_classes(everything), score, graded=graded, measures=measures)
-    prompts = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(rollout.prompt_id for rollout in sides[0]))}
+    columns = metrics(
+        token_classes(everything), score, graded=graded, samples=_samples(everything, len(sides)), measures=measures
+    )
+    prompts = list(dict.fromkeys(rollout.prompt_id for rollout in sides[0]))
     counts = [_counts_per_prompt(side, prompts, columns) for side in sides]
     numerators = np.concatenate([count[0] for count in counts], axis=1)
     denominators = np.concatenate([count[1] for count in counts], axis=1)
@@ -225,12 +264,16 @@ def _summary(
 
 
 def _counts_per_prompt(
-    rollouts: Sequence[RolloutRecord], prompts: dict[str, int], columns: Sequence[Metric]
+    rollouts: Sequence[RolloutRecord], prompts: Sequence[str], columns: Sequence[Metric]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    numerators, denominators = np.zeros((2, len(prompts), len(columns)))
+    completions: dict[str, list[RolloutRecord]] = {prompt_id: [] for prompt_id in prompts}
     for rollout in rollouts:
-        for j, metric in enumerate(columns):
-            numerator, denominator = metric.count(rollout)
-            numerators[prompts[rollout.prompt_id], j] += numerator
-            denominators[prompts[rollout.prompt_id], j] += denominator
-    return numerators, denominators
+        completions[rollout.prompt_id].append(rollout)
+    counts = np.array([[metric.count(group) for metric in columns] for group in completions.values()], dtype=np.float64)
+    return counts[..., 0], counts[..., 1]
+
+
+def _samples(rollouts: Sequence[RolloutRecord], sides: int) -> int:
+    """Completions per prompt and run; 1 where prompts have different numbers of them."""
+    numbers = {count / sides for count in Counter(rollout.prompt_id for rollout in rollouts).values()}
+    return int(numbers.pop()) if len(numbers) == 1 else 1

@@ -36,6 +36,7 @@ def explain_command(
     seed: int = 0,
     color: bool = True,
     deletion: bool = False,
+    record_every: int | None = None,
 ) -> int:
     """Explain the examples of a JSONL file, or one prompt, and return the exit status.
 
@@ -48,6 +49,7 @@ def explain_command(
         max_new_tokens, temperature, seed: of completions that the model writes.
         color: whether the terminal's colours may be used.
         deletion: also hide each token in turn and record how much the answer's loss rises.
+        record_every: also record the masks' and losses' course, every so many optimiser steps.
 
     Raises:
         ValueError: for examples or options that cannot be used, before anything is computed.
@@ -71,6 +73,7 @@ def explain_command(
         mask=mask,
         seed=seed,
         settings={"model": model.name},
+        record_every=record_every,
         progress=sys.stderr.isatty(),
     )
     if deletion:

@@ -18,7 +18,7 @@ def markdown_table(summary: Summary) -> str:
         if row.difference is not None:
             cells.append(_cell(row.difference, row.unit, sign=True))
         lines.append(_row([f"{row.label} ({row.unit})" if row.unit else row.label, *cells]))
-    return "\n".join([*lines, "", f"{footnote(summary)}.", ""])
+    return "\n".join([*lines, "", f"{footnote(summary)}. {summary.warning}".rstrip(), ""])
 
 
 def _row(cells: list[str]) -> str:

@@ -26,6 +26,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         table = _table(summary, "\n")
     console.print(table)
     console.print(Text(footnote(summary), style="dim"))
+    if summary.warning:
+        console.print(Text(summary.warning, style="yellow"))
 
 
 def print_run(run: Run, console: Console | None = None) -> None:

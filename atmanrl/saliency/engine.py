@@ -25,18 +25,6 @@ from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
 MakeLikelihood = Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss of a rollout is NaN or infinite.
-
-    Attributes:
-        rollout: its index in what was given to :func:`optimize_masks`.
-    """
-
-    def __init__(self, rollout: int, loss: float, when: str) -> None:
-        super().__init__(f"the loss of rollout {rollout} is {loss} {when}")
-        self.rollout = rollout
-
-
 def optimize_masks(
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
@@ -163,16 +151,6 @@ def _check_fits(model: PreTrainedModel, rollout: Rollout, index: int) -> None:
         )
 
 
-<<<<<<< HEAD
-def _check_finite(losses: Tensor, names: Sequence[int], when: str) -> None:
-    wrong = losses.isfinite().logical_not()
-    if bool(wrong.any()):
-        where = int(wrong.nonzero()[0])
-        raise NonFiniteLossError(names[where], losses[where].item(), when)
-
-
-=======
->>>>>>> saliency
 @contextmanager
 def _progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
     shown = sys.stderr.isatty() if shown is None else shown

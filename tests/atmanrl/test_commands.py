@@ -14,14 +14,17 @@ COMPLETION = "c 0 . b 6 e 8 <ans> c 0 b 6 e 8 <eos>"
 def test_explain_shows_one_prompt_and_writes_every_format(tmp_path, capsys):
     files = {name: tmp_path / f"out.{name}" for name in ("html", "json", "csv")}
     options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
-    given = ["--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION, "--mask.steps", "2", "--deletion"]
-    assert main(["explain", *given, *options]) == 0
+    given = ["--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION, "--mask.steps", "4"]
+    assert main(["explain", *given, "--deletion", "--record-every", "2", *options]) == 0
     output = capsys.readouterr().out
     assert "c 0 . b 6 e 8" in output
     assert "highest restored" in output
     assert "\x1b" not in output
     item = Run.load(files["json"]).rollouts[0]
     assert set(item.scores) == {"restored", "deletion"}
+    assert item.trajectory.steps == (0, 2, 4)
+    assert item.trajectory.restored[-1] == item.restored
+    assert item.trajectory.loss[0] == pytest.approx(item.loss.initial, rel=1e-4)
     assert files["csv"].read_text(encoding="utf-8").count("\n") == 1 + len(item.cot)
     assert "<!doctype html>" in files["html"].read_text(encoding="utf-8")
 

@@ -177,6 +177,17 @@ def test_special_tokens_after_the_answer_are_recorded(byte_level):
     assert item.classes == ()
 
 
+def test_an_answer_that_only_the_flexible_parser_finds_counts_as_flexible_accuracy(byte_level):
+    model, tokenizer = byte_level
+    ids = tokenizer.encode("so it is 7", add_special_tokens=False)
+    strict = Completion("p", tokenizer.encode("Q"), ids, GSM8K_ANSWER, expected="7")
+    (item,) = record(model, tokenizer, [strict], mask=None)
+    assert (item.correct, item.predicted, item.measures) == (False, None, {"accuracy_flexible": 1.0})
+    flexible = replace(strict, answer_format=GSM8K_ANSWER.with_mode("flexible"))
+    (item,) = record(model, tokenizer, [flexible], mask=None)
+    assert (item.correct, item.predicted, item.measures) == (True, "7", {})
+
+
 def test_a_comparison_leaves_its_files_and_its_table(ledger_run, tmp_path, capsys):
     after = replace(ledger_run, label="after")
     summary = write_comparison(tmp_path / "run", ledger_run, after, title="Ledger")

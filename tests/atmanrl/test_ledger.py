@@ -18,7 +18,7 @@ from atmanrl.config import DataConfig, LedgerConfig
 from atmanrl.data import DataError, load_task
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.data.ledger.generator import classify_tokens, sample_chain, sample_examples
-from atmanrl.data.ledger.measure import measure, measure_interventions
+from atmanrl.data.ledger.measure import measure, measure_interventions, measure_suppression
 from atmanrl.data.ledger.pretrain import PretrainConfig, batches, main, pretrain
 from atmanrl.data.ledger.vocabulary import FILLER, NAMES, WORDS, build_tokenizer
 
@@ -157,6 +157,17 @@ def test_the_answer_follows_the_needed_values_and_nothing_filler_says(model, tok
         assert counts[kind]["changed"] <= 0.05 * counts[kind]["replaced"]
 
 
+def test_a_suppressed_chain_is_missed_and_an_unbiased_one_is_not(model, tokenizer):
+    examples = list(islice(sample_examples(LedgerConfig(), 1, held_out=True), 40))
+    attention = model.config._attn_implementation
+    suppressed = measure_suppression(model, tokenizer, examples, LedgerConfig())
+    assert suppressed["loss_intact"] < 0.02
+    assert suppressed["loss_suppressed"] > 10 * suppressed["loss_intact"]
+    assert model.config._attn_implementation == attention
+    unbiased = measure_suppression(model, tokenizer, examples, LedgerConfig(), bias=0.0)
+    assert unbiased["loss_suppressed"] == pytest.approx(suppressed["loss_intact"], rel=1e-4)
+
+
 def test_masked_chains_carry_no_loss_and_their_answers_follow_them():
     tokenizer = build_tokenizer()
     config = PretrainConfig(batch_size=200)
@@ -192,7 +203,7 @@ def test_the_script_retraces_the_recorded_loss():
 
 
 def test_the_script_writes_a_loadable_checkpoint_with_its_record(tmp_path, capsys):
-    main(["--output", str(tmp_path), "--steps", "4", "--warmup", "2", "--batch_size", "4", "--evaluated", "4"])
+    main(["--output", str(tmp_path), "--steps", "4", "--warmup", "2", "--batch_size", "4", "--evaluated", "10"])
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["config"]["steps"] == 4
     assert record["command"].startswith("python -m atmanrl.data.ledger.pretrain --output")
@@ -215,4 +226,7 @@ def test_the_documented_figures_are_those_of_the_record():
     for kind, count in RECORD["interventions"].items():
         if kind != "intact chain":
             assert f"| {kind} | {count['replaced']} | {count['changed']} |" in text
+    suppression = RECORD["suppression"]
+    assert f"loss of the answer is {suppression['loss_intact']:.4f} nats" in text
+    assert f"\n{suppression['loss_suppressed']:.2f} with a bias of -4" in text
     assert RECORD["command"] in text

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from atmanrl.report import Plot, render_page, write_page
+from atmanrl.report import Plot, render_page, show, write_page
 from atmanrl.report.glyphs import visible
 from atmanrl.report.scale import Scale, scale_for
 from atmanrl.report.units import sentences, words
@@ -199,3 +199,11 @@ def test_words_and_sentences_cover_all_tokens_in_order():
 def test_units_of_odd_tokens_still_partition_them(texts):
     for units in (words(texts), sentences(texts)):
         assert [i for unit in units for i in unit] == list(range(len(texts)))
+
+
+def test_a_notebook_shows_the_page_in_a_frame_that_holds_it_whole():
+    item = run(rollout(texts=HOSTILE, restored=[0.1] * len(HOSTILE)))
+    frame = Page(show(item, height=300)._repr_html_())
+    assert [tag for tag, _ in frame.tags] == ["iframe"]
+    assert frame.attributes("srcdoc") == [render_page(item)]
+    assert frame.attributes("sandbox") == ["allow-scripts"]

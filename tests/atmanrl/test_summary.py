@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 
 from atmanrl.intervals import bootstrap_ratios, estimates
-from atmanrl.records import Run
+from atmanrl.records import MaskLoss, Run
 from atmanrl.summary import compare, summarize
 from tests.atmanrl.saliency_runs import rollout, run
 
@@ -86,6 +87,7 @@ def test_numbers_of_a_run_by_hand():
             "restored_other": 0.25,
             # The rollout without a mask is not one with a mass of 0.
             "restored_mass": 0.6,
+            "saturated": 0,
             # The first finds its needed token, the second ties it with another; the third has no scores.
             "restored_auroc": (1 + 0.5) / 2,
             "restored_precision": (1 + 0.5) / 2,
@@ -94,11 +96,30 @@ def test_numbers_of_a_run_by_hand():
     assert (summary.prompts, summary.rollouts) == (3, 3)
 
 
+def test_pass_at_n_asks_for_one_correct_answer_among_all_samples():
+    verdicts = {"p0": [True, False], "p1": [False, False], "p2": [True, True], "p3": [False, True]}
+    items = [rollout(name, sample=i, correct=v) for name, each in verdicts.items() for i, v in enumerate(each)]
+    summary = summarize(run(*items))
+    assert summary["pass_at_2"].runs[0].value == 0.75
+    assert summary["accuracy"].runs[0].value == 0.5
+    assert "pass_at_1" not in [row.name for row in summarize(run(*items[:1])).rows]
+    assert compare(run(*items), run(*items, label="after"))["pass_at_2"].difference.value == 0
+
+
 def test_measures_are_means_over_the_completions_that_have_them():
     values = [{"causal_influence": 0.2, "filler_unchanged": 1.0}, {"causal_influence": 0.4}, {}]
     summary = summarize(run(*(rollout(f"p{i}", measures=value) for i, value in enumerate(values))))
     assert summary["causal_influence"].runs[0].value == pytest.approx(0.3)
     assert (summary["filler_unchanged"].label, summary["filler_unchanged"].unit) == ("filler unchanged", "%")
+
+
+def test_masks_with_nothing_to_restore_are_counted_and_said():
+    effective = rollout("p0")
+    saturated = [replace(rollout(f"p{i}"), loss=MaskLoss(0.002, 0.001, 0.001)) for i in range(1, 4)]
+    summary = summarize(run(effective, *saturated))
+    assert summary["saturated"].runs[0].value == 0.75
+    assert summary.warning.startswith("In 75% (before) of the completions the initial mask leaves")
+    assert summarize(run(effective)).warning == ""
 
 
 def test_a_class_that_never_occurs_has_no_mean_and_no_interval():

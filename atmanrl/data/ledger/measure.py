@@ -7,6 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.nn.functional import cross_entropy
+
+import atman_kernels.hf  # noqa: F401
 from atmanrl.answers import LEDGER_ANSWER
 from atmanrl.config import LedgerConfig
 from atmanrl.data.ledger.generator import Example, classify_tokens, sample_chain
@@ -69,6 +73,39 @@ def measure_interventions(
         counts[kind]["replaced"] += 1
         counts[kind]["changed"] += answer.split() != expected.split()
     return dict(counts)
+
+
+@torch.no_grad()
+def measure_suppression(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    config: LedgerConfig,
+    *,
+    bias: float = -4.0,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Mean loss of the gold answer's tokens, in nats, behind a reference chain seen as it is and under ``bias``.
+
+    ``bias`` (natural log) is added to the attention score of every chain token: the paper's mask at its start. A task
+    whose answers survive it gives a mask nothing to restore.
+    """
+    rng = random.Random(seed)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("atman")
+    losses = []
+    for example in examples:
+        chain = sample_chain(example, config, rng, example.pairs)
+        before = len(tokenizer.encode(example.prompt))
+        ids = torch.tensor([tokenizer.encode(f"{example.prompt} {' '.join(chain)} {ANSWER} {example.answer}")] * 2)
+        key_bias = torch.zeros(ids.shape)
+        key_bias[1, before : before + len(chain)] = bias
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), key_bias=key_bias, use_cache=False).logits
+        nll = cross_entropy(logits.transpose(1, 2)[..., :-1], ids[:, 1:], reduction="none")
+        losses.append(nll[:, before + len(chain) :].mean(1))
+    model.set_attn_implementation(attention)
+    intact, suppressed = torch.stack(losses).mean(0).tolist()
+    return {"chains": len(examples), "bias": bias, "loss_intact": intact, "loss_suppressed": suppressed}
 
 
 def _substitute(chain: Sequence[str], position: int, rng: random.Random) -> list[str]:

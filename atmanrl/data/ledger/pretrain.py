@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from atmanrl.config import LedgerConfig
 from atmanrl.data.ledger.generator import Example, sample_chain, sample_examples
-from atmanrl.data.ledger.measure import measure, measure_interventions
+from atmanrl.data.ledger.measure import measure, measure_interventions, measure_suppression
 from atmanrl.data.ledger.model import build_model
 from atmanrl.data.ledger.vocabulary import ANSWER, EOS, NAMES, VALUES, build_tokenizer
 
@@ -43,18 +43,18 @@ class PretrainConfig:
         batch_size: examples per step, never repeated.
         lr: peak step size; linear warm-up, then a cosine down to a tenth.
         warmup: steps of the warm-up.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW; large, so that attention stays soft enough for a suppressed token to be missed.
         log_every: steps between the losses that are recorded.
         evaluated: held-out prompts that the result is measured on, a tenth of them by intervention.
         seed: of weights and examples.
         ledger: numbers of the task.
     """
 
-    steps: int = 1200
+    steps: int = 2400
     batch_size: int = 64
     lr: float = 3e-3
     warmup: int = 100
-    weight_decay: float = 0.01
+    weight_decay: float = 0.2
     log_every: int = 50
     evaluated: int = 1000
     seed: int = 0
@@ -138,6 +138,7 @@ def record(
         "losses": losses,
         "measured": {"prompts": len(rows), **measure(model, tokenizer, rows)},
         "interventions": measure_interventions(model, tokenizer, intervened, config.ledger),
+        "suppression": measure_suppression(model, tokenizer, intervened, config.ledger),
     }
 
 
@@ -163,7 +164,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments.output / RECORD).write_text(json.dumps(made, indent=2) + "\n")
     print(
         json.dumps(
-            {key: made[key] for key in ("command", "seconds", "parameters", "measured", "interventions")}, indent=2
+            {
+                key: made[key]
+                for key in ("command", "seconds", "parameters", "measured", "interventions", "suppression")
+            },
+            indent=2,
         )
     )
 

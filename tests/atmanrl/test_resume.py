@@ -1,0 +1,147 @@
+"""A run that was killed, terminated or found its last checkpoint damaged ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from atmanrl import checkpoints
+from atmanrl.cli import main
+
+# Two generation batches per epoch and three epochs, 12 optimiser steps; log lines and checkpoints do not line up.
+COMMAND = [
+    *("train", "--config", "ledger", "--data.ledger.train_size", "4", "--evaluation.prompts", "0"),
+    *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--num_generations", "4"),
+    *("--max_steps", "-1", "--num_train_epochs", "3", "--save_steps", "2", "--save_total_limit", "2"),
+    *("--logging_steps", "3", "--mask.steps", "3", "--learning_rate", "1e-3", "--report_to", "none"),
+]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert main([*COMMAND, "--output_dir", str(run)]) == 0
+    return run
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    lines, wanted = ((each / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for each in (run, expected))
+    assert lines == wanted
+    name = "model/model.safetensors"
+    assert (run / name).read_bytes() == (expected / name).read_bytes()
+
+
+def start(run: Path, *options: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "atmanrl", *COMMAND, "--output_dir", str(run), *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+
+def wait_until_past(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait for the first checkpoint or log line of ``step`` or later."""
+    while process.poll() is None:
+        saved = [int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")]
+        if max(saved, default=0) >= step:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_of_every_epoch_ends_bit_for_bit_the_same(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    seed = time.time_ns()
+    print(f"seed of the kills: {seed}")
+    rng = random.Random(seed)
+    kills = 0
+    for step in (2, 6, 10):
+        process = start(run, *(["--resume"] if (run / "config.yaml").is_file() else []))
+        wait_until_past(run, step, process)
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    # The last one may find the run already ended.
+    assert kills >= 2
+    assert main([*COMMAND, "--output_dir", str(run), "--resume"]) == 0
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_where_a_generation_batch_ends_and_exits_0(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, "--save_steps", "12")
+    while process.poll() is None and not (run / "metrics.jsonl").is_file():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    (saved,) = run.glob("checkpoint-*")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert step % 2 == 0
+    assert step < STEPS
+    assert not (run / "model").exists()
+    assert main([*COMMAND, "--save_steps", "12", "--output_dir", str(run), "--resume"]) == 0
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_taken(
+    uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    file = run / f"checkpoint-{STEPS}" / ("manifest.json" if damage == "no manifest" else "optimizer.pt")
+    if damage in ("missing", "no manifest"):
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[100] ^= 1
+        file.write_bytes(content[:1000] if damage == "truncated" else content)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoints.last_checkpoint(run) == run / f"checkpoint-{STEPS - 2}"
+    assert f"checkpoint-{STEPS} is damaged ({file.name}" in caplog.text.replace("the content of ", "")
+
+
+def test_resuming_from_an_older_checkpoint_repeats_the_same_lines(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    shutil.rmtree(run / f"checkpoint-{STEPS}")
+    shutil.rmtree(run / "model")
+    # As after a kill in the middle of a line.
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 99, "lo')
+    assert main([*COMMAND, "--output_dir", str(run), "--resume"]) == 0
+    assert_same_run(run, uninterrupted)
+
+
+def test_old_checkpoints_are_deleted_and_none_is_left_half_written(uninterrupted: Path) -> None:
+    assert sorted(path.name for path in uninterrupted.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
+    assert not (uninterrupted / ".saving").exists()
+    for checkpoint in uninterrupted.glob("checkpoint-*"):
+        assert checkpoints.damage(checkpoint) is None
+
+
+def test_resuming_needs_a_run_of_the_same_recipe(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMAND, "--output_dir", str(tmp_path / "none"), "--resume"]) == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+    assert main([*COMMAND, "--output_dir", str(uninterrupted), "--resume", "--mask.steps", "4"]) == 2
+    assert "started with other settings: mask.steps (3, now 4)" in capsys.readouterr().err
+
+
+def test_the_epochs_orders_differ_and_timings_stay_out_of_the_metrics(uninterrupted: Path) -> None:
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert len({line["completions/mean_length"] for line in lines}) > 1
