@@ -188,6 +188,8 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
         # Adapters, quantised layers and hooks change what a projection computes.
         if name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__name__}"
+        if name.startswith("model.layers.") and _is_altered(module):
+            return f"{name} has hooks or a forward of its own"
     if len({(p.device, p.dtype, type(p.data)) for p in model.parameters()}) != 1:
         return "parameters of several devices, dtypes or tensor types"
     if any(p.numel() == 0 for p in model.parameters()):
@@ -195,6 +197,13 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     if torch.is_autocast_enabled(model.device.type):
         return "autocast"
     return None
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether something computes in this module's place: an instance's own ``forward`` (accelerate), or hooks."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # Those that transformers leaves behind after output_hidden_states only watch.
+    return "forward" in vars(module) or any("output_capturing" not in hook.__module__ for hook in hooks)
 
 
 def _window(attention: Any) -> int | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
+from atmanrl.config import MASK_PRESETS
 from tests.atmanrl.naive_masks import naive_mask
 from tests.atmanrl.tiny_models import FAMILIES, VOCABULARY, random_rollouts, tiny_model
 
@@ -227,3 +228,8 @@ def test_recorded_masks_and_losses_are_those_of_shorter_runs():
     assert recorded[1].trajectory.losses[1].item() == after_two[1].loss_final
     with pytest.raises(ValueError, match="record_every must be at least 1, got 0"):
         optimize_masks(model, rollouts, record_every=0)
+
+
+def test_presets_keep_how_far_a_token_can_move():
+    assert MASK_PRESETS["paper"] == MaskConfig()
+    assert all(preset.steps * preset.lr == pytest.approx(0.2) for preset in MASK_PRESETS.values())

@@ -144,6 +144,11 @@ def test_models_that_the_fast_path_would_get_wrong_go_the_general_way():
     mixed = tiny_model()
     mixed.lm_head.bfloat16()
     assert "dtypes" in why_unsupported(mixed)
+    hooked = tiny_model()
+    hooked(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert why_unsupported(hooked) is None
+    hooked.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert why_unsupported(hooked) == "model.layers.0.mlp has hooks or a forward of its own"
     with torch.autocast("cpu", torch.bfloat16):
         assert why_unsupported(tiny_model()) == "autocast"
 
