@@ -122,9 +122,12 @@ def test_an_early_answer_needs_the_chain_of_thought(ledger):
         assert 0 < early.causal_influence <= np.log(2)
 
 
-def test_filler_in_place_of_the_chain_of_thought_changes_the_answer(ledger):
+def test_filler_in_place_of_the_chain_of_thought_costs_the_answer_its_likelihood(ledger):
     model, rollouts, encode = ledger
-    assert not any(outcome.unchanged for outcome in filler_substitution(model, rollouts, encode(". ~")))
+    whole = outcomes(model, [Variant(rollout) for rollout in rollouts])
+    replaced = filler_substitution(model, rollouts, encode(". ~"))
+    assert all(after.nll > before.nll + 0.1 for before, after in zip(whole, replaced, strict=True))
+    assert not all(outcome.unchanged for outcome in replaced)
 
 
 def test_an_unaltered_answer_is_unchanged_and_likely(ledger):
