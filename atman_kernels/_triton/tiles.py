@@ -24,6 +24,9 @@ PREFIX_START = tl.constexpr(plan.PREFIX_START)
 PREFIX_LENGTH = tl.constexpr(plan.PREFIX_LENGTH)
 SEQUENCE_COLUMNS = tl.constexpr(7)
 
+# fp32 numbers per 16 bytes: the key-owned backward reads its per-row numbers in vectors.
+ROW_ALIGNMENT = tl.constexpr(4)
+
 # {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
 # from the registers, spills and shared memory of ahead-of-time compilation, or by benchmarks/tune.py on a GPU. "sm_86"
 # stands for devices with 99 KiB of shared memory per block. The interpreter's cost is per tile; its unequal shapes
@@ -217,3 +220,9 @@ def query_bounds(
     if IS_CAUSAL:
         return tile_bounds(first_key - shift, last_key - shift, n_rows, n_rows, n_rows, BLOCK_M)
     return tile_bounds(0, 0, n_rows, n_rows, n_rows, BLOCK_M)
+
+
+@triton.jit
+def aligned_rows(batch, head, q_start, sequence, stride_rb, stride_rh):
+    """Where a sequence's rows start in the scratch of the backward: at a multiple of ROW_ALIGNMENT numbers."""
+    return (batch * stride_rb + head * stride_rh + q_start // ROW_ALIGNMENT + sequence) * ROW_ALIGNMENT

@@ -1,0 +1,187 @@
+"""Backward, key-owned: dk, dv and a kv head's part of dkey_bias of one tile of keys; then the heads are summed."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from atman_kernels._triton.tiles import (
+    BATCH,
+    K_LENGTH,
+    K_START,
+    LOG2_E,
+    Q_LENGTH,
+    Q_START,
+    SEQUENCE_COLUMNS,
+    aligned_rows,
+    count_tiles,
+    is_visible,
+    load_rows,
+    locate_tile,
+    query_bounds,
+    store_rows,
+    tile_start,
+)
+
+
+@triton.jit(do_not_specialize=["stride_rb", "stride_rh", "stride_bb", "stride_gh", "stride_gb", "window"])
+def backward_keys_kernel(
+    dk_ptr,
+    dv_ptr,
+    dkey_bias_ptr,
+    do_ptr,
+    row_term_ptr,
+    lse_log2_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    key_bias_ptr,
+    prefix_k_ptr,
+    prefix_v_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_dkb,
+    stride_dkt,
+    stride_dkh,
+    stride_gh,
+    stride_gb,
+    stride_rb,
+    stride_rh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_bb,
+    stride_bt,
+    stride_pkt,
+    stride_pkh,
+    stride_pvt,
+    stride_pvh,
+    sm_scale,
+    window,
+    HEADS_Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    NEED_DK: tl.constexpr,
+    NEED_DV: tl.constexpr,
+    NEED_DKEY_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk, dv (laid out alike) and the dkey_bias of one kv head for a tile of own keys, over all rows of its group."""
+    head_kv, sequence, first = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q // GROUP, BLOCK_N)
+    if sequence < 0:
+        return
+    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
+    n_keys = tl.load(row_ptr + K_LENGTH)
+    if first >= n_keys:
+        return
+    batch = tl.load(row_ptr + BATCH).to(tl.int64)
+    q_start = tl.load(row_ptr + Q_START).to(tl.int64)
+    k_start = tl.load(row_ptr + K_START).to(tl.int64)
+    n_rows = tl.load(row_ptr + Q_LENGTH)
+    head_kv = head_kv.to(tl.int64)
+    scale_log2 = sm_scale * LOG2_E
+
+    k_base = k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh
+    v_base = v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh
+    k = load_rows(k_base, first, n_keys, stride_kt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_base, first, n_keys, stride_vt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
+    keys = first + tl.arange(0, BLOCK_N)
+    if HAS_KEY_BIAS:
+        bias_ptrs = key_bias_ptr + batch * stride_bb + (k_start + keys) * stride_bt
+        bias_log2 = tl.load(bias_ptrs, mask=keys < n_keys, other=0.0) * LOG2_E
+
+    # Every program of the group starts from the group's first query head.
+    head = head_kv * GROUP
+    q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
+    do_base = do_ptr + batch * stride_dob + q_start * stride_dot + head * stride_doh
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dkey_bias = tl.zeros([BLOCK_N], tl.float32)
+    offs_m = tl.arange(0, BLOCK_M)
+    shift = n_keys - n_rows
+    last_key = tl.minimum(first + BLOCK_N, n_keys) - 1
+    begin, full_begin, full_end, end = query_bounds(
+        first, last_key, shift, n_rows, window, IS_CAUSAL, HAS_WINDOW, BLOCK_M
+    )
+    for MASKED in tl.static_range(2):
+        n_tiles = count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_M)
+        for tile in range(GROUP * n_tiles):
+            member = tile // n_tiles
+            start = tile_start(tile - member * n_tiles, begin, full_begin, full_end, MASKED, BLOCK_M)
+            rows = start + offs_m
+            q = load_rows(q_base + member * stride_qh, start, n_rows, stride_qt, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
+            row_offsets = aligned_rows(batch, head + member, q_start, sequence, stride_rb, stride_rh) + rows
+            if MASKED:
+                lse_log2 = tl.load(lse_log2_ptr + row_offsets, mask=rows < n_rows, other=float("inf"))
+                row_term = tl.load(row_term_ptr + row_offsets, mask=rows < n_rows, other=0.0)
+            else:
+                lse_log2 = tl.load(lse_log2_ptr + row_offsets)
+                row_term = tl.load(row_term_ptr + row_offsets)
+            # Scores transposed, (BLOCK_N, BLOCK_M): p and ds are then the left operands of the products below.
+            scores_log2 = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+            if HAS_KEY_BIAS:
+                scores_log2 += bias_log2[:, None]
+            p = tl.exp2(scores_log2 - lse_log2[None, :])
+            if MASKED:
+                seen = is_visible(rows[None, :] + shift, keys[:, None], n_keys, window, IS_CAUSAL, HAS_WINDOW)
+                p = tl.where(seen, p, 0.0)
+            do = load_rows(do_base + member * stride_doh, start, n_rows, stride_dot, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
+            if NEED_DV:
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            if NEED_DK or NEED_DKEY_BIAS:
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                ds = p * (dp - row_term[None, :])
+                if NEED_DKEY_BIAS:
+                    dkey_bias += tl.sum(ds, 1)
+                if NEED_DK:
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    grad_offset = batch * stride_dkb + k_start * stride_dkt + head_kv * stride_dkh
+    if NEED_DK:
+        store_rows(dk_ptr + grad_offset, dk * sm_scale, first, n_keys, stride_dkt, BLOCK_N, HEAD_DIM, BLOCK_D)
+    if NEED_DV:
+        store_rows(dv_ptr + grad_offset, dv, first, n_keys, stride_dkt, BLOCK_N, HEAD_DIM, BLOCK_D)
+    if NEED_DKEY_BIAS:
+        partial_ptrs = dkey_bias_ptr + head_kv * stride_gh + batch * stride_gb + k_start + keys
+        tl.store(partial_ptrs, dkey_bias, mask=keys < n_keys)
+
+
+@triton.jit(do_not_specialize=["stride_gh", "stride_gb"])
+def sum_heads_kernel(
+    dkey_bias_ptr,
+    partial_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    stride_gh,
+    stride_gb,
+    HEADS_KV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dkey_bias of a tile of keys from the (HEADS_KV, B, Tk) sums of the kv heads, in the order of the heads."""
+    _, sequence, first = locate_tile(tiles_ptr, sequences_ptr, 1, BLOCK_N)
+    if sequence < 0:
+        return
+    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
+    keys = first + tl.arange(0, BLOCK_N)
+    inside = keys < tl.load(row_ptr + K_LENGTH)
+    offsets = tl.load(row_ptr + BATCH).to(tl.int64) * stride_gb + tl.load(row_ptr + K_START).to(tl.int64) + keys
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for head in range(HEADS_KV):
+        total += tl.load(partial_ptr + tl.cast(head, tl.int64) * stride_gh + offsets, mask=inside, other=0.0)
+    tl.store(dkey_bias_ptr + offsets, total, mask=inside)

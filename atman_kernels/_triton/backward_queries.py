@@ -1,0 +1,260 @@
+"""Backward, query-owned: dq of one tile of rows, and the corrected delta that the key-owned kernel reads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from atman_kernels._triton.tiles import (
+    BATCH,
+    K_LENGTH,
+    K_START,
+    LOG2_E,
+    PREFIX_LENGTH,
+    PREFIX_START,
+    Q_LENGTH,
+    Q_START,
+    SEQUENCE_COLUMNS,
+    aligned_rows,
+    count_tiles,
+    is_visible,
+    key_bounds,
+    load_rows,
+    locate_tile,
+    store_rows,
+    tile_start,
+)
+
+
+@triton.jit
+def _accumulate_dq(
+    dq,
+    ds_sum,
+    q,
+    do,
+    lse_log2,
+    row_term,
+    first_position,
+    last_position,
+    k_base,
+    v_base,
+    bias_base,
+    stride_kt,
+    stride_vt,
+    stride_bt,
+    n_keys,
+    sm_scale,
+    window,
+    HAS_KEY_BIAS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    NEED_DQ: tl.constexpr,
+    EXACT_DELTA: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add one run of keys to dq (without sm_scale) and to the row sums of ds; positions count from its first key."""
+    offs_n = tl.arange(0, BLOCK_N)
+    row_position = first_position + tl.arange(0, BLOCK_M)
+    begin, full_begin, full_end, end = key_bounds(
+        first_position, last_position, n_keys, window, IS_CAUSAL, HAS_WINDOW, BLOCK_N
+    )
+    for MASKED in tl.static_range(2):
+        for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
+            start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
+            k = load_rows(k_base, start, n_keys, stride_kt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v = load_rows(v_base, start, n_keys, stride_vt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * sm_scale
+            if HAS_KEY_BIAS:
+                bias_ptrs = bias_base + (start + offs_n) * stride_bt
+                bias = tl.load(bias_ptrs, mask=start + offs_n < n_keys, other=0.0) if MASKED else tl.load(bias_ptrs)
+                scores += bias[None, :]
+            if MASKED:
+                seen = is_visible(
+                    row_position[:, None], (start + offs_n)[None, :], n_keys, window, IS_CAUSAL, HAS_WINDOW
+                )
+                scores = tl.where(seen, scores, float("-inf"))
+            # One fused multiply-add per score, whether or not there is a bias.
+            p = tl.exp2(scores * LOG2_E - lse_log2[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - row_term[:, None])
+            if EXACT_DELTA:
+                ds_sum += tl.sum(ds, 1)
+            if NEED_DQ:
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq, ds_sum
+
+
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_rh", "stride_bb", "window"])
+def backward_queries_kernel(
+    dq_ptr,
+    row_term_ptr,
+    lse_log2_ptr,
+    do_ptr,
+    dlse_ptr,
+    o_ptr,
+    lse_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    key_bias_ptr,
+    prefix_k_ptr,
+    prefix_v_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    stride_lb,
+    stride_lh,
+    stride_rb,
+    stride_rh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_bb,
+    stride_bt,
+    stride_pkt,
+    stride_pkh,
+    stride_pvt,
+    stride_pvh,
+    sm_scale,
+    window,
+    HEADS_Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    NEED_DQ: tl.constexpr,
+    EXACT_DELTA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write r = delta - dlse and the log2 lse (+inf for none) of a tile of rows and, if needed, their dq (as o)."""
+    head, sequence, first = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M)
+    if sequence < 0:
+        return
+    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
+    n_rows = tl.load(row_ptr + Q_LENGTH)
+    if first >= n_rows:
+        return
+    batch = tl.load(row_ptr + BATCH).to(tl.int64)
+    q_start = tl.load(row_ptr + Q_START).to(tl.int64)
+    k_start = tl.load(row_ptr + K_START).to(tl.int64)
+    n_keys = tl.load(row_ptr + K_LENGTH)
+    head_kv = (head // GROUP).to(tl.int64)
+    head = head.to(tl.int64)
+
+    rows = first + tl.arange(0, BLOCK_M)
+    row_offset = batch * stride_lb + head * stride_lh + q_start
+    lse = tl.load(lse_ptr + row_offset + rows, mask=rows < n_rows, other=float("-inf"))
+    has_key = lse != float("-inf")
+    # exp2(s - inf) = 0: rows past the end and rows without a key take no part.
+    lse_log2 = tl.where(has_key, lse * LOG2_E, float("inf"))
+    do_base = do_ptr + batch * stride_dob + q_start * stride_dot + head * stride_doh
+    o_base = o_ptr + batch * stride_ob + q_start * stride_ot + head * stride_oh
+    q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
+    do = load_rows(do_base, first, n_rows, stride_dot, True, BLOCK_M, HEAD_DIM, BLOCK_D)
+    o = load_rows(o_base, first, n_rows, stride_ot, True, BLOCK_M, HEAD_DIM, BLOCK_D)
+    row_term = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if HAS_DLSE:
+        dlse = tl.load(dlse_ptr + row_offset + rows, mask=rows < n_rows, other=0.0)
+        dlse = tl.where(has_key, dlse, 0.0)
+        row_term -= dlse
+
+    if NEED_DQ or EXACT_DELTA:
+        q = load_rows(q_base, first, n_rows, stride_qt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        ds_sum = tl.zeros([BLOCK_M], tl.float32)
+        # Positions relative to the sequence's own first key; the prefix lies before it.
+        first_position = first + (n_keys - n_rows)
+        last_position = tl.minimum(first + BLOCK_M, n_rows) - 1 + (n_keys - n_rows)
+        if HAS_PREFIX:
+            n_prefix = tl.load(row_ptr + PREFIX_LENGTH)
+            prefix_start = tl.load(row_ptr + PREFIX_START).to(tl.int64)
+            dq, ds_sum = _accumulate_dq(
+                dq,
+                ds_sum,
+                q,
+                do,
+                lse_log2,
+                row_term,
+                first_position + n_prefix,
+                last_position + n_prefix,
+                prefix_k_ptr + prefix_start * stride_pkt + head_kv * stride_pkh,
+                prefix_v_ptr + prefix_start * stride_pvt + head_kv * stride_pvh,
+                key_bias_ptr,
+                stride_pkt,
+                stride_pvt,
+                stride_bt,
+                n_prefix,
+                sm_scale,
+                window,
+                False,
+                IS_CAUSAL,
+                HAS_WINDOW,
+                NEED_DQ,
+                EXACT_DELTA,
+                HEAD_DIM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+        dq, ds_sum = _accumulate_dq(
+            dq,
+            ds_sum,
+            q,
+            do,
+            lse_log2,
+            row_term,
+            first_position,
+            last_position,
+            k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh,
+            v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh,
+            key_bias_ptr + batch * stride_bb + k_start * stride_bt,
+            stride_kt,
+            stride_vt,
+            stride_bt,
+            n_keys,
+            sm_scale,
+            window,
+            HAS_KEY_BIAS,
+            IS_CAUSAL,
+            HAS_WINDOW,
+            NEED_DQ,
+            EXACT_DELTA,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+        if NEED_DQ:
+            dq_base = dq_ptr + batch * stride_ob + q_start * stride_ot + head * stride_oh
+            store_rows(dq_base, dq * sm_scale, first, n_rows, stride_ot, BLOCK_M, HEAD_DIM, BLOCK_D)
+        if EXACT_DELTA:
+            # sum_v p (dp - r) = (delta_exact - r), of which dlse is meant and the rest is the error of delta.
+            row_term += ds_sum
+            if HAS_DLSE:
+                row_term -= dlse
+    aligned_offset = aligned_rows(batch, head, q_start, sequence, stride_rb, stride_rh)
+    tl.store(row_term_ptr + aligned_offset + rows, row_term, mask=rows < n_rows)
+    tl.store(lse_log2_ptr + aligned_offset + rows, lse_log2, mask=rows < n_rows)
