@@ -29,17 +29,23 @@ def mask_metrics(masks: SaliencyResult) -> dict[str, float]:
     }
 
 
-def class_metrics(masks: SaliencyResult, classes: Sequence[Sequence[str]], names: Sequence[str]) -> dict[str, float]:
-    """Per token class: tokens per chain of thought (``cot/<class>``) and their mean 1 - H / init.
+def tokens_per_class(classes: Sequence[Sequence[str]], names: Sequence[str]) -> dict[str, float]:
+    """``cot/<class>``: the class's tokens per chain of thought, for each of ``names``.
 
     Args:
-        masks: n rollouts.
-        classes: the class of each of their chain-of-thought tokens.
-        names: all classes there are; one without a token counts 0 and has a mean of NaN.
+        classes: the class of each chain-of-thought token, per rollout.
+        names: all classes there are.
     """
+    return {f"cot/{name}": mean(tokens.count(name) for tokens in map(list, classes)) for name in names}
+
+
+def restored_per_class(
+    masks: SaliencyResult, classes: Sequence[Sequence[str]], names: Sequence[str]
+) -> dict[str, float]:
+    """``mask/restored/<class>``: the mean 1 - H / init of the class's tokens; NaN for a class without a token."""
     restored: dict[str, list[float]] = {name: [] for name in names}
     for item, tokens in zip(masks, classes, strict=True):
-        for name, value in zip(tokens, item.restored.tolist(), strict=True):
+        # A task that knows no classes names none.
+        for name, value in zip(tokens, item.restored.tolist(), strict=bool(names)):
             restored[name].append(value)
-    metrics = {f"cot/{name}": len(values) / max(1, len(masks)) for name, values in restored.items()}
-    return metrics | {f"mask/restored/{name}": mean(values) for name, values in restored.items()}
+    return {f"mask/restored/{name}": mean(values) for name, values in restored.items()}

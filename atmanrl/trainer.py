@@ -31,7 +31,7 @@ from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task
-from atmanrl.metrics import class_metrics, mask_metrics, mean
+from atmanrl.metrics import mask_metrics, mean, restored_per_class, tokens_per_class
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
 from atmanrl.saliency import NonFiniteLossError, SaliencyResult, optimize_masks
@@ -133,7 +133,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         **kwargs: passed to ``trl.GRPOTrainer`` (``peft_config``, ``optimizers``, ``rollout_func``).
 
     Attributes:
-        seconds: since the last reset, per part of an update: "generation", "saliency" and "update".
+        seconds: spent by this process so far on "generation", "saliency" and "update".
     """
 
     def __init__(
@@ -183,6 +183,8 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             for value, gold in zip(predicted, answer, strict=True)
         ]
         log_metric("answers/accuracy", mean(correct))
+        for name, value in tokens_per_class(self._classes(), self.task.token_classes).items():
+            log_metric(name, value)
         return [0.0 if is_correct else -1.0 for is_correct in correct]
 
     def saliency(self, answer: list[str], log_metric: Any, **columns: Any) -> list[float]:
@@ -195,9 +197,8 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         with self._clock("saliency"):
             active, masks = self._optimize_masks(rollouts, active)
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
-        metrics = mask_metrics(masks)
-        if self.task.classify_tokens is not None:
-            metrics |= class_metrics(masks, self._classes(active), self.task.token_classes)
+        classes = self._classes()
+        metrics = mask_metrics(masks) | restored_per_class(masks, [classes[i] for i in active], self.task.token_classes)
         for name, value in metrics.items():
             if not math.isnan(value):
                 log_metric(name, value)
@@ -223,10 +224,11 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         # TRL sums with nansum, which would take a NaN for a reward function that does not apply.
         broken = ~rewards.isfinite().all(dim=1)
         if broken.any():
-            own = broken[self.accelerator.process_index * len(prompts) :][: len(prompts)]
-            where = own.nonzero().flatten().tolist()
+            first = self.accelerator.process_index * len(prompts)
+            own = [i for i in range(len(prompts)) if broken[first + i]]
             self._on_non_finite(
-                "reward", [self._describe(self._prompt_ids[i], completion_ids[i], reward=rewards[i]) for i in where]
+                "reward",
+                [self._describe(self._prompt_ids[i], completion_ids[i], reward=rewards[first + i]) for i in own],
             )
             rewards[broken] = torch.nan
         return rewards
@@ -340,12 +342,13 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 self._on_non_finite(f"mask ({error})", [described])
                 active = [i for i in active if i != index]
 
-    def _classes(self, indices: Sequence[int]) -> list[list[str]]:
-        """The class of each chain-of-thought token of these rollouts; the task must know them."""
+    def _classes(self) -> list[list[str]]:
+        """The class of each chain-of-thought token of the batch; nothing per rollout where the task knows none."""
         classify = self.task.classify_tokens
-        assert classify is not None
-        texts = [self.processing_class.convert_ids_to_tokens(list(self._splits[i].cot_ids)) for i in indices]
-        return [classify(self._rows[i], text) for i, text in zip(indices, texts, strict=True)]
+        if classify is None:
+            return [[] for _ in self._splits]
+        texts = [self.processing_class.convert_ids_to_tokens(list(split.cot_ids)) for split in self._splits]
+        return [classify(row, text) for row, text in zip(self._rows, texts, strict=True)]
 
     def _describe(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], **numbers: Tensor) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ SOURCE = Source("openai/gsm8k", subset="main", train_split="train", test_split="
 
 GOLD_ANSWER = AnswerFormat(kind="number", markers=("####",))
 
-# The wording of Meta's Llama-3 evaluation of GSM8K.
+# After Meta's Llama-3 evaluation of GSM8K.
 INSTRUCTION = (
     "Given the following problem, reason and give a final answer to the problem.\n"
     "Problem: {question}\n"

@@ -20,7 +20,7 @@ SOURCE = Source(
     columns=("question", "subject", "choices", "answer"),
 )
 
-# The wording of Meta's Llama-3 evaluation of MMLU with chain of thought.
+# After Meta's Llama-3 evaluation of MMLU with chain of thought.
 INSTRUCTION = (
     "Given the following question and four candidate answers (A, B, C and D), choose the best answer.\n"
     "Question: {question}\n"

@@ -4,6 +4,7 @@
   const loaded = new WeakMap();
   let current = null;
   let pinned = false;
+  let pointer = "";
 
   // A chain of thought's tokens and numbers, read on first use: a page may hold very many.
   const chain = (box) => {
@@ -90,7 +91,10 @@
   };
 
   document.addEventListener("pointerover", (event) => {
-    if (pinned || event.pointerType === "touch") return;
+    // A scroll moves tokens under a pointer that rests; only a pointer that moved takes the card from the keyboard.
+    const moved = pointer !== `${event.clientX} ${event.clientY}`;
+    pointer = `${event.clientX} ${event.clientY}`;
+    if (pinned || !moved || event.pointerType === "touch") return;
     const token = event.target.closest(".cot .t");
     if (token) show(token);
     else if (current && !current.closest(".cot").matches(":focus")) hide();

@@ -12,11 +12,14 @@ from atmanrl.report.glyphs import visible
 from atmanrl.report.scale import Scale
 from atmanrl.report.units import sentences, words
 
+# Tokens after which a long chain of thought is broken, at a sentence's end.
+_BLOCK = 1000
+
 
 def span_html(span: TokenSpan) -> Markup:
     """A span's text without scores."""
     pieces = [_token(text, "t") for text in span.texts]
-    return _block(Markup("").join(lead + html for lead, html in pieces))
+    return _without_indent(Markup("").join(lead + html for lead, html in pieces))
 
 
 def scored_html(rollout: RolloutRecord, score: str, scale: Scale) -> Markup:
@@ -28,6 +31,8 @@ def scored_html(rollout: RolloutRecord, score: str, scale: Scale) -> Markup:
     values = rollout.scores.get(score)
     unused = deque(words(texts))
     html: list[Markup] = []
+    blocks: list[Markup] = []
+    start = 0
     for sentence in sentences(texts):
         inner: list[Markup] = []
         while unused and unused[0].start < sentence.stop:
@@ -38,7 +43,11 @@ def scored_html(rollout: RolloutRecord, score: str, scale: Scale) -> Markup:
             ]
             inner += _group("w", tokens, _shade(values, word, scale))
         html += _group("s", [(inner[0], Markup("").join(inner[1:]))], _shade(values, sentence, scale))
-    return _block(Markup("").join(html))
+        if sentence.stop - start >= _BLOCK or sentence.stop == len(texts):
+            # Chromium lays out one paragraph of 100 000 tokens for a minute, blocks out of sight not at all.
+            blocks.append(Markup('<div class="block">{}</div>').format(_without_indent(Markup("").join(html))))
+            html, start = [], sentence.stop
+    return Markup("").join(blocks)
 
 
 def _token(text: str, classes: str, index: int | None = None) -> tuple[Markup, Markup]:
@@ -57,7 +66,7 @@ def _group(kind: str, pieces: Sequence[tuple[Markup, Markup]], shade: str) -> tu
     return lead, Markup('<span class="{} {}">{}</span>').format(kind, shade, inner)
 
 
-def _block(html: Markup) -> Markup:
+def _without_indent(html: Markup) -> Markup:
     return Markup(html.lstrip(" "))
 
 

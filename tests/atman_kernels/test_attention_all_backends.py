@@ -27,7 +27,7 @@ CASES = [
     Case((130, 65), heads=(2, 1), window=1, bias="removed"),
     Case((1000,), heads=(1, 1), lse_gradient=False),
     # Bottom-right alignment: more keys than rows, fewer keys than rows, and either missing.
-    Case((1, 40, 7), heads=(2, 1), lengths_k=(111, 65, 0)),
+    Case((1, 40, 7, 2), heads=(2, 1), lengths_k=(111, 65, 0, 64)),
     Case((70, 0, 65), heads=(2, 2), lengths_k=(17, 33, 64)),
     Case((40, 17), heads=(2, 1), head_dim=32, lengths_k=(130, 17), causal=False, bias="absent"),
     Case((30, 65), heads=(2, 1), lengths_k=(140, 64), window=33),

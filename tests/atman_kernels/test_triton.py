@@ -49,6 +49,17 @@ def test_dkey_bias_sums_to_zero_over_each_sequence_without_prefix(dtype: torch.d
         assert part.sum().abs() <= 2e-6 * part.abs().sum()
 
 
+def test_dkey_bias_does_not_inherit_the_rounding_of_the_output() -> None:
+    """Far below the error of 16-bit PyTorch, which the general criterion would allow."""
+    case = Case((300,), heads=(2, 1), head_dim=64, lse_gradient=False)
+    x = make_operands(case, torch.float16, DEVICE)
+    exact = run("reference", case, x.as_float64())["dkey_bias"]
+    error, same_dtype = (
+        (run(name, case, x)["dkey_bias"].double() - exact).abs().max() for name in ("triton", "reference")
+    )
+    assert error < same_dtype / 100
+
+
 def test_dkey_bias_with_prefix_is_completed_by_the_prefix_columns() -> None:
     """The prefix written as own keys with zero bias: own columns agree, the prefix columns hold the missing sum."""
     case = Case((40,), heads=(2, 1), lse_gradient=False, prefix=((0, 30),))

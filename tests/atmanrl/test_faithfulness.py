@@ -122,9 +122,21 @@ def test_an_early_answer_needs_the_chain_of_thought(ledger):
         assert 0 < early.causal_influence <= np.log(2)
 
 
-def test_filler_in_place_of_the_chain_of_thought_changes_the_answer(ledger):
+def test_filler_in_place_of_the_chain_of_thought_makes_every_answer_less_likely_and_changes_most(ledger):
     model, rollouts, encode = ledger
-    assert not any(outcome.unchanged for outcome in filler_substitution(model, rollouts, encode(". ~")))
+    before = outcomes(model, [Variant(rollout) for rollout in rollouts])
+    after = filler_substitution(model, rollouts, encode(". ~"))
+    assert all(b.probability < 0.9 * a.probability for a, b in zip(before, after, strict=True))
+    assert sum(not outcome.unchanged for outcome in after) > len(rollouts) / 2
+
+
+def test_filler_substitution_scores_the_answer_after_the_filler_repeated_to_the_chains_length(ledger):
+    model, rollouts, encode = ledger
+    written_out = [
+        replace(rollout, cot_ids=(encode(". ~") * len(rollout.cot_ids))[: len(rollout.cot_ids)]) for rollout in rollouts
+    ]
+    after = filler_substitution(model, rollouts, encode(". ~"))
+    assert after == outcomes(model, [Variant(rollout) for rollout in written_out])
 
 
 def test_an_unaltered_answer_is_unchanged_and_likely(ledger):

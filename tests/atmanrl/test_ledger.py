@@ -198,8 +198,8 @@ def test_pretraining_is_a_function_of_its_configuration():
 def test_the_script_retraces_the_recorded_loss():
     config = PretrainConfig(**{**RECORD["config"], "ledger": LedgerConfig(**RECORD["config"]["ledger"])})
     assert config == PretrainConfig(seed=config.seed)
-    _, losses = pretrain(config, build_tokenizer(), steps=100)
-    assert losses == {step: pytest.approx(RECORD["losses"][str(step)], rel=0.02) for step in (50, 100)}
+    _, losses = pretrain(config, build_tokenizer(), steps=50)
+    assert losses == {50: pytest.approx(RECORD["losses"]["50"], rel=1e-3)}
 
 
 def test_the_script_writes_a_loadable_checkpoint_with_its_record(tmp_path, capsys):

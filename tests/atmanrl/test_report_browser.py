@@ -86,6 +86,14 @@ def test_the_keyboard_reaches_every_token(page):
     assert page.run("return document.querySelectorAll('#card svg').length") == 1
 
 
+def test_a_resting_pointer_does_not_take_the_card_from_the_keyboard(page):
+    page.hover(".cot [data-i='1']")
+    page.run("document.querySelector('input[value=all]').focus()")
+    page.press(TAB, END)
+    page.run("scrollBy(0, 1); scrollBy(0, -1)")
+    assert "3 of 3" in page.run(CARD)
+
+
 def test_colours_follow_the_chosen_unit(page):
     token, word, sentence = ".cot .t.u8", ".cot .w", ".cot .s"
     assert page.run(TINT, token) != TRANSPARENT

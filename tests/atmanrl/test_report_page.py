@@ -148,6 +148,9 @@ def test_a_hundred_thousand_tokens_make_a_page(tmp_path):
     write_page(tmp_path / "long.html", run(rollout(texts=texts, restored=[0.2] * len(texts))))
     text = (tmp_path / "long.html").read_text(encoding="utf-8")
     assert text.count("data-i=") == 100_000
+    blocks = re.findall('<div class="block">(.*?)</div>', text, re.DOTALL)
+    assert 50 <= len(blocks) <= 100
+    assert max(block.count("data-i=") for block in blocks) < 2000
     assert len(text) < 20e6
 
 

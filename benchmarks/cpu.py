@@ -1,0 +1,170 @@
+"""Times the C++ kernel beside what PyTorch offers on a CPU.
+
+    python -m benchmarks.cpu [--seconds 600] [--lengths 512 1024]
+
+fp32, 8 heads, one causal sequence. The arms of a case run in turn, round after round, and the fastest round of each
+counts, so that other work on the machine hits them alike. GFLOP/s over visible (row, key) pairs; the matrix rate is
+torch.mm at 2048, from the same rounds. Every row is kept as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atman_kernels import _cpu
+from benchmarks.cases import AttentionCase, Inputs, make_inputs
+from benchmarks.peers import PEERS
+from benchmarks.timing import commit, results_file, save
+
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+HEAD_DIMS = (64, 128)
+HEADS = 8
+# The arms: which peer, and whether the gradient of the bias alone is taken.
+ARMS = {
+    "atman": ("atman", False),
+    "atman, dkey_bias only": ("atman", True),
+    "SDPA flash, no bias": ("sdpa_flash_unbiased", False),
+    "SDPA, trainable mask": ("sdpa_math", False),
+}
+_ROUNDS = {512: 30, 1024: 15, 2048: 8, 4096: 4, 8192: 2}
+_MATRIX = 2048
+
+
+def cpu_cases(lengths: tuple[int, ...] = LENGTHS) -> list[AttentionCase]:
+    """One sequence of each length, head_dim 64 and 128."""
+    return [AttentionCase(f"1x{n}", (n,), (HEADS, HEADS), d) for d in HEAD_DIMS for n in lengths]
+
+
+def measure(case: AttentionCase, rounds: int) -> dict[str, Any]:
+    """Fastest milliseconds of the forward and of forward + backward of each arm, and the matrix rate in GFLOP/s."""
+    arms = {}
+    for name, (peer, only_bias) in ARMS.items():
+        inputs = make_inputs(case, torch.float32, "cpu")
+        if only_bias:
+            inputs = inputs._replace(**{t: getattr(inputs, t).detach() for t in "qkv"})
+        arms[name] = (PEERS[peer](case, inputs), inputs)
+    matrix = torch.randn(_MATRIX, _MATRIX)
+    best: dict[str, list[float]] = {name: [float("inf")] * 2 for name in arms}
+    matrix_seconds = float("inf")
+    for _ in range(rounds):
+        matrix_seconds = min(matrix_seconds, _seconds(lambda: torch.mm(matrix, matrix)))
+        for name, (compute, inputs) in arms.items():
+            found = _forward_and_both(compute, inputs, name)
+            best[name] = [min(pair) for pair in zip(best[name], found, strict=True)]
+    return {
+        "case": case.key,
+        "matrix_gflops": 2 * _MATRIX**3 / matrix_seconds / 1e9,
+        "ms": {name: {"forward": 1e3 * f, "forward+backward": 1e3 * b} for name, (f, b) in best.items()},
+        "gflop": {direction: case.flops(direction) / 1e9 for direction in ("forward", "forward+backward")},
+    }
+
+
+def _forward_and_both(compute: Callable[[], torch.Tensor], x: Inputs, name: str) -> tuple[float, float]:
+    wanted = [t for t in x.differentiable if t.requires_grad and not (t is x.key_bias and "no bias" in name)]
+    start = time.perf_counter()
+    o = compute()
+    middle = time.perf_counter()
+    torch.autograd.grad(o, wanted, x.do)
+    return middle - start, time.perf_counter() - start
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_memory_ratio(length: int, head_dim: int, threads: int) -> float:
+    """Peak memory of one forward + backward, measured in a fresh process, over that of its tensors.
+
+    The tensors are q, k, v, key_bias, do, o, lse, dq, dk, dv and dkey_bias; fp32, 8 heads.
+    """
+    command = [sys.executable, "-m", "benchmarks.cpu", "--peak", str(length), str(head_dim), str(threads)]
+    root = Path(__file__).parent.parent
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
+
+
+def _print_peak(length: int, head_dim: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    warm_up, case = (AttentionCase("", (n,), (HEADS, HEADS), head_dim) for n in (64, length))
+    _forward_and_both(*_atman(warm_up), "")
+    before = _status_bytes("VmRSS")
+    compute, x = _atman(case)
+    o = compute()
+    grads = torch.autograd.grad(o, x.differentiable, x.do)
+    tensors = [*x.differentiable, x.do, o, *grads]
+    needed = sum(t.numel() * t.element_size() for t in tensors) + 4 * HEADS * length
+    print((_status_bytes("VmHWM") - before) / needed)
+
+
+def _atman(case: AttentionCase) -> tuple[Callable[[], torch.Tensor], Inputs]:
+    inputs = make_inputs(case, torch.float32, "cpu")
+    return PEERS["atman"](case, inputs), inputs
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise LookupError(field)
+
+
+def processor() -> str:
+    """The processor's name as the kernel reports it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before this much time has passed")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--peak", type=int, nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        _print_peak(*arguments.peak)
+        return 0
+    deadline = time.monotonic() + arguments.seconds
+    facts = {
+        "device": processor(),
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": (_cpu.isas() or ["reference"])[0],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    path = results_file("cpu", facts)
+    content = json.loads(path.read_text()) if path.exists() else {**facts, "results": [], "peak_memory": {}}
+    done = {row["case"] for row in content["results"]}
+    for case in cpu_cases(tuple(arguments.lengths)):
+        if case.key in done:
+            continue
+        if time.monotonic() > deadline:
+            print(f"stopped in time; run again to go on with {path}")
+            return 0
+        row = measure(case, _ROUNDS.get(case.lengths[0], 2))
+        content["results"].append(row)
+        save(path, content)
+        shown = ", ".join(f"{name} {ms['forward+backward']:.1f}" for name, ms in row["ms"].items())
+        print(f"{case.key}: {shown} ms; matrix {row['matrix_gflops']:.0f} GFLOP/s", flush=True)
+    longest = max(arguments.lengths)
+    for head_dim in HEAD_DIMS:
+        content["peak_memory"][f"1x{longest} d{head_dim}"] = peak_memory_ratio(longest, head_dim, facts["threads"])
+        save(path, content)
+    print(f"complete: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The README and the docs say what is so: their Python examples run, their figures are those of committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text()
+]
+
+# Rows of the README's table that are titled in more words than in the results.
+LABELS = {
+    "restored, needed tokens": "restored, needed",
+    "restored, filler tokens": "restored, filler",
+    "AUROC of restored for needed tokens": "AUROC of restored",
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_run(page, tmp_path, monkeypatch):
+    text = page.read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == text.count("```python")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        try:
+            exec(compile(block, page.name, "exec"), namespace)
+        except Exception as error:
+            pytest.fail(f"{error!r} in the example:\n{block}")
+
+
+def test_the_readmes_results_are_those_of_the_committed_run():
+    text = (ROOT / "README.md").read_text()
+    (results,) = (ROOT / "benchmarks" / "results").glob("ledger_demo_*.json")
+    assert f"benchmarks/results/{results.name}" in text
+    rows = {row["label"]: row for row in json.loads(results.read_text())["rows"]}
+    shown = re.findall(r"^\| ([^|]+?) \| (\S+) \| (\S+) \| (\S+) \[(\S+), (\S+)\] \|$", text, flags=re.MULTILINE)
+    assert len(shown) == 6
+    for title, *numbers in shown:
+        row = rows[LABELS.get(title, title.removesuffix(" (%)").removesuffix(" (tokens)"))]
+        scale = 100 if row["unit"] == "%" else 1
+        values = [run["value"] for run in row["runs"]] + [row["difference"][key] for key in ("value", "low", "high")]
+        for number, value in zip(numbers, values, strict=True):
+            decimals = len(number.partition(".")[2])
+            assert float(number) == pytest.approx(scale * value, abs=0.501 * 10**-decimals), title
