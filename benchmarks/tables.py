@@ -50,6 +50,36 @@ def _table(direction: str, found: dict[tuple[str, str], dict[str, Any]], rate: f
     return "\n".join(lines) + "\n"
 
 
+def cpu_tables(files: list[dict[str, Any]]) -> str:
+    """Markdown: one table per results file; times of our kernel, and how many times as long the others take."""
+    if not files:
+        return "### CPU\n\nNot yet measured.\n"
+    parts = []
+    for content in files:
+        versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+        parts.append(
+            f"### {content['device']}, {content['threads']} threads, {content['instruction_set']},"
+            f" commit {content['commit']}\n\n{versions}.\n"
+        )
+        lines = [
+            "| case | forward, GFLOP/s (% of torch.mm) | forward + backward, ms | SDPA flash without bias"
+            " | SDPA with a trainable mask | dkey_bias alone |",
+            "|---" * 6 + "|",
+        ]
+        for row in content["results"]:
+            ms = {name: times["forward+backward"] for name, times in row["ms"].items()}
+            rate = row["gflop"]["forward"] / row["ms"]["atman"]["forward"] * 1e3
+            ours = ms["atman"]
+            cells = [f"{rate:.0f} ({100 * rate / row['matrix_gflops']:.0f})", f"{ours:.1f}"]
+            cells += [f"{ms[name] / ours:.2f} x" for name in ("SDPA flash, no bias", "SDPA, trainable mask")]
+            cells.append(f"{ms['atman, dkey_bias only'] / ours:.2f} x")
+            lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+        for case, ratio in content["peak_memory"].items():
+            parts.append(f"Peak memory of a forward + backward, {case}: {ratio:.2f} of its tensors.\n")
+    return "\n".join(parts)
+
+
 def compiled_table(content: dict[str, Any]) -> str:
     """Markdown of the static counts of the biased bf16 kernels at head_dim 64, 128 and 256."""
     lines = [
@@ -68,9 +98,10 @@ def compiled_table(content: dict[str, Any]) -> str:
 def generated() -> str:
     """Everything between the markers of the page."""
     files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("attention_*.json"))]
+    on_cpu = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu_*.json"))]
     compiled = json.loads((RESULTS / "compiled_kernels.json").read_text())
     static = f"### Compiled kernels, Triton {compiled['triton']}\n\n{compiled_table(compiled)}"
-    return f"{attention_tables(files)}\n{static}"
+    return f"{cpu_tables(on_cpu)}\n{attention_tables(files)}\n{static}"
 
 
 def main() -> int:
