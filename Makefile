@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test quick check gpu format clean
+.PHONY: setup demo test quick check bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -31,6 +31,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# CPU-sized benchmarks with their peers.
+bench: setup
+	$(BIN)/pytest benchmarks/bench_cpu.py
 
 # GPU tests, tuning and benchmarks, in the Python that has a CUDA build of torch; nothing is installed or downloaded.
 gpu:

@@ -1,7 +1,4 @@
-"""The binding of the C++ kernel: random shapes and strides, and bad arguments, which must be errors and never crashes.
-
-`make sanitize` runs this file under the address and undefined-behaviour sanitizers.
-"""
+"""The binding of the C++ kernel: random shapes and strides, and bad arguments, which must be errors and never crashes."""
 
 from __future__ import annotations
 
