@@ -1,4 +1,4 @@
-"""The binding of the C++ kernel: random shapes and strides, and bad arguments, which must be errors and never crashes."""
+"""The binding of the C++ kernel: random shapes and strides, and bad arguments, which are errors and never crashes."""
 
 from __future__ import annotations
 
