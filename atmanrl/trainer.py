@@ -34,7 +34,7 @@ from atmanrl.data import Task
 from atmanrl.metrics import mask_metrics, mean, restored_per_class, tokens_per_class
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
-from atmanrl.saliency import NonFiniteLossError, SaliencyResult, optimize_masks
+from atmanrl.saliency import NonFiniteLossError, SaliencyResult, optimize_masks, working_copy
 
 Target = Literal["predicted", "correct"]
 
@@ -330,11 +330,12 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _optimize_masks(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], SaliencyResult]:
         """Masks of the ``active`` rollouts, in one call; those left out for a non-finite loss are missing from both."""
-        model = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            # Once, however often the loop runs: gathering a sharded policy takes every process.
+            model = working_copy(self.accelerator.unwrap_model(self.model))
         while True:
             try:
-                with self.accelerator.autocast():
-                    return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)
+                return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)
             except NonFiniteLossError as error:
                 index = active[error.rollout]
                 rollout = rollouts[index]
