@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 _WRAPPERS = re.compile(r"^base_model\.model\.|(?<=\.)base_layer\.|_orig_mod\.|_checkpoint_wrapped_module\.")
 
 
-def is_plain(model: nn.Module) -> bool:
-    """Whether every parameter is whole in this process and is what its layer computes with: no shards, no adapters."""
-    if hasattr(model, "peft_config"):
-        return False
-    return not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+def plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself where its weights are whole, of ``dtype`` and without adapters, else a `plain_copy`."""
+    sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+    if sharded or hasattr(model, "peft_config") or model.dtype != dtype:
+        return plain_copy(model, dtype)
+    return model
 
 
 @torch.no_grad()
@@ -80,7 +81,9 @@ def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         if not isinstance(module, BaseTunerLayer):
             continue
         if not isinstance(module, LoraLinear) or module.merged:
-            raise ValueError(f"{wrapped} is a {type(module).__name__}: only an unmerged LoRA of a linear layer is known")
+            raise ValueError(
+                f"{wrapped} is a {type(module).__name__}: only an unmerged LoRA of a linear layer is known"
+            )
         weight = _whole(module.get_base_layer().weight).clone()
         for adapter in module.active_adapters:
             if adapter in module.lora_A:

@@ -31,7 +31,7 @@ from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
-from atmanrl.plain_copy import is_plain, plain_copy
+from atmanrl.plain_copy import plain
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
 from atmanrl.saliency import NonFiniteLossError, SaliencyResult, optimize_masks
@@ -72,6 +72,7 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     mask: MaskConfig = field(default_factory=MaskConfig)
     log_saliency: bool = False
     skip_non_finite: bool = False
+    report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
 
     per_device_train_batch_size: int = 2
     gradient_accumulation_steps: int = 32
@@ -182,7 +183,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             value is not None and self.task.answer_format.matches(value, gold)
             for value, gold in zip(predicted, answer, strict=True)
         ]
-        measured = {
+        measured: dict[str, Sequence[float]] = {
             "answers/parse_failures": [value is None for value in predicted],
             "answers/accuracy": correct,
             "cot/tokens": [len(split.cot_ids) for split in self._splits],
@@ -333,7 +334,8 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _optimize_masks(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], SaliencyResult]:
         """Masks of the ``active`` rollouts, in one call; those left out for a non-finite loss are missing from both."""
-        model = self._mask_model()
+        policy = self.accelerator.unwrap_model(self.model)
+        model = plain(policy, _MIXED.get(self.accelerator.mixed_precision, policy.dtype))
         while True:
             try:
                 return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)
@@ -343,12 +345,6 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 described = self._describe(rollout.prompt_ids, rollout.completion_ids)
                 self._on_non_finite(f"mask ({error})", [described])
                 active = [i for i in active if i != index]
-
-    def _mask_model(self) -> PreTrainedModel:
-        """The policy itself, or a plain copy where its weights are sharded, adapted, or not of the dtype it computes in."""
-        model = self.accelerator.unwrap_model(self.model)
-        dtype = _MIXED.get(self.accelerator.mixed_precision, model.dtype)
-        return model if is_plain(model) and model.dtype == dtype else plain_copy(model, dtype)
 
     def _classes(self) -> list[list[str]]:
         """The class of each chain-of-thought token of the batch; nothing per rollout where the task knows none."""

@@ -68,7 +68,9 @@ def test_two_processes_give_the_rewards_and_parameters_of_one(runs: dict[str, di
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_two_processes_log_the_metrics_of_one(runs: dict[str, dict[str, Any]], mode: str) -> None:
-    ours = [name for line in runs["one"]["metrics"] for name in line if name.split("/")[0] in ("answers", "cot", "mask")]
+    ours = [
+        name for line in runs["one"]["metrics"] for name in line if name.split("/")[0] in ("answers", "cot", "mask")
+    ]
     assert {"answers/accuracy", "mask/restored/filler", "mask/loss_final"} <= set(ours)
     for line, expected in zip(runs[mode]["metrics"], runs["one"]["metrics"], strict=True):
         for name in (*ours, "reward", "frac_reward_zero_std", "completions/clipped_ratio"):
