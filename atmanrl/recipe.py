@@ -30,6 +30,21 @@ class RecipeError(InputError):
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters trained in place of the weights, through PEFT (the ``peft`` extra).
+
+    Attributes:
+        rank: of the update B A; alpha: its scale is alpha / rank; dropout: in front of A, during the update only.
+        targets: names of the adapted layers, or "all-linear".
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The policy.
 
@@ -37,13 +52,16 @@ class ModelConfig:
         name: Hugging Face id, local directory, or "ledger" for the built-in task's own checkpoint.
         revision: branch, tag or commit of a Hugging Face id.
         dtype: parameter dtype ("float32", "bfloat16").
-        attn_implementation: attention of the policy's own passes (generation and update).
+        attn_implementation: attention of the policy's own passes (generation and update); "auto" is
+            flash_attention_2 where flash-attn is installed and computes in ``dtype``, else sdpa.
+        lora: train adapters instead of the weights.
     """
 
     name: str
     revision: str | None = None
     dtype: str = "float32"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"
+    lora: LoraSettings | None = None
 
 
 @dataclass(frozen=True)

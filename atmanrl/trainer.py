@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections import defaultdict
@@ -31,15 +30,16 @@ from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task
-from atmanrl.metrics import mask_metrics, mean, restored_per_class, tokens_per_class
+from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
 from atmanrl.saliency import NonFiniteLossError, SaliencyResult, optimize_masks, working_copy
 
 Target = Literal["predicted", "correct"]
 
-UNLOGGED = "unlogged.json"
-"""File of a checkpoint: what was measured since the last log line."""
+UNLOGGED = "unlogged-{process}.json"
+"""File of a checkpoint, one per process: what was measured since the last log line."""
+
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     mask: MaskConfig = field(default_factory=MaskConfig)
     log_saliency: bool = False
     skip_non_finite: bool = False
+    report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
 
     per_device_train_batch_size: int = 2
     gradient_accumulation_steps: int = 32
@@ -176,15 +177,16 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """R_out: 0 where the parsed answer equals the gold answer, else -1."""
         predicted = [None if split.answer is None else split.answer.value for split in self._splits]
         log_extra("predicted", predicted)
-        log_metric("answers/parse_failures", mean(value is None for value in predicted))
-        log_metric("cot/tokens", mean(len(split.cot_ids) for split in self._splits))
         correct = [
             value is not None and self.task.answer_format.matches(value, gold)
             for value, gold in zip(predicted, answer, strict=True)
         ]
-        log_metric("answers/accuracy", mean(correct))
-        for name, value in tokens_per_class(self._classes(), self.task.token_classes).items():
-            log_metric(name, value)
+        measured: dict[str, Sequence[float]] = {
+            "answers/parse_failures": [value is None for value in predicted],
+            "answers/accuracy": correct,
+            "cot/tokens": [len(split.cot_ids) for split in self._splits],
+        }
+        log_values(log_metric, measured | tokens_per_class(self._classes(), self.task.token_classes))
         return [0.0 if is_correct else -1.0 for is_correct in correct]
 
     def saliency(self, answer: list[str], log_metric: Any, **columns: Any) -> list[float]:
@@ -198,10 +200,8 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             active, masks = self._optimize_masks(rollouts, active)
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
         classes = self._classes()
-        metrics = mask_metrics(masks) | restored_per_class(masks, [classes[i] for i in active], self.task.token_classes)
-        for name, value in metrics.items():
-            if not math.isnan(value):
-                log_metric(name, value)
+        restored = restored_per_class(masks, [classes[i] for i in active], self.task.token_classes)
+        log_values(log_metric, mask_metrics(masks) | restored)
         return rewards.tolist()
 
     # The seams in TRL's trainer.
@@ -280,8 +280,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            if self.args.should_save:
-                (staging / name / UNLOGGED).write_text(json.dumps(self._unlogged()), encoding="utf-8")
+            self._unlogged_file(staging / name).write_text(json.dumps(self._unlogged()), encoding="utf-8")
         if self.args.should_save:
             rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
 
@@ -291,12 +290,15 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # Called once per resumed run, before its first step and after the loop has reset its running sums.
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None and (path := Path(checkpoint) / UNLOGGED).is_file():
+        if checkpoint is not None and (path := self._unlogged_file(Path(checkpoint))).is_file():
             unlogged = json.loads(path.read_text(encoding="utf-8"))
             self._metrics["train"].update(unlogged["metrics"])
             self._tr_loss.fill_(unlogged["tr_loss"])
             self._total_loss_scalar = unlogged["total_loss"]
             self._globalstep_last_logged = unlogged["last_logged_step"]
+
+    def _unlogged_file(self, checkpoint: Path) -> Path:
+        return checkpoint / UNLOGGED.format(process=self.accelerator.process_index)
 
     def _unlogged(self) -> dict[str, Any]:
         # What the next log line averages over: without it a run saved between two lines logs other numbers.

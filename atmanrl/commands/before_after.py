@@ -12,6 +12,8 @@ from atmanrl.comparison import write_comparison
 from atmanrl.data import Task
 from atmanrl.evaluation import evaluate
 from atmanrl.generation import GenerationSettings
+from atmanrl.plain_copy import plain
+from atmanrl.policy import computing_dtype, load_policy
 from atmanrl.recipe import Recipe
 from atmanrl.records import Run
 from atmanrl.trainer import AtManGRPOConfig
@@ -20,7 +22,7 @@ BEFORE, AFTER = "before.json", "after.json"
 
 
 class BeforeAfter:
-    """Evaluates the policy before and after training on the same prompts, with the same seed.
+    """Evaluates the policy before and after training on the same prompts, with the same seed, in one process.
 
     Args:
         recipe: its ``evaluation`` section says how; 0 prompts turn everything off.
@@ -41,8 +43,7 @@ class BeforeAfter:
 
     def before(self, model: PreTrainedModel) -> None:
         """Evaluate the untrained policy, unless a stopped run has done so already."""
-        config = self.recipe.evaluation
-        if config.prompts and config.before and not (self.run / BEFORE).is_file():
+        if self._wants_before():
             self._evaluate(model, "before").save(self.run / BEFORE)
 
     def after(self, model: PreTrainedModel, console: Console) -> None:
@@ -50,16 +51,23 @@ class BeforeAfter:
         config = self.recipe.evaluation
         if not config.prompts:
             return
+        if self._wants_before():
+            # Several processes train: none waited for this one to evaluate.
+            self.before(load_policy(self.recipe.model)[0])
         after = self._evaluate(model, "after")
         after.save(self.run / AFTER)
         if config.before:
             before = Run.load(self.run / BEFORE)
             write_comparison(self.run, before, after, title=f"AtManRL on {self.task.name}", console=console)
 
+    def _wants_before(self) -> bool:
+        config = self.recipe.evaluation
+        return config.prompts > 0 and config.before and not (self.run / BEFORE).is_file()
+
     def _evaluate(self, model: PreTrainedModel, label: str) -> Run:
         config = self.recipe.evaluation
         return evaluate(
-            model,
+            plain(model, computing_dtype(model, bf16=bool(self.args.bf16))),
             self.tokenizer,
             self.task,
             self.task.test.select(range(min(config.prompts, len(self.task.test)))),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from atmanrl.comparison import write_comparison, write_single
@@ -78,9 +79,15 @@ def labels(names: Sequence[str]) -> list[str]:
     return [f"{i + 1}-{name}" for i, name in enumerate(short)]
 
 
+def _dtype(recipe: Recipe) -> str:
+    """What the recipe's training computes in; a CPU has no use for half precision."""
+    half = recipe.training.get("bf16") and torch.cuda.is_available()
+    return "bfloat16" if half else recipe.model.dtype
+
+
 def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: bool) -> Run:
     section = recipe.evaluation
-    model, tokenizer = load_policy(replace(recipe.model, name=name))
+    model, tokenizer = load_policy(replace(recipe.model, name=name, dtype=_dtype(recipe)))
     limit = recipe.training.get("max_completion_length")
     mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.")
     generation = GenerationSettings(

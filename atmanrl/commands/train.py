@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
@@ -18,11 +19,12 @@ from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
 from atmanrl.data import load_task
 from atmanrl.errors import InputError
+from atmanrl.plain_copy import plain
 from atmanrl.policy import load_policy
-from atmanrl.recipe import build, load_recipe
+from atmanrl.recipe import LoraSettings, build, load_recipe
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
-MODEL = "model"
+MODEL, ADAPTER = "model", "adapter"
 
 
 def train(
@@ -49,7 +51,9 @@ def train(
     if process.is_main_process:
         run_directory.check(run, recipe, overwrite=overwrite, resume=resume)
     task = load_task(recipe.data)
-    model, tokenizer = load_policy(recipe.model)
+    # With several processes the launcher's strategy decides what of it goes to which device.
+    device = None if process.num_processes == 1 else "cpu"
+    model, tokenizer = load_policy(recipe.model, autocast=bool(args.bf16 or args.fp16), device=device)
     steps = args.arithmetic.optimizer_steps(len(task.train), args.num_train_epochs)
     _check_context(model, args)
     if process.is_main_process:
@@ -63,9 +67,12 @@ def train(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     evaluation = BeforeAfter(recipe, args, task, tokenizer, run)
     # Before the trainer is made: it seeds the generators, so that an evaluation changes no number of the training.
-    evaluation.before(model)
+    if process.num_processes == 1:
+        evaluation.before(model)
     stop = StopOnSigterm(args.arithmetic.steps_per_generation)
-    trainer = AtManGRPOTrainer(model, args, task, tokenizer, callbacks=[stop])
+    trainer = AtManGRPOTrainer(
+        model, args, task, tokenizer, callbacks=[stop], peft_config=lora_config(recipe.model.lora)
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressLine(trainer.seconds))
     trainer.add_callback(MetricsFile(trainer.seconds))
@@ -73,9 +80,35 @@ def train(
     if stop.requested:
         console.print(f"stopped at step {trainer.state.global_step}; the same command with --resume goes on from there")
         return 0
-    trainer.save_model(str(run / MODEL))
-    evaluation.after(trainer.accelerator.unwrap_model(trainer.model), console)
+    if recipe.model.lora is not None:
+        trainer.save_model(str(run / ADAPTER))
+    trained = plain(trainer.accelerator.unwrap_model(trainer.model), model.dtype)
+    if process.is_main_process:
+        trained.save_pretrained(run / MODEL)
+        tokenizer.save_pretrained(run / MODEL)
+        evaluation.after(trained, console)
     return 0
+
+
+def lora_config(settings: LoraSettings | None) -> Any:
+    """PEFT's configuration, None where no adapters are asked for.
+
+    Raises:
+        InputError: where PEFT is not installed.
+    """
+    if settings is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise InputError("model.lora needs the package peft: pip install 'atmanrl[peft]'") from error
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
+    )
 
 
 def _check_context(model: PreTrainedModel, args: AtManGRPOConfig) -> None:

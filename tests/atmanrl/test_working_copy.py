@@ -65,35 +65,40 @@ def _free_port():
         return listening.getsockname()[1]
 
 
-def _on_each_rank(rank, port, adapted, directory):
+def _models():
+    return {"plain": tiny_model("llama tied"), "adapted": with_adapters(tiny_model("qwen3"))}
+
+
+def _on_each_rank(rank, port, directory):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = with_adapters(tiny_model("qwen3")) if adapted else tiny_model("llama tied")
-    base = model.get_base_model() if adapted else model
-    for layer in base.model.layers:
-        fully_shard(layer)
-    fully_shard(base)
-    # The second rank has fewer rollouts, then none at all.
-    for number, count in enumerate([(3, 1), (2, 0)]):
-        result = optimize_masks(model, random_rollouts(LENGTHS)[: count[rank]], SHORT)
-        torch.save([(item.mask, item.loss_final) for item in result], f"{directory}/{rank}-{number}.pt")
-    # The policy still runs, sharded, and trains.
-    base.train()
-    loss = base(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
-    loss.backward()
+    for name, model in _models().items():
+        base = model.get_base_model() if name == "adapted" else model
+        for layer in base.model.layers:
+            fully_shard(layer)
+        fully_shard(base)
+        # The second rank has fewer rollouts, then none at all.
+        for counts in [(3, 1), (2, 0)]:
+            count = counts[rank]
+            result = optimize_masks(model, random_rollouts(LENGTHS)[:count], SHORT)
+            torch.save([(item.mask, item.loss_final) for item in result], directory / f"{name} {rank} {count}.pt")
+        # The policy still runs, sharded, and trains.
+        base.train()
+        base(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapters"])
-def test_ranks_of_a_sharded_model_may_have_different_numbers_of_rollouts(tmp_path, adapted):
-    spawn(_on_each_rank, (_free_port(), adapted, tmp_path), nprocs=2)
-    model = with_adapters(tiny_model("qwen3")) if adapted else tiny_model("llama tied")
-    rollouts = random_rollouts(LENGTHS)
-    for name, count in {"0-0": 3, "1-0": 1, "0-1": 2, "1-1": 0}.items():
-        found = torch.load(tmp_path / f"{name}.pt")
-        assert len(found) == count
-        for (mask, loss), item in zip(found, optimize_masks(model, rollouts[:count], SHORT), strict=True):
+def test_ranks_of_a_sharded_model_may_have_different_numbers_of_rollouts(tmp_path):
+    spawn(_on_each_rank, (_free_port(), tmp_path), nprocs=2)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 8
+    models = _models()
+    for file in files:
+        name, _, count = file.stem.split()
+        found, rollouts = torch.load(file), random_rollouts(LENGTHS)[: int(count)]
+        expected = optimize_masks(models[name], rollouts, SHORT)
+        for (mask, loss), item in zip(found, expected, strict=True):
             # Merged or beside the layer, an adapter rounds differently.
             torch.testing.assert_close(mask, item.mask, atol=1e-4, rtol=0)
             assert loss == pytest.approx(item.loss_final, abs=1e-4)

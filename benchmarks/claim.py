@@ -1,0 +1,115 @@
+"""What the saliency reward does to chains of thought: three arms on Ledger, the same seeds and budget for each.
+
+    python -m benchmarks.claim                      what is missing of 8 seeds, then the results file
+    python -m benchmarks.claim --seeds 0 1 2 3      these seeds alone; several processes may share the work directory
+
+Every run starts from the built-in checkpoint and is `atmanrl train --config ledger` with another reward. Runs of one
+seed share the order of the prompts. What is measured, on held-out prompts sampled with one fixed seed, is kept in one
+file per run in the work directory, so that a stopped call goes on where it was. `benchmarks.claim_report` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from atmanrl.policy import load_policy
+from atmanrl.recipe import ModelConfig, load_recipe
+from atmanrl.records import RESTORED, Run, write_text_atomically
+from atmanrl.scoring import DELETION, with_deletion_effects
+from atmanrl.summary import summarize
+from benchmarks.timing import RESULTS, commit
+
+ARMS = {
+    "outcome": {"saliency_weight": "0"},
+    "restored": {"direction": "restored"},
+    "printed": {"direction": "printed"},
+}
+# A run of the recipe, evaluated on all held-out prompts there are.
+SETTING = {
+    "learning_rate": "2e-4",
+    "max_steps": "80",
+    "evaluation.prompts": "256",
+    "evaluation.samples": "2",
+    "evaluation.before": "false",
+    "save_strategy": "no",
+    "report_to": "none",
+}
+SEEDS = range(8)
+
+
+def measure(run: Run, model: str) -> dict[str, float]:
+    """Every metric of a held-out run by name, and how well leave-one-out finds the needed tokens."""
+    policy, _ = load_policy(ModelConfig(model))
+    scored = with_deletion_effects(policy, run)
+    # Intervals are formed over seeds: the prompts' bootstrap is not needed.
+    rows = [row for score in (RESTORED, DELETION) for row in summarize(replace(scored, score=score), resamples=1).rows]
+    return {row.name: row.runs[0].value for row in rows if row.runs[0].value is not None}
+
+
+def run_one(arm: str, seed: int, work: Path) -> dict[str, Any]:
+    """Train one arm with one seed and measure it, unless the work directory holds the result."""
+    path = work / f"{arm}-{seed}.json"
+    if path.is_file():
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    directory = work / f"{arm}-{seed}"
+    options = {**SETTING, **ARMS[arm], "seed": str(seed), "output_dir": str(directory)}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    print(f"== {arm}, seed {seed}", flush=True)
+    subprocess.run(
+        [sys.executable, "-m", "atmanrl", "train", "--config", "ledger", "--overwrite", *arguments], check=True
+    )
+    metrics = measure(Run.load(directory / "after.json"), str(directory / "model"))
+    content = {"arm": arm, "seed": seed, "metrics": metrics}
+    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
+    return content
+
+
+def start(work: Path) -> dict[str, float]:
+    """The metrics of the checkpoint every run starts from, on the same prompts with the same draws."""
+    path = work / "start.json"
+    if not path.is_file():
+        arguments = [part for name, value in SETTING.items() for part in (f"--{name}", value)]
+        command = ["evaluate", "--config", "ledger", "--checkpoints", "ledger", "--output", str(work / "start")]
+        subprocess.run([sys.executable, "-m", "atmanrl", *command, *arguments], check=True)
+        metrics = measure(Run.load(work / "start" / "ledger.json"), "ledger")
+        write_text_atomically(path, json.dumps(metrics, indent=1) + "\n")
+    content: dict[str, float] = json.loads(path.read_text())
+    return content
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", help="run these and write no results")
+    parser.add_argument("--work", type=Path, default=Path("runs/claim"), metavar="DIR")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    seeds = SEEDS if arguments.seeds is None else arguments.seeds
+    runs = [run_one(arm, seed, arguments.work) for seed in seeds for arm in ARMS]
+    if arguments.seeds is not None:
+        return 0
+    content = {
+        "commit": commit(),
+        "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
+        "recipe": load_recipe("ledger", list(SETTING.items())).to_yaml(),
+        "arms": ARMS,
+        "start": start(arguments.work),
+        "runs": runs,
+    }
+    for old in RESULTS.glob("ledger_claim_*.json"):
+        old.unlink()
+    path = RESULTS / f"ledger_claim_{datetime.datetime.now(datetime.UTC).date()}_{content['commit']}.json"
+    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""A short training run on recorded completions, in one process or two; `test_distributed` runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+from atmanrl import MaskConfig
+from atmanrl.chat import encode_prompt
+from atmanrl.config import DataConfig, LedgerConfig
+from atmanrl.data import load_task
+from atmanrl.policy import load_policy
+from atmanrl.recipe import ModelConfig
+from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
+
+GROUP, QUERIES, PASSES, BATCHES = 4, 3, 2, 2
+
+
+class Replay(AtManGRPOTrainer):
+    """Keeps the rewards of every generation batch, those of all processes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rewards: list[list[list[float]]] = []
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        rewards = super()._calculate_rewards(*args)
+        self.rewards.append(rewards.tolist())
+        return rewards
+
+
+def shard_on_cpus() -> None:
+    """Let accelerate use FSDP2 without an accelerator, which it has no setting for."""
+    initialise = AcceleratorState.__init__
+
+    def patched(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+        )
+
+    AcceleratorState.__init__ = patched  # type: ignore[method-assign]
+
+
+def main(recorded: Path, output: Path, mode: str) -> None:
+    completions: dict[str, list[list[int]]] = json.loads(recorded.read_text())
+    if mode == "fsdp2":
+        shard_on_cpus()
+    micro_batch = GROUP * QUERIES // 2
+    args = AtManGRPOConfig(
+        output_dir=str(output / "run"),
+        per_device_train_batch_size=micro_batch,
+        generation_batch_size=GROUP * QUERIES,
+        gradient_accumulation_steps=2 if mode == "one" else 1,
+        num_generations=GROUP,
+        num_iterations=PASSES,
+        max_steps=PASSES * BATCHES,
+        max_completion_length=24,
+        # The step of an adaptive optimiser turns rounding of a small gradient into a large difference.
+        optim="sgd",
+        learning_rate=0.5,
+        mask=MaskConfig(steps=5, lr=0.02),
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=5,
+    )
+    model, tokenizer = load_policy(ModelConfig("ledger"))
+
+    def replay(prompts: list[str], trainer: AtManGRPOTrainer) -> dict[str, Any]:
+        # Groups straddle the border between the processes.
+        first = trainer.accelerator.process_index * len(prompts)
+        return {
+            "prompt_ids": [encode_prompt(tokenizer, prompt) for prompt in prompts],
+            "completion_ids": [completions[prompt][(first + i) % GROUP] for i, prompt in enumerate(prompts)],
+            "logprobs": None,
+        }
+
+    task = load_task(DataConfig(ledger=LedgerConfig(train_size=QUERIES * BATCHES, test_size=1)))
+    trainer = Replay(model, args, task, tokenizer, rollout_func=replay)
+    trainer.train()
+    parameters = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+    }
+    if trainer.accelerator.is_main_process:
+        metrics = [line for line in trainer.state.log_history if "reward" in line]
+        torch.save({"rewards": trainer.rewards, "parameters": parameters, "metrics": metrics}, output / f"{mode}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
