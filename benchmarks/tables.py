@@ -109,7 +109,17 @@ def mask_tables(files: list[dict[str, Any]]) -> str:
             f" {problem['answer']} tokens.\n"
         )
         for shape in dict.fromkeys(row["shape"] for row in content["results"]):
-            parts.append(_mask_table(shape, [row for row in content["results"] if row["shape"] == shape]))
+            rows = [row for row in content["results"] if row["shape"] == shape]
+            parts.append(_mask_table(shape, rows))
+            memory = content["memory"][shape]
+            kept = ", ".join(f"{name} {size:.0f}" for name, size in memory["kept_bytes"].items())
+            peaks = [peak for row in rows if (peak := row["arms"]["fast"]["peak_bytes"]) is not None]
+            predicted = memory["predicted_peak_bytes"]
+            parts.append(
+                f"Bytes kept for the backward per packed row and layer: {kept}. Predicted peak of the fast path:"
+                f" {predicted / 2**20:.0f} MiB, {predicted / max(peaks):.2f} to {predicted / min(peaks):.2f} of the"
+                " measured one.\n"
+            )
     return "\n".join(parts)
 
 
@@ -117,7 +127,7 @@ def _mask_table(shape: str, rows: list[dict[str, Any]]) -> str:
     necessary = rows[0]["necessary_flops"]
     lines = [
         f"**{shape}**, {necessary / 1e9:.0f} GFLOP necessary per step\n",
-        "| arm | s per step | times the fast path beside it | operations / necessary | % of the matrix rate | peak MiB |",
+        "| arm | s per step | times the fast path beside it | operations / necessary | % of matrix rate | peak MiB |",
         "|---" * 6 + "|",
     ]
     for position, row in enumerate(rows):
