@@ -100,7 +100,7 @@ def peak_bytes(
     # Per query row a second rstd and the logsumexp, per row the first rstd, in float32.
     layer = rows * (item * (queries + keys) + 4 * (2 + shape.heads_q))
     last = loss_rows * (item * queries + 4 * (1 + shape.heads_q)) + rows * (item * keys + 4)
-    outside = item * (rows * (2 * h + shape.head_dim) + 2 * shape.layers * prompt_rows * dkv)
+    outside = item * (rows * (2 * h + 2 * shape.head_dim) + 2 * shape.layers * prompt_rows * dkv)
     attention_backward = item * rows * (2 * dq + 2 * dkv)
     mlp_backward = 0 if on_cpu else item * rows * (4 * m + 2 * h)
     return (shape.layers - 1) * layer + last + outside + max(attention_backward, mlp_backward)

@@ -60,8 +60,8 @@ class FrozenDecoder:
             head_dim=attention.head_dim,
             sm_scale=attention.scaling,
             eps=decoder.norm.variance_epsilon,
-            cos=cos[0, :, None, :half].contiguous(),
-            sin=sin[0, :, None, :half].contiguous(),
+            cos=cos[0, :, None],
+            sin=torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1),
             block=_CPU_BLOCK if embedded.device.type == "cpu" else max(1, batch.n_rows),
             pointwise=Pointwise.on(embedded.device),
         )
@@ -142,14 +142,13 @@ class AnswerHead:
         losses = []
         for start in range(0, len(normed), chunk):
             rows = slice(start, start + chunk)
-            logits = self._vocabulary(normed[rows]).float()
+            log_p = torch.log_softmax(self._vocabulary(normed[rows]), -1, dtype=torch.float32)
             targets = self._targets[rows, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            losses.append((lse - logits.gather(-1, targets))[:, 0])
+            losses.append(-log_p.gather(-1, targets)[:, 0])
             if self._d_normed is not None:
                 # d nll / d logits = softmax - onehot.
-                d_logits = logits.sub_(lse).exp_()
-                d_logits.scatter_add_(-1, targets, torch.full_like(lse, -1.0))
+                d_logits = log_p.exp_()
+                d_logits.scatter_add_(-1, targets, d_logits.new_full(targets.shape, -1.0))
                 self._d_normed[rows] = self._vocabulary.pull_back(d_logits.to(x.dtype))
         return torch.cat(losses)
 
