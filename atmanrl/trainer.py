@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,9 +33,11 @@ from atmanrl.config import MaskConfig
 from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
 from atmanrl.plain_copy import plain
+from atmanrl.recording import Completion, record_one
+from atmanrl.records import Run
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
-from atmanrl.saliency import NonFiniteLossError, SaliencyResult, optimize_masks
+from atmanrl.saliency import NonFiniteLossError, RolloutSaliency, SaliencyResult, optimize_masks
 
 Target = Literal["predicted", "correct"]
 
@@ -63,6 +66,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         mask: how masks are optimised.
         log_saliency: compute and log the saliency also where ``saliency_weight`` is 0; it changes no number of the run.
         skip_non_finite: leave a rollout with a NaN or infinite loss, mask or reward out instead of stopping.
+        page_steps: optimiser steps between two pages of sampled rollouts coloured by saliency; 0 for none.
+        page_rollouts: rollouts on a page.
     """
 
     saliency_weight: float = 1.0
@@ -72,6 +77,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     mask: MaskConfig = field(default_factory=MaskConfig)
     log_saliency: bool = False
     skip_non_finite: bool = False
+    page_steps: int = 50
+    page_rollouts: int = 16
     report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
 
     per_device_train_batch_size: int = 2
@@ -137,6 +144,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     Attributes:
         seconds: spent by this process so far on "generation", "saliency" and "update".
+        watch: called with the name of each part as it begins.
     """
 
     def __init__(
@@ -150,10 +158,12 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         self.task = task
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.watch: Callable[[str], None] = lambda part: None
         self._prompt_ids: list[list[int]] = []
         self._rows: list[dict[str, Any]] = []
         self._completion_ids: list[list[int]] = []
         self._splits: list[CompletionSplit] = []
+        self._masks: dict[int, RolloutSaliency] = {}
         self._staging: Path | None = None
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
@@ -200,11 +210,34 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         rewards[active] = torch.nan
         with self._clock("saliency"):
             active, masks = self._optimize_masks(rollouts, active)
+        self._masks = dict(zip(active, masks, strict=True))
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
         classes = self._classes()
         restored = restored_per_class(masks, [classes[i] for i in active], self.task.token_classes)
         log_values(log_metric, mask_metrics(masks) | restored)
         return rewards.tolist()
+
+    def sampled(self, most: int) -> Run | None:
+        """The first ``most`` rollouts of this process's last generation batch with their masks; None without masks."""
+        if not self._masks:
+            return None
+        classify = self.task.classify_tokens
+        records = []
+        for i, row in enumerate(self._rows[:most]):
+            completion = Completion(
+                prompt_id=f"{self.task.name}-{i // self.num_generations}",
+                sample=i % self.num_generations,
+                prompt_ids=self._prompt_ids[i],
+                completion_ids=self._completion_ids[i],
+                answer_format=self.task.answer_format,
+                expected=row["answer"],
+                classify=None if classify is None else partial(classify, row),
+            )
+            mask = self._masks.get(i)
+            reason = None if mask is not None else "no mask was optimised"
+            records.append(record_one(self.processing_class, completion, self._splits[i], mask, reason, self._end_ids))
+        settings = {"mask": asdict(self.args.mask), "task": self.task.name}
+        return Run(label=f"step {self.state.global_step}", rollouts=tuple(records), settings=settings)
 
     # The seams in TRL's trainer.
 
@@ -379,10 +412,12 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.watch(part)
         try:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - start
+            self.watch("update")
 
 
 class EpochSampler(RepeatSampler):  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from atmanrl import checkpoints, run_directory
-from atmanrl.callbacks import MetricsFile, ProgressLine, StopOnSigterm
+from atmanrl.callbacks import MetricsFile, ProgressLine, RolloutPages, StopOnSigterm
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
 from atmanrl.data import load_task
@@ -74,8 +75,11 @@ def train(
         model, args, task, tokenizer, callbacks=[stop], peft_config=lora_config(recipe.model.lora)
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressLine(trainer.seconds))
+    progress = ProgressLine(trainer.seconds)
+    trainer.watch = progress.show_part
+    trainer.add_callback(progress)
     trainer.add_callback(MetricsFile(trainer.seconds))
+    trainer.add_callback(RolloutPages(partial(trainer.sampled, args.page_rollouts), args.page_steps))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.requested:
         console.print(f"stopped at step {trainer.state.global_step}; the same command with --resume goes on from there")
