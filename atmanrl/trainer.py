@@ -251,10 +251,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
     ) -> Tensor:
         self._rows, self._completion_ids = inputs, completion_ids
-        self._splits = [
-            split_completion(ids, self.processing_class, self.task.answer_format, end_ids=self._end_ids)
-            for ids in completion_ids
-        ]
+        self._splits = [self._split(ids) for ids in completion_ids]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         # TRL sums with nansum, which would take a NaN for a reward function that does not apply.
         broken = ~rewards.isfinite().all(dim=1)
@@ -345,6 +342,9 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         }
 
     # Own steps.
+
+    def _split(self, completion_ids: Sequence[int]) -> CompletionSplit:
+        return split_completion(completion_ids, self.processing_class, self.task.answer_format, end_ids=self._end_ids)
 
     def _rollouts(self, answer: Sequence[str]) -> list[Rollout]:
         if self.args.target == "predicted":
