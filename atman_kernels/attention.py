@@ -222,7 +222,8 @@ def attention_varlen(
         raise ValueError("the plan has prefix ranges, but no prefix was given")
     bias = None if key_bias is None else key_bias[None]
     o, lse = _call(q[None], k[None], v[None], bias, prefix, plan, causal=causal, sm_scale=sm_scale, window=window)
-    return (o[0], lse[0]) if return_lse else o[0]
+    # Not o[0]: the backward of an index fills and copies a tensor of zeros.
+    return (o.squeeze(0), lse.squeeze(0)) if return_lse else o.squeeze(0)
 
 
 def attention_rows(

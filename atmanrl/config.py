@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 AnswerLoss = Literal["value", "all"]
+Weights = Literal["model", "float8"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class MaskConfig:
         sparsity: nats that restoring one token completely costs: the loss gains
             ``sparsity * sum_v |min(H_v, upper) / init - 1|``, the L1 norm of what was restored. 0 in the paper.
         answer_loss: which tokens the loss averages over: "value", the answer's, or "all", the marker's as well.
+        early_stop: a rollout ends, and frees its tokens, once this share of the loss that the initial mask added is
+            gone, in (0, 1]; looked at every ten steps. None, as in the paper: no rollout ends before ``steps``.
+        weights: "model" computes with the model's weights, "float8" with the decoder layers' weights and their inputs
+            rounded to e4m3, one scale per row (models of the fast path only).
 
     Raises:
         ValueError: for a value outside its range, with the value.
@@ -42,6 +47,8 @@ class MaskConfig:
     upper: float = 0.0
     sparsity: float = 0.0
     answer_loss: AnswerLoss = "value"
+    early_stop: float | None = None
+    weights: Weights = "model"
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -64,6 +71,10 @@ class MaskConfig:
             raise ValueError(f"sparsity must not be negative, got {self.sparsity}")
         if self.answer_loss not in get_args(AnswerLoss):
             raise ValueError(f"answer_loss must be one of {get_args(AnswerLoss)}, got {self.answer_loss!r}")
+        if self.early_stop is not None and not 0 < self.early_stop <= 1:
+            raise ValueError(f"early_stop must lie in (0, 1] or be None, got {self.early_stop}")
+        if self.weights not in get_args(Weights):
+            raise ValueError(f"weights must be one of {get_args(Weights)}, got {self.weights!r}")
 
 
 @dataclass(frozen=True)
@@ -157,15 +168,13 @@ class DataConfig:
                 raise ValueError(f"{name} must be positive or None, got {limit}")
 
 
-# Agreement with "paper" on 64 reference chains of Ledger's starting checkpoint: mean and worst Spearman correlation of
-# a chain's mask, and processor time of the whole batch. The cheaper ones keep steps * lr, how far a token can move.
+# Only "paper" is a default; docs/scaling.md has each preset's agreement with it and what it saves. Those with fewer
+# steps keep steps * lr, how far a token can move.
 MASK_PRESETS = {
-    # 1, 1: the only default.
     "paper": MaskConfig(),
-    # 0.999 (worst 0.974), 1.8 times as fast.
     "half": MaskConfig(steps=100, lr=2e-3),
-    # 0.992 (worst 0.915), 3.5 times as fast.
     "quarter": MaskConfig(steps=50, lr=4e-3),
-    # 0.963 (worst 0.612), 7.8 times as fast.
     "tenth": MaskConfig(steps=20, lr=1e-2),
+    "early": MaskConfig(early_stop=0.8),
+    "float8": MaskConfig(weights="float8"),
 }

@@ -23,10 +23,14 @@ _WRAPPERS = re.compile(r"^base_model\.model\.|(?<=\.)base_layer\.|_orig_mod\.|_c
 
 def plain(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself where its weights are whole, of ``dtype`` and without adapters, else a `plain_copy`."""
-    sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
-    if sharded or hasattr(model, "peft_config") or model.dtype != dtype:
+    if hasattr(model, "peft_config") or model.dtype != dtype or not is_whole(model):
         return plain_copy(model, dtype)
     return model
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether no parameter is sharded by FSDP2 or ZeRO-3."""
+    return not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 @torch.no_grad()
@@ -58,7 +62,7 @@ def plain_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     for wrapped, buffer in source.named_buffers():
         if (name := _WRAPPERS.sub("", wrapped)) in buffers:
             buffers[name].copy_(buffer)
-    made.eval()
+    made.eval().requires_grad_(False)
     return made
 
 
@@ -80,12 +84,12 @@ def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     for wrapped, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        if not isinstance(module, LoraLinear) or module.merged:
+        if not isinstance(module, LoraLinear) or module.merged or module.lora_variant:
             raise ValueError(
-                f"{wrapped} is a {type(module).__name__}: only an unmerged LoRA of a linear layer is known"
+                f"{wrapped} is a {type(module).__name__}: only an unmerged plain LoRA of a linear layer is known"
             )
         weight = _whole(module.get_base_layer().weight).clone()
-        for adapter in module.active_adapters:
+        for adapter in [] if module.disable_adapters else module.active_adapters:
             if adapter in module.lora_A:
                 weight += _whole(module.get_delta_weight(adapter)).to(weight.dtype)
         yield f"{_WRAPPERS.sub('', wrapped)}.weight", weight

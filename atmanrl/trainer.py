@@ -32,19 +32,17 @@ from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
-from atmanrl.plain_copy import plain
 from atmanrl.recording import Completion, record_one
 from atmanrl.records import Run
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
-from atmanrl.saliency import NonFiniteLossError, RolloutSaliency, SaliencyResult, optimize_masks
+from atmanrl.saliency import NonFiniteLossError, RolloutSaliency, SaliencyResult, optimize_masks, working_copy
 
 Target = Literal["predicted", "correct"]
 
 UNLOGGED = "unlogged-{process}.json"
 """File of a checkpoint, one per process: what was measured since the last log line."""
 
-_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger(__name__)
 
@@ -367,8 +365,9 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _optimize_masks(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], SaliencyResult]:
         """Masks of the ``active`` rollouts, in one call; those left out for a non-finite loss are missing from both."""
-        policy = self.accelerator.unwrap_model(self.model)
-        model = plain(policy, _MIXED.get(self.accelerator.mixed_precision, policy.dtype))
+        with self.accelerator.autocast():
+            # Once, however often the loop runs: gathering a sharded policy takes every process.
+            model = working_copy(self.accelerator.unwrap_model(self.model))
         while True:
             try:
                 return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)

@@ -71,12 +71,13 @@ def bench_command(
         f" matrix rate {rate / 1e9:.0f} GFLOP/s"
     )
     table = Table(
-        "arm", "s/step", "rollout-steps/s", "tokens/s", "of matrix rate", "peak MiB", "times first", "gradient"
-    )
-    results = []
+        "arm", "s/step", "rollout-steps/s", "tokens/s", "of matrix rate", "operations / necessary", "peak MiB",
+        "times first", "gradient",
+    )  # fmt: skip
+    results: list[Measurement] = []
     for result in measure(policy, problem, arms, steps=steps):
         results.append(result)
-        table.add_row(*_row(result, results[0], len(problem), rows, necessary / rate))
+        table.add_row(*_row(result, results[0], len(problem), rows, necessary, rate))
     console.print(table)
     if output is not None:
         output.write_text(
@@ -101,7 +102,7 @@ def _policy(model: str | None, shape: str, dtype: str, device: torch.device) -> 
     return loaded
 
 
-def _row(result: Measurement, first: Measurement, n: int, rows: int, least_seconds: float) -> list[str]:
+def _row(result: Measurement, first: Measurement, n: int, rows: int, necessary: int, rate: float) -> list[str]:
     if result.skipped is not None:
         return [result.arm, f"not run: {result.skipped}"]
     return [
@@ -109,7 +110,8 @@ def _row(result: Measurement, first: Measurement, n: int, rows: int, least_secon
         f"{result.seconds:.3f}",
         f"{n / result.seconds:.1f}",
         f"{rows / result.seconds:.0f}",
-        f"{least_seconds / result.seconds:.0%}",
+        f"{necessary / rate / result.seconds:.0%}",
+        "" if result.flops is None else f"{result.flops / necessary:.3f}",
         "" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.0f}",
         f"{result.seconds / first.seconds:.2f}",
         f"{result.gradient_error:.0e}",

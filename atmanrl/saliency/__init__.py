@@ -2,5 +2,6 @@
 
 from atmanrl.saliency.engine import optimize_masks
 from atmanrl.saliency.result import NonFiniteLossError, RolloutSaliency, SaliencyResult, Trajectory
+from atmanrl.saliency.working_copy import working_copy
 
-__all__ = ["NonFiniteLossError", "RolloutSaliency", "SaliencyResult", "Trajectory", "optimize_masks"]
+__all__ = ["NonFiniteLossError", "RolloutSaliency", "SaliencyResult", "Trajectory", "optimize_masks", "working_copy"]

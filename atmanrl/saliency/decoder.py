@@ -20,10 +20,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from atmanrl.saliency.decoder_layer import FrozenLayer, Geometry, pull_back
+from atmanrl.config import Weights
+from atmanrl.saliency.decoder_layer import FrozenLayer, Geometry
 from atmanrl.saliency.likelihood import prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
 from atmanrl.saliency.pointwise import Pointwise
+from atmanrl.saliency.projection import Projection, projection, why_not_a_projection
 
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 # Embeddings that depend on nothing but the position; the others look at the longest sequence of the call.
@@ -44,10 +46,11 @@ class FrozenDecoder:
     Args:
         model: one for which :func:`why_unsupported` returns None, inside :func:`atmanrl.saliency.frozen.frozen`.
         batch: packed rollouts on the model's device.
+        weights: see :class:`atmanrl.MaskConfig`.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, batch: PackedRollouts) -> None:
+    def __init__(self, model: PreTrainedModel, batch: PackedRollouts, weights: Weights = "model") -> None:
         decoder: Any = model.model
         embedded = decoder.embed_tokens(batch.ids)
         cos, sin = decoder.rotary_emb(embedded[None], batch.positions[None])
@@ -78,10 +81,11 @@ class FrozenDecoder:
                     plan=batch.loss_plan if last else batch.plan,
                     prefix=prefixes.layer(index),
                     window=self.windows[index],
+                    weights=weights,
                 )
             )
             x = self.layers[-1].out
-        self._head = AnswerHead(decoder.norm.weight, model.lm_head, batch.loss_targets, geometry)
+        self._head = AnswerHead(decoder.norm.weight, projection(model.lm_head), batch.loss_targets, geometry)
         self._d_rows = torch.empty_like(embedded)
         self._call = 0
 
@@ -125,7 +129,7 @@ class AnswerHead:
         geometry: for ``eps`` and the pointwise functions.
     """
 
-    def __init__(self, norm: Tensor, vocabulary: nn.Linear, targets: Tensor, geometry: Geometry) -> None:
+    def __init__(self, norm: Tensor, vocabulary: Projection, targets: Tensor, geometry: Geometry) -> None:
         self._norm, self._vocabulary, self._targets, self._geometry = norm, vocabulary, targets, geometry
         self._rstd: Tensor | None = None
         self._d_normed: Tensor | None = None
@@ -146,7 +150,7 @@ class AnswerHead:
                 # d nll / d logits = softmax - onehot.
                 d_logits = logits.sub_(lse).exp_()
                 d_logits.scatter_add_(-1, targets, torch.full_like(lse, -1.0))
-                self._d_normed[rows] = pull_back(d_logits.to(x.dtype), self._vocabulary)
+                self._d_normed[rows] = self._vocabulary.pull_back(d_logits.to(x.dtype))
         return torch.cat(losses)
 
     def backward(self, d_nll: Tensor, x: Tensor) -> Tensor:
@@ -185,17 +189,16 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     if rotary not in _STATIC_ROTARY:
         return f"rotary embedding {rotary!r}"
     for name, module in model.named_modules():
-        # Adapters, quantised layers and hooks change what a projection computes.
-        if name.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear:
-            return f"{name} is a {type(module).__name__}"
+        # Quantised layers, unknown adapters and hooks change what a projection computes.
+        if name.endswith(("_proj", "lm_head")) and (reason := why_not_a_projection(module)) is not None:
+            return f"{name} is {reason}"
         if name.startswith("model.layers.") and _is_altered(module):
             return f"{name} has hooks or a forward of its own"
-    if len({(p.device, p.dtype, type(p.data)) for p in model.parameters()}) != 1:
+    parameters = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
+    if len({(p.device, p.dtype, type(p.data)) for p in parameters}) != 1:
         return "parameters of several devices, dtypes or tensor types"
-    if any(p.numel() == 0 for p in model.parameters()):
+    if any(p.numel() == 0 for p in parameters):
         return "sharded parameters"
-    if torch.is_autocast_enabled(model.device.type):
-        return "autocast"
     return None
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atman_kernels import AttentionPlan, SharedPrefix, attention_varlen
+from atmanrl.config import Weights
 from atmanrl.saliency.pointwise import Pointwise
+from atmanrl.saliency.projection import Projection, projection
 
 
 class Geometry(NamedTuple):
@@ -43,7 +45,7 @@ class HeadProjection:
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: Projection,
         norm: Tensor | None,
         geometry: Geometry,
         rows: int,
@@ -67,9 +69,9 @@ class HeadProjection:
         """Fill ``out[rows]`` from x (rows, hidden)."""
         ops, out = self._geometry.pointwise, self.out[rows]
         if self._norm is None and not self._rotary:
-            project(x, self._linear, out.flatten(1))
+            self._linear(x, out.flatten(1))
             return
-        y = project(x, self._linear).view(out.shape)
+        y = self._linear(x).view(out.shape)
         if self._norm is not None and self._raw is not None:
             self._raw[rows] = y
             y, _ = ops.rms_norm(y, self._norm, self._geometry.eps)
@@ -84,7 +86,7 @@ class HeadProjection:
             raw = self._raw[rows]
             _, rstd = ops.rms_norm(raw, self._norm, self._geometry.eps)
             dy = ops.rms_norm_backward(dy, raw, self._norm, rstd)
-        return pull_back(dy.reshape(len(dy), -1), self._linear, dx)
+        return self._linear.pull_back(dy.reshape(len(dy), -1), dx)
 
 
 class FrozenLayer:
@@ -103,6 +105,7 @@ class FrozenLayer:
             backward ends at the bias.
         plan: layout of query rows and keys; prefix: the prompts' keys and values in this layer.
         window: of the attention, or None.
+        weights: see :class:`atmanrl.MaskConfig`.
     """
 
     def __init__(
@@ -116,9 +119,12 @@ class FrozenLayer:
         plan: AttentionPlan,
         prefix: SharedPrefix,
         window: int | None,
+        weights: Weights,
     ) -> None:
-        attention, self._mlp = module.self_attn, module.mlp
-        self._o_proj = attention.o_proj
+        attention, mlp = module.self_attn, module.mlp
+        self._o_proj, self._gate_proj, self._up_proj, self._down_proj = (
+            projection(part, weights) for part in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
         self._norm_in, self._norm_mid = module.input_layernorm.weight, module.post_attention_layernorm.weight
         self._geometry, self._queries, self._constant_input = geometry, queries, constant_input
         self._plan, self._prefix, self._window = plan, prefix, window
@@ -127,12 +133,15 @@ class FrozenLayer:
         rows, hidden = x.shape
         n_queries = rows if queries is None else len(queries)
         q_norm, k_norm = (getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm"))
-        self._q = HeadProjection(attention.q_proj, q_norm, geometry, n_queries, x, rotary=True, index=queries)
-        self._k = HeadProjection(attention.k_proj, k_norm, geometry, rows, x, rotary=True)
-        self._v = HeadProjection(attention.v_proj, None, geometry, rows, x, rotary=False)
+        q_proj, k_proj, v_proj = (
+            projection(part, weights) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        self._q = HeadProjection(q_proj, q_norm, geometry, n_queries, x, rotary=True, index=queries)
+        self._k = HeadProjection(k_proj, k_norm, geometry, rows, x, rotary=True)
+        self._v = HeadProjection(v_proj, None, geometry, rows, x, rotary=False)
         self.x = x
         self.out, self._middle = (x.new_empty(n_queries, hidden) for _ in range(2))
-        self._gate, self._up = (x.new_empty(n_queries, self._mlp.gate_proj.out_features) for _ in range(2))
+        self._gate, self._up = (x.new_empty(n_queries, self._gate_proj.out_features) for _ in range(2))
         self._rstd_in = x.new_empty((rows, 1), dtype=torch.float32)
         self._rstd_mid = x.new_empty((n_queries, 1), dtype=torch.float32)
         self._o: Tensor | None = None
@@ -142,8 +151,8 @@ class FrozenLayer:
     def kept_bytes(self) -> int:
         """Bytes that this layer keeps for its backward: its buffers, the attention's output and its logsumexp."""
         buffers = [self.out, self._middle, self._gate, self._up, self._rstd_in, self._rstd_mid]
-        for projection in (self._q, self._k, self._v):
-            buffers += projection.kept
+        for heads in (self._q, self._k, self._v):
+            buffers += heads.kept
         n_queries, heads_q, _ = self._q.out.shape
         return sum(buffer.nbytes for buffer in buffers) + self._q.out.nbytes + 4 * n_queries * heads_q
 
@@ -157,11 +166,11 @@ class FrozenLayer:
         ops = self._geometry.pointwise
         for rows in self._blocks(len(self.out)):
             middle, gate, up = self._middle[rows], self._gate[rows], self._up[rows]
-            torch.add(x[rows], project(o[rows], self._o_proj), out=middle)
+            torch.add(x[rows], self._o_proj(o[rows]), out=middle)
             normed, self._rstd_mid[rows] = ops.rms_norm(middle, self._norm_mid, self._geometry.eps)
-            project(normed, self._mlp.gate_proj, gate)
-            project(normed, self._mlp.up_proj, up)
-            torch.add(middle, project(ops.swiglu(gate, up), self._mlp.down_proj), out=self.out[rows])
+            self._gate_proj(normed, gate)
+            self._up_proj(normed, up)
+            torch.add(middle, self._down_proj(ops.swiglu(gate, up)), out=self.out[rows])
 
     def backward(self, d_out: Tensor, d_x: Tensor | None) -> Tensor:
         """Pull the gradient of ``out`` back to the input and the bias.
@@ -178,7 +187,7 @@ class FrozenLayer:
         for rows in self._blocks(len(d_out)):
             # From here on d_out holds the gradient of the middle of the residual stream.
             d_out[rows] += self._mlp_backward(d_out[rows], rows)
-            do[rows] = pull_back(d_out[rows], self._o_proj).view(do[rows].shape)
+            do[rows] = self._o_proj.pull_back(d_out[rows]).view(do[rows].shape)
         assert self._o is not None, "forward(keep=True) comes first"
         *d_qkv, d_bias = torch.autograd.grad(self._o, self._leaves, do)
         self._o, self._leaves = None, ()
@@ -219,9 +228,9 @@ class FrozenLayer:
         return o.detach()
 
     def _mlp_backward(self, d_out: Tensor, rows: slice) -> Tensor:
-        ops, mlp = self._geometry.pointwise, self._mlp
-        d_gate, d_up = ops.swiglu_backward(pull_back(d_out, mlp.down_proj), self._gate[rows], self._up[rows])
-        d_normed = pull_back(d_up, mlp.up_proj, pull_back(d_gate, mlp.gate_proj))
+        ops = self._geometry.pointwise
+        d_gate, d_up = ops.swiglu_backward(self._down_proj.pull_back(d_out), self._gate[rows], self._up[rows])
+        d_normed = self._up_proj.pull_back(d_up, self._gate_proj.pull_back(d_gate))
         return ops.rms_norm_backward(d_normed, self._middle[rows], self._norm_mid, self._rstd_mid[rows])
 
     def _inputs_backward(self, d_qkv: list[Tensor], d_out: Tensor, d_x: Tensor) -> None:
@@ -242,17 +251,3 @@ class FrozenLayer:
 
     def _blocks(self, n: int) -> Iterator[slice]:
         return (slice(start, min(start + self._geometry.block, n)) for start in range(0, n, self._geometry.block))
-
-
-def project(x: Tensor, linear: nn.Linear, out: Tensor | None = None) -> Tensor:
-    """x W^T + b, (rows, out_features), written to ``out`` if given."""
-    if linear.bias is None:
-        return torch.mm(x, linear.weight.t()) if out is None else torch.mm(x, linear.weight.t(), out=out)
-    if out is None:
-        return torch.addmm(linear.bias, x, linear.weight.t())
-    return torch.addmm(linear.bias, x, linear.weight.t(), out=out)
-
-
-def pull_back(dy: Tensor, linear: nn.Linear, dx: Tensor | None = None) -> Tensor:
-    """dy W, added to ``dx`` in place if given."""
-    return torch.mm(dy, linear.weight) if dx is None else torch.addmm(dx, dy, linear.weight, out=dx)

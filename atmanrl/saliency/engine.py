@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -18,9 +19,10 @@ from atmanrl.saliency.budget import affordable_rows, halving_on_out_of_memory, s
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
-from atmanrl.saliency.optimization import optimize_batch
-from atmanrl.saliency.packing import PackedRollouts, pack
+from atmanrl.saliency.optimization import BatchOptimization
+from atmanrl.saliency.packing import PackedRollouts
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
+from atmanrl.saliency.working_copy import working_copy
 
 MakeLikelihood = Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]
 
@@ -45,7 +47,8 @@ def optimize_masks(
     companions.
 
     Args:
-        model: a causal LM whose attention goes through transformers' AttentionInterface. Its mode, attention
+        model: a causal LM whose attention goes through transformers' AttentionInterface, also with PEFT's LoRA
+            adapters or sharded by FSDP2 (see :func:`working_copy`; then every rank must call). Its mode, attention
             implementation and ``requires_grad`` flags are restored on return, its gradients never touched; the
             caller's grad mode does not matter.
         rollouts: prompt, chain of thought, marker and answer of each, as token ids of the model's vocabulary.
@@ -70,6 +73,7 @@ def optimize_masks(
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
     config = MaskConfig() if config is None else config
+    model = working_copy(model)
     if capture and model.device.type != "cuda":
         raise ValueError(f"capture replays CUDA graphs, but the model is on {model.device}")
     if record_every is not None and record_every < 1:
@@ -89,25 +93,22 @@ def optimize_masks(
     learned: dict[int, RolloutSaliency] = {}
     if active:
         with frozen(model), _progress_bar(config.steps * len(active), progress) as show:
-            make = likelihood or _default_likelihood(model)
-            if token_budget is None and make is FrozenDecoder:
+            make = likelihood or _default_likelihood(model, config)
+            if token_budget is None and likelihood is None and make is not ModelLikelihood:
                 token_budget = affordable_rows(model, [rollouts[index] for index in active])
 
             def learn(group: list[int]) -> list[RolloutSaliency]:
-                members = [rollouts[index] for index in group]
-                batch = pack(members, answer_loss=config.answer_loss, device=model.device)
                 finished = config.steps * len(learned)
-                return optimize_batch(
-                    members,
-                    batch,
-                    make(model, batch),
+                return BatchOptimization(
+                    [rollouts[index] for index in group],
+                    partial(make, model),
                     config,
                     numbers=group,
+                    device=model.device,
                     dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
                     record_every=record_every,
                     capture=capture,
-                    advance=lambda steps: show(finished + steps * len(group)),
-                )
+                ).run(lambda steps: show(finished + steps))
 
             def run(budget: int) -> None:
                 for group in split(rollouts, [index for index in active if index not in learned], budget):
@@ -124,8 +125,13 @@ def optimize_masks(
     )
 
 
-def _default_likelihood(model: PreTrainedModel) -> MakeLikelihood:
-    return FrozenDecoder if why_unsupported(model) is None else ModelLikelihood
+def _default_likelihood(model: PreTrainedModel, config: MaskConfig) -> MakeLikelihood:
+    reason = why_unsupported(model)
+    if reason is None:
+        return partial(FrozenDecoder, weights=config.weights)
+    if config.weights != "model":
+        raise ValueError(f"weights={config.weights!r} needs the fast path, which does not cover this model: {reason}")
+    return ModelLikelihood
 
 
 def _reason_to_skip(rollout: Rollout) -> str | None:

@@ -16,7 +16,8 @@ import atman_kernels.hf  # noqa: F401  (registers attn_implementation="atman")
 def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block the model is in eval mode, its parameters need no gradient, and it attends through "atman".
 
-    Gradients with respect to inputs can be taken inside, whatever the caller's grad mode (no_grad, inference_mode).
+    Gradients with respect to inputs can be taken inside, whatever the caller's grad mode (no_grad, inference_mode), and
+    autocast is off: products are in the weights' dtype.
     Everything is restored afterwards, also after an error: the attention implementation (of sub-configurations too),
     the mode of each module, each parameter's ``requires_grad``; ``.grad`` is never touched. Eval mode also switches
     dropout and gradient checkpointing off.
@@ -27,6 +28,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(model.device.type, enabled=False))
         stack.enter_context(_eval_mode(model))
         stack.enter_context(_no_parameter_gradients(model))
         stack.enter_context(_atman_attention(model))

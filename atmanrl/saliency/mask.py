@@ -51,6 +51,17 @@ class TrainableMask:
         restored = 1 - self.values.clamp(max=self.config.upper) / self.config.init
         return self.config.sparsity * restored.abs().sum()
 
+    def select(self, kept: Tensor) -> TrainableMask:
+        """The numbers where ``kept`` (n_tokens,) bool is True, with their optimiser state."""
+        chosen = TrainableMask(int(kept.sum()), self.config, device=self.values.device, dtype=self.values.dtype)
+        with torch.no_grad():
+            chosen.values.copy_(self.values[kept])
+        chosen._optimizer.state[chosen.values] = {
+            name: value[kept] if value.dim() else value.clone()
+            for name, value in self._optimizer.state[self.values].items()
+        }
+        return chosen
+
     def step(self, losses: Tensor) -> None:
         """One AdamW update of H down the gradient of the summed per-rollout ``losses`` (n,) and the penalty."""
         objective = losses.sum()

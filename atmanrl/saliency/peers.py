@@ -19,6 +19,7 @@ from atmanrl.saliency.likelihood import AnswerLikelihood
 from atmanrl.saliency.packing import PackedRollouts, pack
 
 LossesAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+PeerArm = Callable[[PreTrainedModel, Sequence[Rollout]], LossesAndGradient]
 
 
 def packed_engine(
@@ -69,6 +70,23 @@ def paper_style_loop(
         return torch.stack(losses), torch.cat(gradients)
 
     return arm
+
+
+def in_groups(arm: PeerArm, size: int) -> PeerArm:
+    """``arm`` on ``size`` rollouts at a time."""
+
+    def make(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> LossesAndGradient:
+        groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+        steps = [arm(model, group) for group in groups]
+        n_tokens = [sum(len(rollout.cot_ids) for rollout in group) for group in groups]
+
+        def step(cot_bias: Tensor) -> tuple[Tensor, Tensor]:
+            found = [run(part) for run, part in zip(steps, cot_bias.split(n_tokens), strict=True)]
+            return torch.cat([losses for losses, _ in found]), torch.cat([gradient for _, gradient in found])
+
+        return step
+
+    return make
 
 
 def batched_sdpa(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> LossesAndGradient:

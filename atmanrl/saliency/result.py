@@ -51,6 +51,7 @@ class RolloutSaliency:
         loss_initial: mean negative log-likelihood of the answer in nats, with every H at ``init``.
         loss_final: the same after the last update.
         loss_unmasked: the same without a mask.
+        steps: updates done; fewer than the configuration's where the rollout ended early.
         skipped: why nothing was optimised; None where something was. The losses of a skipped rollout are NaN.
         trajectory: what ``record_every`` recorded, else None.
     """
@@ -61,6 +62,7 @@ class RolloutSaliency:
     loss_initial: float = float("nan")
     loss_final: float = float("nan")
     loss_unmasked: float = float("nan")
+    steps: int = 0
     skipped: str | None = None
     trajectory: Trajectory | None = None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from atmanrl.rollouts import Rollout
@@ -21,9 +22,10 @@ from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
 from atmanrl.saliency.peers import (
-    LossesAndGradient,
+    PeerArm,
     batched_flex,
     batched_sdpa,
+    in_groups,
     packed_engine,
     paper_style_loop,
 )
@@ -44,13 +46,14 @@ SHAPES = {
     ),
 }  # fmt: skip
 
-_Arm = Callable[[PreTrainedModel, Sequence[Rollout]], LossesAndGradient]
-ARMS: dict[str, _Arm] = {
+ARMS: dict[str, PeerArm] = {
     "fast": lambda model, rollouts: packed_engine(model, rollouts, FrozenDecoder),
     "general": lambda model, rollouts: packed_engine(model, rollouts, ModelLikelihood),
     "paper": paper_style_loop,
     "paper-answer-logits": lambda model, rollouts: paper_style_loop(model, rollouts, answer_logits_only=True),
     "sdpa": batched_sdpa,
+    # Whole batches of s x s scores outgrow a CPU's caches.
+    "sdpa-by-8": in_groups(batched_sdpa, 8),
     "flex": batched_flex,
 }
 
@@ -60,13 +63,16 @@ class Measurement:
     """One arm's step: losses and gradients of all rollouts.
 
     Attributes:
-        seconds: median time of a step; peak_bytes: highest memory above what was there before, None if unknown.
+        seconds: of the fastest step.
+        flops: executed by one step as torch.utils.flop_counter counts them, None if unknown (compiled code).
+        peak_bytes: highest memory above what was there before, None if unknown.
         gradient_error: largest difference from the first arm's gradient, relative to its largest entry.
         skipped: why the arm did not run, else None.
     """
 
     arm: str
     seconds: float = float("nan")
+    flops: int | None = None
     peak_bytes: int | None = None
     gradient_error: float = float("nan")
     skipped: str | None = None
@@ -116,13 +122,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large product of random square matrices: what the device's matrix units reach."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _median_seconds(lambda: a @ b, 5, device)
+    return 2 * size**3 / min(_seconds(lambda: a @ b, device) for _ in range(10))
 
 
 def measure(
     model: PreTrainedModel, rollouts: Sequence[Rollout], arms: Sequence[str], *, steps: int
 ) -> Iterator[Measurement]:
-    """Run the named arms one after another, each with one warm-up and ``steps`` timed steps.
+    """Run the named arms one after another: one step each to count and warm up, then ``steps`` timed ones.
 
     Raises:
         ValueError: for an unknown arm.
@@ -139,12 +145,14 @@ def measure(
             continue
         with frozen(model), _peak_memory(model.device) as peak:
             step = ARMS[name](model, rollouts)
-            gradient = step(bias)[1]
-            seconds = _median_seconds(partial(step, bias), steps, model.device)
+            with FlopCounterMode(display=False) as counter:
+                gradient = step(bias)[1]
+            seconds = min(_seconds(partial(step, bias), model.device) for _ in range(steps))
             del step
         first = gradient if first is None else first
         error = float((gradient - first).abs().max() / first.abs().max())
-        yield Measurement(name, seconds, peak(), error)
+        flops = None if name == "flex" else counter.get_total_flops()
+        yield Measurement(name, seconds, flops, peak(), error)
 
 
 def _why_not(arm: str, model: PreTrainedModel) -> str | None:
@@ -155,15 +163,12 @@ def _why_not(arm: str, model: PreTrainedModel) -> str | None:
     return None
 
 
-def _median_seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
-    seconds = []
-    for _ in range(times):
-        _synchronize(device)
-        start = time.perf_counter()
-        run()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return float(torch.tensor(seconds).median())
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:

@@ -74,7 +74,7 @@ def test_an_adapter_that_is_no_lora_is_refused_by_name() -> None:
     adapted = peft.get_peft_model(
         llama(50), peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     )
-    with pytest.raises(ValueError, match="k_proj is a Linear: only an unmerged LoRA"):
+    with pytest.raises(ValueError, match="k_proj is a Linear: only an unmerged plain LoRA"):
         plain_copy(adapted, torch.float32)
 
 

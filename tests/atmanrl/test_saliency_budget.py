@@ -31,11 +31,11 @@ def _sizes_seen(monkeypatch, fails_above=None):
     sizes = []
     original = FrozenDecoder.__init__
 
-    def spied(self, model, batch):
+    def spied(self, model, batch, weights):
         sizes.append(batch.n_rollouts)
         if fails_above is not None and batch.n_rollouts > fails_above:
             raise torch.OutOfMemoryError("out of memory")
-        original(self, model, batch)
+        original(self, model, batch, weights)
 
     monkeypatch.setattr(FrozenDecoder, "__init__", spied)
     return sizes

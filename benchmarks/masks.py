@@ -1,0 +1,77 @@
+"""Times a step of mask optimisation beside the ways it would otherwise be written.
+
+    python -m benchmarks.masks [--seconds 300] [--shapes llama-30m]
+
+8 queries x 8 rollouts, prompt 150, chain of thought 150 to 250, answer 8 tokens. Each peer is timed next to the fast
+path, so that a ratio compares neighbours in time; every pair is kept as soon as it is measured, and a run that was cut
+off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from atmanrl.saliency.throughput import matrix_rate, measure, necessary_per_step, random_model, random_problem
+from benchmarks.cpu import processor
+from benchmarks.timing import commit, results_file, save
+
+PROBLEM: dict[str, Any] = {"queries": 8, "rollouts": 8, "prompt": 150, "cot": (150, 250), "answer": 8}
+PEERS = ("general", "sdpa-by-8", "paper", "paper-answer-logits", "sdpa", "flex")
+SHAPES = {"cpu": ("llama-30m", "llama-30m-untied"), "cuda": ("llama-3.2-3b",)}
+
+
+def compare(shape: str, peer: str, *, steps: int, device: torch.device) -> dict[str, Any]:
+    """One row of results: the fast path and ``peer`` on the same problem, one after the other."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = random_model(shape, dtype=dtype, device=device)
+    problem = random_problem(model.config.vocab_size, **PROBLEM)
+    arms = {result.arm: asdict(result) for result in measure(model, problem, ["fast", peer], steps=steps)}
+    row = {"shape": shape, "peer": peer, "necessary_flops": necessary_per_step(model, problem)}
+    return {**row, "matrix_rate": matrix_rate(device, dtype), "arms": arms}
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no pair after this much time")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES[device.type])
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each arm; the fastest counts")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    facts = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "problem": PROBLEM,
+    }
+    path = results_file("masks", facts)
+    content = json.loads(path.read_text()) if path.exists() else {**facts, "results": []}
+    done = {(row["shape"], row["peer"]) for row in content["results"]}
+    for shape in arguments.shapes:
+        for peer in PEERS:
+            if (shape, peer) in done:
+                continue
+            if time.monotonic() > deadline:
+                print(f"stopped in time; run again to go on with {path}")
+                return 0
+            row = compare(shape, peer, steps=arguments.steps, device=device)
+            content["results"].append(row)
+            save(path, content)
+            fast, other = row["arms"]["fast"], row["arms"][peer]
+            shown = other["skipped"] or f"{other['seconds'] / fast['seconds']:.2f} times the fast path's time"
+            print(f"{shape} {peer}: {shown} ({fast['seconds']:.3f} s)", flush=True)
+    print(f"complete: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
