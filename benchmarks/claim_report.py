@@ -57,6 +57,9 @@ IN_FULL = (
     Measure("restored_mass", "summed restored per CoT"),
     Measure("saturated", "masks with nothing to restore (%)", 100, 1),
     Measure("truncated", "truncated (%)", 100, 1),
+    Measure("repeated", "chains that repeat needed values (%)", 100, 1),
+    Measure("wrong_repeated", "wrong answers behind such chains (% of all)", 100, 1),
+    Measure("wrong_otherwise", "other wrong answers (% of all)", 100, 1),
 )
 
 
