@@ -189,6 +189,9 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             "answers/accuracy": correct,
             "cot/tokens": [len(split.cot_ids) for split in self._splits],
         }
+        if (flexible := self.task.answer_format.flexible) is not None:
+            accepted = [flexible.accepts(split.text, gold) for split, gold in zip(self._splits, answer, strict=True)]
+            measured["answers/accuracy_flexible"] = accepted
         log_values(log_metric, measured | tokens_per_class(self._classes(), self.task.token_classes))
         return [0.0 if is_correct else -1.0 for is_correct in correct]
 
