@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -70,6 +71,7 @@ def halving_on_out_of_memory(run: Callable[[int], _Result], budget: int) -> _Res
         if not _is_out_of_memory(error):
             raise
     # Outside the handler: its traceback would keep the failed run's tensors alive.
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return run(max(1, budget // 2))
