@@ -48,6 +48,8 @@ class BatchOptimization:
         self._records: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in rollouts]
         self._results: dict[int, RolloutSaliency] = {}
         n_tokens = sum(len(rollout.cot_ids) for rollout in rollouts)
+        self._likelihood: AnswerLikelihood | None = None
+        self._replayed: Replayed | None = None
         self._mask = TrainableMask(n_tokens, config, device=device, dtype=dtype)
         self._pack(list(range(len(rollouts))))
         with torch.no_grad():
@@ -100,8 +102,7 @@ class BatchOptimization:
 
     def _release(self) -> None:
         # A captured step refers to this object: left in place, the buffers would wait for the garbage collector.
-        self._replayed: Replayed | None = None
-        self._likelihood: AnswerLikelihood | None = None
+        self._likelihood = self._replayed = None
 
     def _losses_under(self, cot_bias: Tensor) -> Tensor:
         assert self._likelihood is not None

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
-from atmanrl.saliency.budget import affordable_rows, split
+from atmanrl.saliency.budget import affordable_rows, kept_bytes_of, split
 from atmanrl.saliency.decoder import FrozenDecoder
+from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.packing import pack
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 LENGTHS = [(9, 0, 3), (14, 2, 1), (5, 1, 2), (7, 0, 1)]
@@ -149,3 +152,29 @@ def test_a_batch_is_freed_before_the_next_one_is_made(monkeypatch, early_stop):
     assert len(seen) > (2 if early_stop else 1)
     assert set(seen) == {0}
     assert not alive
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_the_general_paths_memory_is_measured_on_one_rollout(family):
+    model = tiny_model(family)
+    rollouts = [Rollout([1, 2], [3 + i] * 80, [4, 5]) for i in range(4)]
+    with frozen(model):
+        predicted = 4 * kept_bytes_of(model, rollouts[0])
+        batch = pack(rollouts, answer_loss="value", device=torch.device("cpu"))
+        bias = torch.zeros(batch.n_rows, requires_grad=True)
+        likelihood = ModelLikelihood(model, batch)
+        likelihood(bias)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            loss = likelihood(bias)
+    alive = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert loss.requires_grad
+    assert predicted == pytest.approx(alive, rel=0.15)
+
+
+def test_the_general_path_is_split_where_memory_is_short(monkeypatch):
+    model, rollouts = tiny_model("gemma3"), random_rollouts(LENGTHS)
+    monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device: 10**5)
+    with frozen(model):
+        assert affordable_rows(model, rollouts, fast=False) < sum(map(len, rollouts))
+        monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device: 10**9)
+        assert affordable_rows(model, rollouts, fast=False) > sum(map(len, rollouts))
