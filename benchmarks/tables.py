@@ -127,20 +127,22 @@ def _mask_table(shape: str, rows: list[dict[str, Any]]) -> str:
     necessary = rows[0]["necessary_flops"]
     lines = [
         f"**{shape}**, {necessary / 1e9:.0f} GFLOP necessary per step\n",
-        "| arm | s per step | times the fast path beside it | operations / necessary | % of matrix rate | peak MiB |",
-        "|---" * 6 + "|",
+        "| arm | s per step | times the fast path beside it | operations / necessary"
+        " | necessary operations, % of matrix rate | gradient, relative difference | peak MiB |",
+        "|---" * 7 + "|",
     ]
     for position, row in enumerate(rows):
         fast, peer = row["arms"]["fast"], row["arms"][row["peer"]]
         for arm in ([fast] if not position else []) + [peer]:
             if arm["skipped"]:
-                lines.append(f"| {arm['arm']} | not run: {arm['skipped']} | | | | |")
+                lines.append(f"| {arm['arm']} | not run: {arm['skipped']} | | | | | |")
                 continue
             cells = [
                 f"{arm['seconds']:.2f}",
                 f"{arm['seconds'] / fast['seconds']:.2f}",
                 "" if arm["flops"] is None else f"{arm['flops'] / necessary:.3f}",
-                "" if arm["flops"] is None else f"{100 * arm['flops'] / arm['seconds'] / row['matrix_rate']:.0f}",
+                f"{100 * necessary / arm['seconds'] / row['matrix_rate']:.0f}",
+                f"{arm['gradient_error']:.0e}",
                 "" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**20:.0f}",
             ]
             lines.append(f"| {arm['arm']} | " + " | ".join(cells) + " |")
