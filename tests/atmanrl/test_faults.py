@@ -212,14 +212,14 @@ def test_a_killed_worker_ends_both_processes_and_the_resumed_run_is_bit_for_bit_
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     process = two_processes(whole)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=240) == 0
     process = two_processes(run)
     while not checkpoints.saved(run) and process.poll() is None:
         time.sleep(0.005)
     os.kill(workers_of(process)[1], signal.SIGKILL)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=240)
     assert process.returncode != 0
     assert b"Signal 9 (SIGKILL)" in error
     assert not (run / "model").exists()
-    assert two_processes(run, "--resume").wait(timeout=120) == 0
+    assert two_processes(run, "--resume").wait(timeout=240) == 0
     assert_same_run(run, whole)
