@@ -22,6 +22,13 @@ struct LeftOperand {
 // acc[i][j] += sum_k a(i, k) b[k * b_step + lanes of j]
 template <int MR, int NV>
 ATMAN_INLINE void multiply(int64_t depth, LeftOperand a, const float* b, int64_t b_step, Vec (&acc)[MR][NV]) {
+  // A copy that nothing else sees: the compiler stores `acc` in every step where a later loop indexes it.
+  Vec sum[MR][NV];
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sum[i][j] = acc[i][j];
+  }
   for (int64_t k = 0; k < depth; ++k) {
     Vec right[NV];
 #pragma GCC unroll 4
@@ -30,10 +37,15 @@ ATMAN_INLINE void multiply(int64_t depth, LeftOperand a, const float* b, int64_t
     for (int i = 0; i < MR; ++i) {
       const Vec left = broadcast(a.data[i * a.row]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = fma(left, right[j], acc[i][j]);
+      for (int j = 0; j < NV; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
     }
     a.data += a.step;
     b += b_step;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = sum[i][j];
   }
 }
 
