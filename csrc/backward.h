@@ -8,29 +8,39 @@ namespace atman::ATMAN_ISA {
 
 constexpr int64_t kBackwardRows = 96;
 
+template <class W>
 struct BackwardBuffers {
-  float *k_panels, *v_panels, *k_rows, *bias_log2, *dkey_bias;
+  W *k_panels, *v_panels, *k_rows;
+  float *bias_log2, *dkey_bias;
   // Accumulators of the tiles that hold keys of the sequence itself; a prefix gets no gradient.
   float *dk, *dv;
-  float *q, *d_o, *dq;
+  float* dq;
+  // The rows of a block as left operands, and as right ones of the products over rows.
+  W *q, *d_o, *q_deep, *do_deep;
+  // p or ds of one tile as an operand.
+  W* scores;
   // Per kept tile: rows x kKeyTile.
   float *p, *ds;
   float *lse_log2, *delta, *row_sums;
   int64_t tile_size;
+  static constexpr bool kDeepIsPlain = Word<W>::kNumbers == 1;
 
   BackwardBuffers(Arena& arena, const Backward& g, int64_t keys, int64_t own_keys, int64_t rows) {
     const int64_t padded = padded_head_dim(g.head_dim), padded_rows = rows + kRowPadding;
     const int64_t tiles = minimum<int64_t>(keys / kKeyTile, kKeptTiles);
     tile_size = padded_rows * kKeyTile;
-    k_panels = arena.take<float>(keys * g.head_dim);
-    v_panels = arena.take<float>(keys * g.head_dim);
-    k_rows = arena.take<float>(g.dq ? keys * padded : 0);
+    k_panels = arena.take<W>(keys * words<W>(g.head_dim));
+    v_panels = arena.take<W>(keys * words<W>(g.head_dim));
+    k_rows = arena.take<W>(g.dq ? words<W>(keys) * padded : 0);
     bias_log2 = arena.take<float>(keys);
     dkey_bias = arena.take<float>(keys);
     dk = arena.take<float>(g.dk ? (own_keys + kRowPadding) * padded : 0);
     dv = arena.take<float>(g.dv ? (own_keys + kRowPadding) * padded : 0);
-    q = arena.take<float>(padded_rows * padded);
-    d_o = arena.take<float>(padded_rows * padded);
+    q = arena.take<W>(padded_rows * padded_words<W>(g.head_dim));
+    d_o = arena.take<W>(padded_rows * padded_words<W>(g.head_dim));
+    q_deep = kDeepIsPlain ? q : arena.take<W>(g.dk ? words<W>(padded_rows) * padded : 0);
+    do_deep = kDeepIsPlain ? d_o : arena.take<W>(g.dv ? words<W>(padded_rows) * padded : 0);
+    scores = arena.take<W>(scratch_words<W>(padded_rows));
     dq = arena.take<float>(g.dq ? padded_rows * padded : 0);
     p = arena.take<float>(tiles * tile_size + kRowPadding);
     ds = arena.take<float>(tiles * tile_size + kRowPadding);
@@ -41,13 +51,17 @@ struct BackwardBuffers {
 };
 
 // Query rows of one head, packed, with what the backward needs to know of each.
-template <class T>
+template <class T, class W>
 void load_block(const Backward& g, const Sequence& s, int64_t head, int64_t first, int64_t rows,
-                const BackwardBuffers& b) {
+                const BackwardBuffers<W>& b) {
   const auto q_row = [&](int64_t row) { return g.q.at<const T>(s.batch, s.q_start + row, head); };
   const auto do_row = [&](int64_t row) { return g.d_o.at<const T>(s.batch, s.q_start + row, head); };
   pack_rows<T>(q_row, {first, first + rows}, kRowPadding, g.head_dim, b.q);
   pack_rows<T>(do_row, {first, first + rows}, kRowPadding, g.head_dim, b.d_o);
+  if constexpr (!BackwardBuffers<W>::kDeepIsPlain) {
+    if (g.dk) pack_deep_rows<T>(q_row, {first, first + rows}, kRowPadding, g.head_dim, b.q_deep);
+    if (g.dv) pack_deep_rows<T>(do_row, {first, first + rows}, kRowPadding, g.head_dim, b.do_deep);
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const float lse = g.lse.at(s.batch, head, s.q_start + first + i);
     // A row without a key gets p = 2^-inf = 0.
@@ -57,10 +71,10 @@ void load_block(const Backward& g, const Sequence& s, int64_t head, int64_t firs
 }
 
 // delta of each row where p and dp of the whole row are not at hand.
-template <class T>
+template <class T, class W>
 void load_delta(const Backward& g, const Sequence& s, int64_t head, int64_t first, int64_t rows,
-                const BackwardBuffers& b) {
-  const int64_t padded = padded_head_dim(g.head_dim);
+                const BackwardBuffers<W>& b) {
+  const int64_t padded = padded_words<W>(g.head_dim);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = s.q_start + first + i;
     if (g.delta) {
@@ -69,30 +83,33 @@ void load_delta(const Backward& g, const Sequence& s, int64_t head, int64_t firs
     }
     const T* o = g.o.at<const T>(s.batch, row, head);
     Vec sum = zero();
-    for (int64_t d = 0; d < g.head_dim; d += kLanes)
-      sum = fma(load(b.d_o + i * padded + d), load_first(o + d, g.head_dim - d), sum);
+    for (int64_t d = 0, at = i * padded; d < g.head_dim; d += kLanes * Word<W>::kNumbers, at += kLanes)
+      sum = Word<W>::multiply_add(load(b.d_o + at), Word<W>::load_first(o + d, g.head_dim - d), sum);
     b.delta[i] = sum_lanes(sum);
   }
 }
 
 // ds = p (dp - delta + dlse): the gradient of lse only shifts the row's term.
-inline void subtract_dlse(const Backward& g, const Sequence& s, int64_t head, int64_t first, int64_t rows,
-                          const BackwardBuffers& b) {
+template <class W>
+void subtract_dlse(const Backward& g, const Sequence& s, int64_t head, int64_t first, int64_t rows,
+                   const BackwardBuffers<W>& b) {
   if (!g.dlse) return;
   for (int64_t i = 0; i < rows; ++i) b.delta[i] -= g.dlse.at(s.batch, head, s.q_start + first + i);
 }
 
 // One tile with its operands: keys count from the task's first, p and ds lie at `kept`.
+template <class W>
 struct Operands {
   Tile tile;
-  const float *k_panels, *v_panels, *bias_log2;
+  const W *k_panels, *v_panels;
+  const float* bias_log2;
   float *dkey_bias, *p, *ds;
 
   Operands(const Visibility& visible, int64_t first_row, int64_t rows, int64_t key, int64_t at, int64_t kept,
-           int64_t head_dim, const BackwardBuffers& b)
+           int64_t head_dim, const BackwardBuffers<W>& b)
       : tile{visible, first_row, rows, key},
-        k_panels(b.k_panels + at * head_dim),
-        v_panels(b.v_panels + at * head_dim),
+        k_panels(b.k_panels + at * words<W>(head_dim)),
+        v_panels(b.v_panels + at * words<W>(head_dim)),
         bias_log2(b.bias_log2 + at),
         dkey_bias(b.dkey_bias + at),
         p(b.p + kept * b.tile_size),
@@ -100,11 +117,12 @@ struct Operands {
 };
 
 // p of one panel, 0 where a row does not see the key.
-inline void panel_p(const Operands& t, int64_t panel, const Backward& g, const BackwardBuffers& b) {
+template <class W>
+void panel_p(const Operands<W>& t, int64_t panel, const Backward& g, const BackwardBuffers<W>& b) {
   const Vec scale = broadcast(g.sm_scale * kLog2E);
   const bool edge = t.tile.has_edge();
-  multiply_panel(t.tile, panel, b.q, padded_head_dim(g.head_dim), t.k_panels + panel * kPanel * g.head_dim, g.head_dim,
-                 [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
+  multiply_panel(t.tile, panel, b.q, padded_words<W>(g.head_dim), t.k_panels + panel * kPanel * words<W>(g.head_dim),
+                 g.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
                    for (int j = 0; j < nv; ++j) {
                      const Vec bias = load(t.bias_log2 + (vector + j) * kLanes);
                      float* p = t.p + row * kTileRow + (vector + j) * kLanes;
@@ -118,8 +136,9 @@ inline void panel_p(const Operands& t, int64_t panel, const Backward& g, const B
 }
 
 // Adds p dp of one panel to the row sums; with `keep` also stores dp where ds belongs.
-inline void panel_dp(const Operands& t, int64_t panel, const Backward& g, bool keep, const BackwardBuffers& b) {
-  multiply_panel(t.tile, panel, b.d_o, padded_head_dim(g.head_dim), t.v_panels + panel * kPanel * g.head_dim,
+template <class W>
+void panel_dp(const Operands<W>& t, int64_t panel, const Backward& g, bool keep, const BackwardBuffers<W>& b) {
+  multiply_panel(t.tile, panel, b.d_o, padded_words<W>(g.head_dim), t.v_panels + panel * kPanel * words<W>(g.head_dim),
                  g.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
                    for (int i = 0; i < mr; ++i) {
                      const int64_t at = (row + i) * kTileRow + vector * kLanes;
@@ -134,8 +153,9 @@ inline void panel_dp(const Operands& t, int64_t panel, const Backward& g, bool k
 }
 
 // ds = p (dp - delta) of one panel; its column sums are added to the key bias gradient.
-inline void panel_ds(const Operands& t, int64_t panel, const Backward& g, bool keep, const BackwardBuffers& b) {
-  multiply_panel(t.tile, panel, b.d_o, padded_head_dim(g.head_dim), t.v_panels + panel * kPanel * g.head_dim,
+template <class W>
+void panel_ds(const Operands<W>& t, int64_t panel, const Backward& g, bool keep, const BackwardBuffers<W>& b) {
+  multiply_panel(t.tile, panel, b.d_o, padded_words<W>(g.head_dim), t.v_panels + panel * kPanel * words<W>(g.head_dim),
                  g.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
                    for (int j = 0; j < nv; ++j) {
                      const int64_t column = (vector + j) * kLanes;
@@ -152,7 +172,8 @@ inline void panel_ds(const Operands& t, int64_t panel, const Backward& g, bool k
 }
 
 // The same from a kept dp, for the whole tile.
-inline void kept_ds(const Operands& t, const BackwardBuffers& b) {
+template <class W>
+void kept_ds(const Operands<W>& t, const BackwardBuffers<W>& b) {
   for (int64_t row = 0; row < t.tile.rows; row += kStrip) {
     const Range vectors = t.tile.strip_vectors(row);
     const int64_t last = minimum<int64_t>(row + kStrip, t.tile.rows);
@@ -176,8 +197,9 @@ ATMAN_INLINE void for_panels(const Tile& tile, Panel panel) {
 }
 
 // dq, dk and dv of one tile from p and ds; dk and dv start at the tile's first key.
-inline void tile_products(const Operands& t, const Backward& g, const float* k_rows, float* dk, float* dv,
-                          const BackwardBuffers& b) {
+template <class W>
+void tile_products(const Operands<W>& t, const Backward& g, const W* k_rows, float* dk, float* dv,
+                   const BackwardBuffers<W>& b) {
   const Tile& tile = t.tile;
   const Range all = tile.vectors();
   const int64_t padded = padded_head_dim(g.head_dim);
@@ -189,41 +211,45 @@ inline void tile_products(const Operands& t, const Backward& g, const float* k_r
     }
   }
   const Range keys{all.begin * kLanes, all.end * kLanes};
-  const auto rows_of_keys = [&](int64_t first, int64_t last) { return tile.key_rows(first, last); };
+  const auto rows_of_keys = [&](int64_t first, int64_t last) { return words<W>(tile.key_rows(first, last)); };
   const auto keys_of_rows = [&](int64_t first, int64_t last) {
     const Range needed = tile.vectors(first, last);
-    return Range{needed.begin * kLanes, needed.end * kLanes};
+    return words<W>(Range{needed.begin * kLanes, needed.end * kLanes});
   };
   if (dv != nullptr)
-    accumulate({t.p, 1, kTileRow}, b.d_o, padded, dv, padded, keys, padded / kLanes, nullptr, rows_of_keys);
+    accumulate(over_rows(t.p, tile.rows, all, b.scores), b.do_deep, padded, dv, padded, keys, padded / kLanes, nullptr,
+               rows_of_keys);
   if (dk != nullptr)
-    accumulate({t.ds, 1, kTileRow}, b.q, padded, dk, padded, keys, padded / kLanes, nullptr, rows_of_keys);
+    accumulate(over_rows(t.ds, tile.rows, all, b.scores), b.q_deep, padded, dk, padded, keys, padded / kLanes, nullptr,
+               rows_of_keys);
   if (g.dq)
-    accumulate({t.ds, kTileRow, 1}, k_rows, padded, b.dq, padded, {0, tile.rows}, padded / kLanes, nullptr,
-               keys_of_rows);
+    accumulate(over_keys(t.ds, tile.rows, all, b.scores), k_rows, padded, b.dq, padded, {0, tile.rows},
+               padded / kLanes, nullptr, keys_of_rows);
 }
 
-inline void set_delta_from_row_sums(int64_t rows, const BackwardBuffers& b) {
+template <class W>
+void set_delta_from_row_sums(int64_t rows, const BackwardBuffers<W>& b) {
   for (int64_t i = 0; i < rows; ++i) b.delta[i] = sum_lanes(load(b.row_sums + i * kLanes));
 }
 
 // Everything that one block of query rows contributes to the keys [part.begin, part.end).
-template <class T>
+template <class T, class W>
 void backward_block(const Backward& g, const Sequence& s, const Visibility& visible, int64_t head, int64_t first,
                     int64_t rows, Range part, bool sees_only_part, int64_t keys_begin, int64_t own_begin,
-                    const BackwardBuffers& b) {
+                    const BackwardBuffers<W>& b) {
   const int64_t head_dim = g.head_dim, padded = padded_head_dim(head_dim);
   const int64_t first_key = round_down(part.begin, kKeyTile);
   const bool want_ds = g.dq || g.dk || g.need_dkey_bias, keep_ds = g.dq || g.dk;
   const bool kept = sees_only_part && part.end - first_key <= kKeptTiles * kKeyTile;
   const auto operands = [&](int64_t key) {
-    return Operands(visible, first, rows, key, key - keys_begin, kept ? (key - first_key) / kKeyTile : 0, head_dim, b);
+    return Operands<W>(visible, first, rows, key, key - keys_begin, kept ? (key - first_key) / kKeyTile : 0, head_dim,
+                       b);
   };
   load_block<T>(g, s, head, first, rows, b);
   if (kept && want_ds) {
     fill(b.row_sums, rows * kLanes, 0.0f);
     for (int64_t key = first_key; key < part.end; key += kKeyTile) {
-      const Operands t = operands(key);
+      const Operands<W> t = operands(key);
       for_panels(t.tile, [&](int64_t panel) {
         panel_p(t, panel, g, b);
         panel_dp(t, panel, g, true, b);
@@ -235,7 +261,7 @@ void backward_block(const Backward& g, const Sequence& s, const Visibility& visi
   }
   subtract_dlse(g, s, head, first, rows, b);
   for (int64_t key = first_key; key < part.end; key += kKeyTile) {
-    const Operands t = operands(key);
+    const Operands<W> t = operands(key);
     if (t.tile.vectors().empty()) continue;
     if (kept && want_ds) {
       kept_ds(t, b);
@@ -246,7 +272,7 @@ void backward_block(const Backward& g, const Sequence& s, const Visibility& visi
       });
     }
     const bool own = key >= own_begin;
-    tile_products(t, g, b.k_rows + (key - keys_begin) * padded,
+    tile_products(t, g, b.k_rows + words<W>(key - keys_begin) * padded,
                   own && g.dk ? b.dk + (key - own_begin) * padded : nullptr,
                   own && g.dv ? b.dv + (key - own_begin) * padded : nullptr, b);
   }
@@ -263,13 +289,14 @@ void backward_task(const Backward& g, const Task& task, Arena& arena, bool run) 
   const int64_t own_begin = maximum<int64_t>(round_down(s.prefix_length, kKeyTile), keys.begin);
   const int64_t own_keys = maximum<int64_t>(round_up(keys.end - own_begin, kKeyTile), 0);
   const int64_t block = minimum<int64_t>(kBackwardRows, visible.n_rows);
-  const BackwardBuffers b(arena, g, n_keys, own_keys, block);
+  using W = Packed<T>;
+  const BackwardBuffers<W> b(arena, g, n_keys, own_keys, block);
   if (!run) return;
 
   const KeyRows<T> k_row(s, g.prefix_k, g.k, task.head_kv), v_row(s, g.prefix_v, g.v, task.head_kv);
   pack_panels<T>(k_row, keys, head_dim, b.k_panels);
   pack_panels<T>(v_row, keys, head_dim, b.v_panels);
-  if (g.dq) pack_rows<T>(k_row, keys, n_keys - (keys.end - keys.begin), head_dim, b.k_rows);
+  if (g.dq) pack_deep_rows<T>(k_row, keys, n_keys - (keys.end - keys.begin), head_dim, b.k_rows);
   pack_bias(g, s, keys, b.bias_log2);
   fill(b.dkey_bias, n_keys, 0.0f);
   if (g.dk) fill(b.dk, (own_keys + kRowPadding) * padded, 0.0f);
@@ -319,7 +346,8 @@ void delta_task(const Backward& g, const Task& task, Arena& arena, bool run) {
   const int64_t block = minimum<int64_t>(kBackwardRows, task.row_end - task.row_begin);
   Backward rows_only = g;
   rows_only.dq = rows_only.dk = rows_only.dv = Tensor{};
-  const BackwardBuffers b(arena, rows_only, n_keys, 0, block);
+  using W = Packed<T>;
+  const BackwardBuffers<W> b(arena, rows_only, n_keys, 0, block);
   if (!run) return;
 
   pack_panels<T>(KeyRows<T>(s, g.prefix_k, g.k, task.head_kv), keys, head_dim, b.k_panels);
@@ -332,7 +360,7 @@ void delta_task(const Backward& g, const Task& task, Arena& arena, bool run) {
       fill(b.row_sums, rows * kLanes, 0.0f);
       const Range seen = visible.keys(first, first + rows - 1);
       for (int64_t key = round_down(seen.begin, kKeyTile); key < seen.end; key += kKeyTile) {
-        const Operands t(visible, first, rows, key, key - keys.begin, 0, head_dim, b);
+        const Operands<W> t(visible, first, rows, key, key - keys.begin, 0, head_dim, b);
         for_panels(t.tile, [&](int64_t panel) {
           panel_p(t, panel, g, b);
           panel_dp(t, panel, g, false, b);
