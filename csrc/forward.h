@@ -106,7 +106,7 @@ void forward_task(const Forward& f, const Task& task, Arena& arena, bool run) {
   const int64_t head_dim = f.head_dim, padded = padded_head_dim(head_dim);
   Range keys = visible.keys(task.row_begin, task.row_end - 1);
   keys.begin = round_down(keys.begin, kKeyTile);
-  const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kKeyTile);
+  const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kPanel);
   const int64_t block = minimum<int64_t>(kForwardRows, task.row_end - task.row_begin);
   using W = Packed<T>;
   const ForwardBuffers<W> b(arena, n_keys, block, head_dim);

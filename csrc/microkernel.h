@@ -12,8 +12,8 @@ struct Int {
   constexpr operator int() const { return N; }
 };
 
-// Element (i, k) of the left operand is data[i * row + k * step], so a transposed operand costs nothing. Depths and steps
-// count words.
+// Element (i, k) of the left operand is data[i * row + k * step], so a transposed operand costs nothing. Depths and
+// steps count words.
 template <class W>
 struct LeftOperand {
   const W* data;
@@ -82,7 +82,8 @@ ATMAN_INLINE void with_vectors(int64_t vectors, F&& f) {
   return f(Int<1>{});
 }
 
-// C = factor[row] * C + A B over `rows` x `vectors`; depth(first, last) is the range of k in which the rows have entries.
+// C = factor[row] * C + A B over `rows` x `vectors`; depth(first, last) is the range of k in which the rows have
+// entries.
 template <class W, class Depth>
 void accumulate(LeftOperand<W> a, const W* b, int64_t b_step, float* c, int64_t c_row, Range rows, int64_t vectors,
                 const float* factor, Depth depth) {

@@ -115,4 +115,27 @@ inline void pack_bias(const Problem& p, const Sequence& s, Range keys, float* ou
     out_log2[key - keys.begin] = p.key_bias.at(s.batch, 0, s.k_start + key - s.prefix_length) * kLog2E;
 }
 
+// before[key] = how many of the keys before `key` are not removed by a bias of -inf, for 0 <= key <= n_keys.
+inline void count_kept_keys(const Problem& p, const Sequence& s, int64_t n_keys, int32_t* before) {
+  before[0] = 0;
+  for (int64_t key = 0; key < n_keys; ++key) {
+    const int64_t own = key - s.prefix_length;
+    const bool removed = own >= 0 && p.key_bias.at(s.batch, 0, s.k_start + own) == -kInfinity;
+    before[key + 1] = before[key] + (removed ? 0 : 1);
+  }
+}
+
+constexpr int64_t kManyKeys = -1;
+
+// The only key of a range that is not removed, or kManyKeys where there are several or none. Without `before` all are
+// kept.
+inline int64_t only_key(Range keys, const int32_t* before) {
+  if (keys.empty()) return kManyKeys;
+  const int64_t count = before == nullptr ? keys.end - keys.begin : before[keys.end] - before[keys.begin];
+  if (count != 1) return kManyKeys;
+  int64_t key = keys.begin;
+  while (before != nullptr && before[key + 1] == before[keys.begin]) ++key;
+  return key;
+}
+
 }  // namespace atman::ATMAN_ISA
