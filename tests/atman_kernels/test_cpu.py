@@ -160,7 +160,7 @@ def test_dkey_bias_of_16_bit_inputs_is_nearly_as_exact_as_of_fp32(dtype: torch.d
 def test_a_row_that_sees_a_single_key_sends_it_the_gradient_of_lse_alone(
     window: int | None, lse_gradient: bool, dtype: torch.dtype
 ) -> None:
-    """The first sequence has one key; of the second all but one are removed; with window 1 a row has at most its own."""
+    """The first sequence has one key, of the second all but one are removed; window 1 leaves a row its own."""
     case = Case((1, 300), heads=(4, 2), head_dim=24, window=window, lse_gradient=lse_gradient)
     x = make_operands(case, dtype)
     x.key_bias[1:120] = x.key_bias[121:] = -torch.inf
