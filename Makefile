@@ -45,7 +45,7 @@ sanitize: setup
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  ATMAN_EXTENSION=$$(echo build/sanitize/package/atman_kernels/_C*.so) \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/atman_kernels/test_cpu*.py -m "not slow"
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/atman_kernels/test_cpu.py tests/atman_kernels/test_cpu_binding.py
 
 # The kernels built for aarch64 and tested under emulation; on Debian: apt install cmake g++-aarch64-linux-gnu qemu-user
 aarch64:

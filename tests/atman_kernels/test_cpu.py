@@ -25,6 +25,9 @@ CASES = [
     Case((33, 65, 17), heads=(2, 1), head_dim=32, prefix=((0, 40), (0, 140), (3, 0))),
     Case((30, 140), heads=(2, 1), lengths_k=(140, 64), window=33, bias="removed"),
     Case((64, 64), heads=(2, 1), head_dim=96, layout="permuted"),
+    # Decoding: few queries at the end of many keys, with and without a prefix.
+    Case((1, 2), heads=(4, 1), head_dim=128, lengths_k=(513, 64)),
+    Case((1, 2, 5), heads=(8, 2), head_dim=64, lengths_k=(1, 40, 300), prefix=((0, 200), (0, 200), (50, 77))),
 ]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
