@@ -3,9 +3,9 @@
     python -m benchmarks.cpu [--seconds 600] [--lengths 512 1024]
 
 fp32, 8 heads, one causal sequence; batches of short ones; some lengths in bf16, with and without the bf16 dot
-instructions. The arms of a case run in turn, round after round, and the fastest round of each counts, so that other work
-on the machine hits them alike. GFLOP/s over visible (row, key) pairs; the matrix rate is fp32 torch.mm at 2048, from the
-same rounds. Every row is kept as soon as it is measured.
+instructions. The arms of a case run in turn, round after round, and the fastest round of each counts, so that other
+work on the machine hits them alike. GFLOP/s over visible (row, key) pairs; the matrix rate is fp32 torch.mm at 2048,
+from the same rounds. Every row is kept as soon as it is measured.
 """
 
 from __future__ import annotations
