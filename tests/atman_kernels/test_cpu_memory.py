@@ -35,7 +35,7 @@ with backend("cpu"):
 
 @pytest.mark.slow
 def test_peak_memory_of_forward_and_backward_is_near_that_of_the_tensors() -> None:
-    # The scores of one call, 8 x 8192 x 8192 in fp32, would be 14 times the tensors.
+    # The scores of one call, 8 x 8192 x 8192 in fp32, would be 16 times the tensors.
     assert peak_memory_ratio(8192, head_dim=64, threads=2) < 1.3
 
 
