@@ -1,8 +1,8 @@
-"""GRPO with outcome and saliency rewards: TRL's trainer with one more reward column, and checkpoints to resume from.
+"""GRPO with outcome and saliency rewards: TRL's trainer with one more reward column.
 
 TRL samples, forms groups and advantages, weighs, logs and optimises. What is added: the rollouts' exact token ids reach
 the saliency computation together with the live policy (`AtManGRPOTrainer.saliency` is an ordinary TRL reward function);
-a checkpoint is written in one piece and only where a generation batch ends; NaN stops the run with its rollout on disk.
+NaN stops the run with its rollout on disk. That a run can be resumed exactly is `atmanrl.resumable`'s part.
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl import GRPOConfig
 
 from atman_kernels.hf import observing
-from atmanrl import checkpoints
-from atmanrl.attention_series import SeriesCollector, layers_of
+from atmanrl.attention_series import RolloutSeries, SeriesCollector, layers_of
 from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import CreditConfig, MaskConfig
@@ -37,15 +34,12 @@ from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
 from atmanrl.recording import Completion, record_one
 from atmanrl.records import Run
+from atmanrl.resumable import ResumableGRPOTrainer
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
 from atmanrl.saliency import NonFiniteLossError, RolloutSaliency, SaliencyResult, optimize_masks, working_copy
 
 Target = Literal["predicted", "correct"]
-
-UNLOGGED = "unlogged-{process}.json"
-"""File of a checkpoint, one per process: what was measured since the last log line."""
-
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +134,7 @@ class NonFiniteError(FloatingPointError):
     """A loss, mask or reward is NaN or infinite; the rollouts it came from are in the file the message names."""
 
 
-class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class AtManGRPOTrainer(ResumableGRPOTrainer):
     """TRL's GRPO trainer on an `atmanrl.data.Task`, rewarding correct answers and salient chains of thought.
 
     Args:
@@ -174,7 +168,6 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._splits: list[CompletionSplit] = []
         self._masks: dict[int, RolloutSaliency] = {}
         self._collector: SeriesCollector | None = None
-        self._staging: Path | None = None
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
         if args.saliency_weight or args.log_saliency or args.credit_assignment.strategy == "saliency":
@@ -208,6 +201,9 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             "answers/accuracy": correct,
             "cot/tokens": [len(split.cot_ids) for split in self._splits],
         }
+        if (flexible := self.task.answer_format.flexible) is not None:
+            accepted = [flexible.accepts(split.text, gold) for split, gold in zip(self._splits, answer, strict=True)]
+            measured["answers/accuracy_flexible"] = accepted
         log_values(log_metric, measured | tokens_per_class(self._classes(), self.task.token_classes))
         return [0.0 if is_correct else -1.0 for is_correct in correct]
 
@@ -334,56 +330,6 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     def _elsewhere(self) -> float:
         return self.seconds["generation"] + self.seconds["saliency"] + self.seconds["credit"]
 
-    # Checkpoints that resume exactly.
-
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        return EpochSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
-
-    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        with checkpoints.staged(Path(self.args.output_dir), name, self.accelerator) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self._unlogged_file(staging / name).write_text(json.dumps(self._unlogged()), encoding="utf-8")
-        if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Called once per resumed run, before its first step and after the loop has reset its running sums.
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None and (path := self._unlogged_file(Path(checkpoint))).is_file():
-            unlogged = json.loads(path.read_text(encoding="utf-8"))
-            self._metrics["train"].update(unlogged["metrics"])
-            self._tr_loss.fill_(unlogged["tr_loss"])
-            self._total_loss_scalar = unlogged["total_loss"]
-            self._globalstep_last_logged = unlogged["last_logged_step"]
-
-    def _unlogged_file(self, checkpoint: Path) -> Path:
-        return checkpoint / UNLOGGED.format(process=self.accelerator.process_index)
-
-    def _unlogged(self) -> dict[str, Any]:
-        # What the next log line averages over: without it a run saved between two lines logs other numbers.
-        return {
-            "metrics": self._metrics["train"],
-            "tr_loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-            "last_logged_step": self._globalstep_last_logged,
-        }
-
     # Own steps.
 
     def _split(self, completion_ids: Sequence[int]) -> CompletionSplit:
@@ -427,6 +373,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         """(B, T) advantages gamma_t A of the completions' tokens; TRL's loss takes them in place of (B,)."""
         config, n_tokens = self.args.credit_assignment, output["completion_ids"].shape[1]
         lengths = [len(ids) for ids in self._completion_ids]
+        series: list[RolloutSeries] | None
         if self._collector is not None:
             series = self._collector.series(lengths)
         else:
@@ -485,22 +432,3 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         finally:
             self.seconds[part] += time.perf_counter() - start
             self.watch("update")
-
-
-class EpochSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's sampler with an order that depends on the seed and the epoch alone.
-
-    The orders are those an uninterrupted run draws one after the other; TRL's own sampler starts again with the first
-    epoch's order in a resumed process.
-    """
-
-    def __init__(self, *args: Any, epoch: Callable[[], int], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed)
-            for _ in range(self.epoch()):
-                torch.randperm(self.num_samples, generator=self.generator)
-        return super().__iter__()  # type: ignore[no-any-return]

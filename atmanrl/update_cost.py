@@ -184,9 +184,10 @@ def memory(
     """Bytes on each training device at their peak (while masks are optimised, while the policy is updated).
 
     "ddp" and "fsdp2" keep float32 weights, gradients and the two moments of AdamW, 16 bytes per weight; "lora" keeps
-    frozen bf16 weights, its adapters being small. Masks run on a bf16 copy, without gradients beside it; their rows are
-    taken all at once, an upper bound, because the engine splits what does not fit. Micro-batches are of the longest
-    completions. A colocated engine keeps bf16 weights of its own and the keys and values of its rollouts.
+    frozen bf16 weights, its adapters being small. Masks run on a bf16 copy, which bf16 weights do not need, without
+    gradients beside it; their rows are taken all at once, an upper bound, because the engine splits what does not fit.
+    Micro-batches are of the longest completions. A colocated engine keeps bf16 weights of its own and the keys and
+    values of its rollouts.
     """
     n = parameters(shape)
     shards = gpus if strategy == "fsdp2" else 1
@@ -203,5 +204,6 @@ def memory(
     cast = 2 * n / (shape.layers if work.checkpointing else 1) if strategy == "ddp" else 4 * n / shape.layers
     # bf16 logits, their float32 copy and its gradient.
     logits = 10 * work.micro_batch * work.longest * shape.vocabulary
-    copied = 2 * n + masks if work.mask_steps else 0.0
-    return state - gradients + copied, state + activations + cast + logits
+    copy = 0 if strategy == "lora" else 2 * n
+    scoring = copy + masks if work.mask_steps else 0.0
+    return state - gradients + scoring, state + activations + cast + logits

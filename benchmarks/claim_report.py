@@ -57,6 +57,9 @@ IN_FULL = (
     Measure("restored_mass", "summed restored per CoT"),
     Measure("saturated", "masks with nothing to restore (%)", 100, 1),
     Measure("truncated", "truncated (%)", 100, 1),
+    Measure("repeated", "chains that repeat needed values (%)", 100, 1),
+    Measure("wrong_repeated", "wrong answers behind such chains (% of all)", 100, 1),
+    Measure("wrong_otherwise", "other wrong answers (% of all)", 100, 1),
 )
 
 
@@ -143,9 +146,10 @@ def _panel(axis: Axes, content: dict[str, Any], measure: Measure) -> None:
         axis.plot([position - 0.14] * len(values), values, "o", color=colours[arm], alpha=0.45, markersize=4)
         axis.plot([position + 0.14] * 2, [low, high], color=colours[arm], linewidth=2.5, solid_capstyle="round")
         axis.plot([position + 0.14], [mean], "D", color=colours[arm], markersize=6)
-    axis.set_xticks(range(len(ARMS)), [name.replace(" ", "\n") for name in ARMS.values()])
-    axis.set_xlim(-0.5, len(ARMS) - 0.5)
-    axis.set_title(measure.title.replace(" for needed tokens", "\nfor needed tokens"))
+    axis.set_xticks(range(len(ARMS)), [name.replace(" ", "\n") for name in ARMS.values()], fontsize=8)
+    # Room at the right for the word "start".
+    axis.set_xlim(-0.5, len(ARMS) - 0.05)
+    axis.set_title(measure.title.removesuffix(" for needed tokens"))
 
 
 def latest() -> tuple[Path, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,7 +82,14 @@ def _memory_and_time(config: ModelConfig, args: AtManGRPOConfig) -> list[str]:
         shape = DecoderShape.of(model)
     except AttributeError:
         return lines
-    return [*lines, *_estimates(shape, args, "lora" if config.lora else "ddp")]
+    return [*lines, *_estimates(shape, args, _strategy(config))]
+
+
+def _strategy(config: ModelConfig) -> Strategy:
+    """How the launcher, which speaks through the environment, will lay the weights out."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    sharded |= os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return "lora" if config.lora else "fsdp2" if sharded else "ddp"
 
 
 def _estimates(shape: DecoderShape, args: AtManGRPOConfig, strategy: Strategy) -> list[str]:
@@ -97,7 +106,9 @@ def _estimates(shape: DecoderShape, args: AtManGRPOConfig, strategy: Strategy) -
     )
     processes = args.arithmetic.processes
     engine: Engine = "vllm" if args.use_vllm else "transformers"
-    masks, update = memory(shape, work, gpus=processes, strategy=strategy)
+    # With its sleep mode a colocated engine hands its memory back between two samplings.
+    colocated = bool(args.use_vllm) and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode
+    masks, update = memory(shape, work, gpus=processes, strategy=strategy, colocated=colocated)
     time = update_time(shape, work, Device(), gpus=processes, strategy=strategy, engine=engine)
     parts = {"generation": time.generation, "saliency": time.saliency, "update": time.update}
     shares = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())

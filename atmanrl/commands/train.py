@@ -42,13 +42,16 @@ def train(
         InputError: for a recipe, data or an output directory that cannot be used, before anything is computed.
     """
     recipe = load_recipe(config, overrides)
-    args = build(AtManGRPOConfig, {"disable_tqdm": True, **recipe.training}, source=recipe.source)
+    # A dry run computes nothing: the recipe of a large machine can be tried on one that has no half precision.
+    anywhere = {"bf16": False, "fp16": False} if dry_run else {}
+    args = build(AtManGRPOConfig, {"disable_tqdm": True, **recipe.training, **anywhere}, source=recipe.source)
     console = Console()
+    process = PartialState()
     if dry_run:
-        console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
+        if process.is_main_process:
+            console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
         return 0
     run = Path(args.output_dir)
-    process = PartialState()
     if process.is_main_process:
         run_directory.check(run, recipe, overwrite=overwrite, resume=resume)
     task = load_task(recipe.data)

@@ -22,7 +22,7 @@ from atmanrl.update_cost import (
     update_flops,
     update_time,
 )
-from benchmarks import scaling
+from benchmarks import planning
 from tests.atmanrl.tiny import llama
 
 
@@ -37,7 +37,7 @@ def test_mask_operations_are_the_necessary_ones_within_six_percent() -> None:
     lengths = {"prompt": work.prompt, "cot": (work.completion - work.answer,) * 2, "answer": work.answer}
     problem = random_problem(1000, queries=work.queries, rollouts=work.group, **lengths)
     batch = pack(problem, answer_loss="value", device=torch.device("cpu"))
-    shape = scaling.LLAMA_3B
+    shape = planning.LLAMA_3B
     one, two = (saliency_flops(shape, replace(work, mask_steps=steps)) for steps in (1, 2))
     assert 1 <= (two - one) / necessary_flops(shape, batch, [None] * shape.layers) < 1.06
 
@@ -53,18 +53,18 @@ def test_update_operations_are_those_of_a_forward_and_backward() -> None:
 
 
 def test_more_gpus_shorten_masks_and_update_but_not_the_reading_of_weights() -> None:
-    one, eight = (update_time(scaling.LLAMA_3B, Workload(), Device(), gpus=gpus) for gpus in (1, 8))
+    one, eight = (update_time(planning.LLAMA_3B, Workload(), Device(), gpus=gpus) for gpus in (1, 8))
     assert eight.saliency == pytest.approx(one.saliency / 8)
     assert eight.update == pytest.approx(one.update / 8)
     assert eight.generation > 0.9 * one.generation
     with pytest.raises(ValueError, match="65 devices have no work in a batch of 64 rollouts"):
-        update_time(scaling.LLAMA_3B, Workload(), Device(), gpus=65)
+        update_time(planning.LLAMA_3B, Workload(), Device(), gpus=65)
 
 
 def test_shards_divide_the_state_and_adapters_need_none() -> None:
-    n = parameters(scaling.LLAMA_3B)
+    n = parameters(planning.LLAMA_3B)
     whole, sharded, adapted = (
-        memory(scaling.LLAMA_3B, Workload(), gpus=8, strategy=strategy)[1] for strategy in ("ddp", "fsdp2", "lora")
+        memory(planning.LLAMA_3B, Workload(), gpus=8, strategy=strategy)[1] for strategy in ("ddp", "fsdp2", "lora")
     )
     assert whole - sharded == pytest.approx(16 * n * 7 / 8, rel=0.05)
     assert whole - adapted == pytest.approx(14 * n, rel=0.05)
@@ -72,13 +72,13 @@ def test_shards_divide_the_state_and_adapters_need_none() -> None:
 
 def test_overlap_saves_no_more_than_the_shorter_part() -> None:
     for generation, saliency in ((10.0, 2.0), (2.0, 10.0), (5.0, 5.0)):
-        together = scaling.overlapped(UpdateTime(generation, saliency, 0.0, 0.0), 64)
+        together = planning.overlapped(UpdateTime(generation, saliency, 0.0, 0.0), 64)
         assert max(generation, saliency) <= together <= generation + saliency
         # The first rollout is awaited and the last one scored alone: one part in 64 of either.
         assert together <= max(generation + saliency / 64, generation / 64 + saliency) + 1e-9
-    assert scaling.overlapped(UpdateTime(10.0, 2.0, 0.0, 0.0), 1) == 12.0
+    assert planning.overlapped(UpdateTime(10.0, 2.0, 0.0, 0.0), 1) == 12.0
 
 
 def test_the_plan_in_the_docs_is_what_the_simulator_prints() -> None:
-    page = scaling.PAGE.read_text()
-    assert page.split(scaling.BEGIN)[1].split(scaling.END)[0].strip() == scaling.generated().strip()
+    page = planning.PAGE.read_text()
+    assert page.split(planning.BEGIN)[1].split(planning.END)[0].strip() == planning.generated().strip()
