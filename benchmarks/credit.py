@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from atmanrl.data import load_task
 from atmanrl.recipe import load_recipe
 from atmanrl.records import Run, write_text_atomically
 from atmanrl.summary import summarize
@@ -52,7 +53,7 @@ SETTING = {
     "save_strategy": "no",
     "report_to": "none",
 }
-SEEDS = range(5)
+SEEDS = {"longer": range(5), "ledger": range(3)}
 CURVES = {"answers/accuracy": "accuracy", "cot/tokens": "cot_tokens"}
 
 
@@ -88,6 +89,23 @@ def start(task: str, work: Path) -> dict[str, float]:
     return content
 
 
+def explained(task: str, work: Path) -> dict[str, Any]:
+    """What `atmanrl explain --statistics` finds on the checkpoint every run starts from, without the single series."""
+    path = work / f"{task}-explained.json"
+    if not path.is_file():
+        recipe = load_recipe("ledger", list((SETTING | TASKS[task]).items()))
+        examples = work / f"{task}-prompts.jsonl"
+        rows = load_task(recipe.data).test["prompt"]
+        examples.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in rows))
+        horizon = SETTING["credit_assignment.series.horizon"]
+        command = ["explain", "--model", "ledger", "--input", str(examples), "--statistics", "--json", str(path)]
+        command += ["--temperature", "1", "--max-new-tokens", "64", "--series.horizon", horizon]
+        subprocess.run([sys.executable, "-m", "atmanrl", *command], check=True)
+    content: dict[str, Any] = json.loads(path.read_text())
+    del content["rollouts"]
+    return content
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", help="run these and write no results")
@@ -95,8 +113,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/credit"), metavar="DIR")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    seeds = SEEDS if arguments.seeds is None else arguments.seeds
-    runs = [run_one(task, arm, seed, arguments.work) for seed in seeds for task in arguments.tasks for arm in ARMS]
+    runs = [
+        run_one(task, arm, seed, arguments.work)
+        for task in arguments.tasks
+        for seed in (SEEDS[task] if arguments.seeds is None else arguments.seeds)
+        for arm in ARMS
+    ]
     if arguments.seeds is not None:
         return 0
     content = {
@@ -106,6 +128,7 @@ def main() -> int:
         "tasks": TASKS,
         "arms": ARMS,
         "start": {task: start(task, arguments.work) for task in arguments.tasks},
+        "explain": {task: explained(task, arguments.work) for task in arguments.tasks},
         "runs": runs,
     }
     for old in RESULTS.glob("credit_*.json"):
