@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import credit_report
 from benchmarks.cases import attention_cases
 from benchmarks.peers import PEERS
 
@@ -182,7 +183,7 @@ def scaling_page() -> str:
     return f"{mask_tables(_results('masks'))}\n### Presets\n\n{presets}"
 
 
-PAGES = {"benchmarks.md": benchmarks_page, "scaling.md": scaling_page}
+PAGES = {"benchmarks.md": benchmarks_page, "scaling.md": scaling_page, "credit.md": credit_report.page}
 
 
 def main() -> int:
