@@ -20,6 +20,7 @@ from atmanrl.saliency.estimators import (
     SparseMask,
     Suppression,
     make_estimator,
+    substitution_effects,
 )
 from atmanrl.saliency.estimators.suffixes import Suffix, suffix_losses
 from atmanrl.saliency.estimators.suppression import similar_tokens
@@ -77,6 +78,20 @@ def test_a_substituted_token_is_recomputed_from_its_own_row():
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
         ids[0, len(rollout.prompt_ids) + start] = 17
         assert loss == pytest.approx(dense_loss(model, rollout, torch.zeros(5), ids=ids), abs=TOLERANCE)
+
+
+def test_substitution_effects_are_mean_rises_over_other_tokens_of_the_chain():
+    model = tiny_model(dtype=torch.float64)
+    # With two kinds of tokens there is one substitute for each, however often it is drawn.
+    rollout, constant = Rollout((1, 2, 3), (10, 11, 11), (5, 6), (4,)), Rollout((1, 2, 3), (10, 10), (5,))
+    effects, none = substitution_effects(model, [rollout, constant], draws=2)
+    base = dense_loss(model, rollout, torch.zeros(3))
+    for place, other in enumerate((11, 10, 10)):
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        ids[0, 3 + place] = other
+        rise = dense_loss(model, rollout, torch.zeros(3), ids=ids) - base
+        assert float(effects[place]) == pytest.approx(rise, abs=TOLERANCE)
+    assert none.tolist() == pytest.approx([0, 0], abs=TOLERANCE)
 
 
 def test_conceptual_suppression_hides_every_similar_token_at_once():

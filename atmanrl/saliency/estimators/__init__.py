@@ -5,7 +5,7 @@ from atmanrl.saliency.estimators.bias_path import Gradient, Integrated
 from atmanrl.saliency.estimators.estimate import BEST, ESTIMATORS, estimate_saliency, make_estimator
 from atmanrl.saliency.estimators.interface import Estimator, Passes, TokenScores
 from atmanrl.saliency.estimators.masks import Mask, SparseMask
-from atmanrl.saliency.estimators.suppression import Suppression
+from atmanrl.saliency.estimators.suppression import Suppression, substitution_effects
 
 __all__ = [
     "BEST",
@@ -22,4 +22,5 @@ __all__ = [
     "TokenScores",
     "estimate_saliency",
     "make_estimator",
+    "substitution_effects",
 ]
