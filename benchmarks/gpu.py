@@ -45,6 +45,9 @@ def stages() -> list[Stage]:
         small = ("-c", "from benchmarks.gpu import smallest_case; smallest_case()")
         found.append(Stage("sanitizer", (sanitizer, "--error-exitcode", "1", sys.executable, *small), 0.1))
     found.append(Stage("tuning", (sys.executable, "-m", "benchmarks.tune", "--seconds"), 0.2))
+    update = (sys.executable, "-m", "benchmarks.update")
+    found.append(Stage("update", update, 0.4, needs="trl"))
+    found.append(Stage("update, LoRA", (*update, "--lora", "16"), 0.3, needs="trl"))
     found.append(Stage("benchmarks", (sys.executable, "-m", "benchmarks.timing", "--seconds"), 0.4))
     found.append(Stage("tables", (sys.executable, "-m", "benchmarks.tables"), 0.05))
     return found
