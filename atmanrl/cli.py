@@ -82,6 +82,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         temperature=known.temperature,
         seed=known.seed,
         color=known.color,
+        estimator=known.estimator,
         deletion=known.deletion,
         record_every=known.record_every,
     )
@@ -206,6 +207,13 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of written completions")
     explain.add_argument("--temperature", type=float, default=0.0, help="of written completions; 0 is greedy")
     explain.add_argument("--seed", type=int, default=0)
+    explain.add_argument(
+        "--estimator",
+        default="mask",
+        metavar="NAME",
+        help="what scores the tokens: mask (the paper's), best, sparse-mask, integrated, gradient, leave-one-out, "
+        "atman, atman-concept, attention or random",
+    )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")
     explain.add_argument("--csv", type=Path, metavar="FILE", help="write a row per token")

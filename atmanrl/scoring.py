@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.agreement import spearman
 from atmanrl.faithfulness import EarlyAnswering, ScoreCurves, early_answering, filler_substitution, score_curves
-from atmanrl.interventions import deletion_effects
 from atmanrl.records import RolloutRecord, Run
 from atmanrl.rollouts import Rollout
+from atmanrl.saliency.estimators import estimate_saliency
 
 DELETION = "deletion"
 """Name of the score: rise of the answer's mean negative log-likelihood (nats) when the token is hidden."""
@@ -24,8 +24,8 @@ FILLER = " ."
 def with_deletion_effects(model: PreTrainedModel, run: Run) -> Run:
     """The run with a score ``DELETION`` beside its others wherever there is a chain of thought and an answer."""
     rollouts = _rollouts(run)
-    effects = deletion_effects(model, list(rollouts.values()))
-    scores = {i: {DELETION: tuple(map(float, values))} for i, values in zip(rollouts, effects, strict=True)}
+    effects = estimate_saliency(model, list(rollouts.values()), "leave-one-out")
+    scores = {i: {DELETION: tuple(item.scores.tolist())} for i, item in zip(rollouts, effects, strict=True)}
     records = [
         replace(item, scores={**item.scores, **scores[i]}) if i in scores else item
         for i, item in enumerate(run.rollouts)

@@ -101,6 +101,7 @@ def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: b
         label=label,
         generation=generation if limit is None else replace(generation, max_new_tokens=limit),
         mask=mask,
+        estimator=str(recipe.training.get("saliency_estimator", "mask")),
         saliency=section.saliency,
         seed=section.seed,
         settings={"model": name},

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atmanrl import Rollout
+from atmanrl import Rollout, estimate_saliency
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.faithfulness import early_answering, filler_substitution, score_curves, substitution
-from atmanrl.interventions import Variant, answer_log_probabilities, deletion_effects, outcomes
+from atmanrl.interventions import Variant, answer_log_probabilities, outcomes
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
 CHAINS = ["c 0 . . b 6 ~ d 4 e 8", "c 0 b 6 e 8", "c 0 , a 6 b 6 ; ; e 8", "c 0 ~ b 6 . e 8"]
@@ -83,18 +83,11 @@ def test_replacing_a_needed_value_changes_the_answer_and_replacing_filler_does_n
         assert all(x.unchanged for x in substitution(model, rollout, [(i, encode(",")[0]) for i in filler]))
 
 
-def test_a_deletion_effect_is_the_rise_of_the_loss(ledger):
-    model, rollouts, _ = ledger
-    (effects,) = deletion_effects(model, rollouts[1:2])
-    hidden = np.arange(6) == 3
-    base, without = (outcome.nll for outcome in outcomes(model, [Variant(rollouts[1]), Variant(rollouts[1], hidden)]))
-    assert len(effects) == 6
-    assert effects[3] == pytest.approx(without - base, rel=1e-4)
-
-
 def test_curves_share_their_ends_and_the_best_order_beats_random_ones(ledger):
     model, rollouts, _ = ledger
-    curves = score_curves(model, rollouts, deletion_effects(model, rollouts))
+    curves = score_curves(
+        model, rollouts, [item.scores for item in estimate_saliency(model, rollouts, "leave-one-out")]
+    )
     for curve in curves:
         assert curve.deletion[0] == pytest.approx(curve.insertion[-1], rel=1e-4)
         assert curve.deletion[-1] == pytest.approx(curve.insertion[0], rel=1e-4)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atmanrl import estimate_saliency
 from atmanrl.config import MaskConfig
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.explanation import Example, explain
-from atmanrl.interventions import deletion_effects
 from atmanrl.records import Run
 from atmanrl.rollouts import Rollout
 from atmanrl.scoring import with_deletion_effects, with_faithfulness
@@ -28,8 +28,9 @@ def test_deletion_effects_stand_beside_the_mask(ledger):
     model, _, run = ledger
     scored = with_deletion_effects(model, run)
     item = scored.rollouts[0]
-    (expected,) = deletion_effects(model, [Rollout(item.prompt.ids, item.cot.ids, item.answer.ids, item.marker.ids)])
-    assert item.scores["deletion"] == pytest.approx(expected.tolist(), abs=1e-5)
+    rollout = Rollout(item.prompt.ids, item.cot.ids, item.answer.ids, item.marker.ids)
+    (expected,) = estimate_saliency(model, [rollout], "leave-one-out")
+    assert item.scores["deletion"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
     assert item.restored == run.rollouts[0].restored
     assert scored.rollouts[2] == run.rollouts[2]
 

@@ -46,7 +46,8 @@ class ReceivedAttention:
                 received = _Received(model, batch)
                 ModelLikelihood(model, batch).logits(torch.zeros(batch.n_rows, device=model.device), capture=received)
                 results += [
-                    TokenScores(rollout, score, score) for rollout, score in zip(members, received.means(), strict=True)
+                    TokenScores(self.name, rollout, score, score)
+                    for rollout, score in zip(members, received.means(), strict=True)
                 ]
         return results
 
@@ -110,5 +111,5 @@ class Random:
         for rollout in rollouts:
             key = zlib.crc32(repr((self.seed, rollout)).encode())
             score = torch.rand(len(rollout.cot_ids), generator=torch.Generator().manual_seed(key))
-            results.append(TokenScores(rollout, score, score))
+            results.append(TokenScores(self.name, rollout, score, score))
         return results

@@ -162,7 +162,7 @@ def score_batches(
             parts = nats.detach().split(batch.packed.cot_lengths)
             columns = {key: values.tolist() for key, values in losses.items()}
             results += [
-                scored_in_nats(rollout, part, **{key: values[i] for key, values in columns.items()})
+                scored_in_nats(name, rollout, part, **{key: values[i] for key, values in columns.items()})
                 for i, (rollout, part) in enumerate(zip(batch.rollouts, parts, strict=True))
             ]
     return results

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from transformers import PreTrainedModel
 
+from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
 from atmanrl.saliency.engine import check_fits, reason_to_skip
 from atmanrl.saliency.estimators.baselines import Random, ReceivedAttention
@@ -19,6 +20,7 @@ from atmanrl.saliency.estimators.bias_path import Gradient, Integrated
 from atmanrl.saliency.estimators.interface import Estimator, TokenScores
 from atmanrl.saliency.estimators.masks import Mask, SparseMask
 from atmanrl.saliency.estimators.suppression import Suppression
+from atmanrl.saliency.result import NonFiniteLossError
 from atmanrl.saliency.working_copy import working_copy
 
 BEST = "sparse-mask"
@@ -42,8 +44,13 @@ ESTIMATORS = tuple(_MAKE)
 """Names of the estimators; ``"best"`` is one of them."""
 
 
-def make_estimator(name: str) -> Estimator:
+def make_estimator(name: str, *, mask: MaskConfig | None = None, record_every: int | None = None) -> Estimator:
     """The estimator of that name, or ``"best"``, with its default settings.
+
+    Args:
+        name: one of `ESTIMATORS`, or "best".
+        mask: how ``"mask"`` optimises, the paper's numbers where None; the others have no use for it.
+        record_every: keep the course of ``"mask"`` every so many steps, None: not at all.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
@@ -53,6 +60,8 @@ def make_estimator(name: str) -> Estimator:
         near = difflib.get_close_matches(name, ESTIMATORS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown estimator {name!r}; choose best, {', '.join(ESTIMATORS)}{hint}")
+    if name == "mask":
+        return Mask(mask or MaskConfig(), record_every)
     return _MAKE[name]()
 
 
@@ -80,6 +89,7 @@ def estimate_saliency(
 
     Raises:
         ValueError: an unknown estimator; a rollout that exceeds the model's context or vocabulary; a budget below 1.
+        NonFiniteLossError: a rollout's loss or scores are NaN or infinite; its ``rollout`` is the index.
     """
     chosen = make_estimator(estimator) if isinstance(estimator, str) else estimator
     if token_budget is not None and token_budget < 1:
@@ -98,12 +108,16 @@ def estimate_saliency(
         )
     shown = sys.stderr.isatty() if progress is None else progress
     scored = iter(chosen(model, active, token_budget=token_budget, progress=shown) if active else [])
-    return [
-        next(scored) if reason is None else _unscored(rollout, reason)
+    results = [
+        next(scored) if reason is None else _unscored(chosen.name, rollout, reason)
         for rollout, reason in zip(rollouts, reasons, strict=True)
     ]
+    for index, item in enumerate(results):
+        if not bool(item.scores.isfinite().all()):
+            raise NonFiniteLossError(index, item.loss_unmasked, f"or its scores are not finite ({chosen.name})")
+    return results
 
 
-def _unscored(rollout: Rollout, reason: str) -> TokenScores:
+def _unscored(estimator: str, rollout: Rollout, reason: str) -> TokenScores:
     zeros = torch.zeros(len(rollout.cot_ids))
-    return TokenScores(rollout, zeros, zeros, skipped=reason)
+    return TokenScores(estimator, rollout, zeros, zeros, skipped=reason)

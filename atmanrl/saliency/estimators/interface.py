@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.rollouts import Rollout
-from atmanrl.saliency.result import Trajectory
 
 
 class Passes(NamedTuple):
@@ -32,10 +31,26 @@ class Passes(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Course:
+    """How an optimisation went, on the CPU.
+
+    Attributes:
+        steps: (K,) int64, updates done before each record; the last is the number of steps.
+        scores: (K, T) after that many updates.
+        losses: (K,) of the answer, in nats.
+    """
+
+    steps: Tensor
+    scores: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True)
 class TokenScores:
     """Scores of one rollout's T chain-of-thought tokens, on the CPU; higher means the answer rests more on the token.
 
     Attributes:
+        estimator: the name of what gave them.
         rollout: whose tokens these are.
         scores: (T,) in the estimator's own unit, whose ranking and zero mean what its documentation says.
         restored: (T,) the same brought to 0..1, what a reward averages: 1 - H / init of a mask; for scores in nats the
@@ -44,9 +59,10 @@ class TokenScores:
         loss_final: the same where it ends.
         loss_unmasked: the same without suppression. NaN, like the other two, where the estimator does not see it.
         skipped: why nothing was estimated, None where something was.
-        trajectory: of the mask, where it was recorded.
+        course: of the optimisation, where it was recorded.
     """
 
+    estimator: str
     rollout: Rollout
     scores: Tensor
     restored: Tensor
@@ -54,7 +70,7 @@ class TokenScores:
     loss_final: float = math.nan
     loss_unmasked: float = math.nan
     skipped: str | None = None
-    trajectory: Trajectory | None = None
+    course: Course | None = None
 
     @property
     def normalized(self) -> Tensor:
@@ -94,6 +110,7 @@ def share_lost(nats: Tensor) -> Tensor:
 
 
 def scored_in_nats(
+    estimator: str,
     rollout: Rollout,
     nats: Tensor,
     *,
@@ -103,4 +120,4 @@ def scored_in_nats(
 ) -> TokenScores:
     """Scores whose unit is a rise of the answer's loss in nats."""
     nats = nats.detach().cpu()
-    return TokenScores(rollout, nats, share_lost(nats), loss_initial, loss_final, loss_unmasked)
+    return TokenScores(estimator, rollout, nats, share_lost(nats), loss_initial, loss_final, loss_unmasked)

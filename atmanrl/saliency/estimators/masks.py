@@ -15,8 +15,9 @@ from atmanrl.rollouts import Rollout
 from atmanrl.saliency.engine import optimize_masks
 from atmanrl.saliency.estimators.batches import Batch, each_batch
 from atmanrl.saliency.estimators.bias_path import loss_and_gradient
-from atmanrl.saliency.estimators.interface import Passes, TokenScores
+from atmanrl.saliency.estimators.interface import Course, Passes, TokenScores
 from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.result import RolloutSaliency
 
 Start = Literal["enabled", "suppressed"]
 StepRule = Literal["adam", "normalized-sgd"]
@@ -60,13 +61,14 @@ class Mask:
         )
         return [
             TokenScores(
+                self.name,
                 rollout,
                 item.restored,
                 item.restored,
                 loss_initial=item.loss_initial,
                 loss_final=item.loss_final,
                 loss_unmasked=item.loss_unmasked,
-                trajectory=item.trajectory,
+                course=_course(item),
             )
             for rollout, item in zip(rollouts, masks, strict=True)
         ]
@@ -153,9 +155,15 @@ class SparseMask:
         scores = (enabled if self.reading == "last" else mean).detach().cpu().split(batch.packed.cot_lengths)
         columns = zip(initial.tolist(), final.tolist(), unmasked.tolist(), strict=True)
         return [
-            TokenScores(rollout, score, score, *losses)
+            TokenScores(self.name, rollout, score, score, *losses)
             for rollout, score, losses in zip(batch.rollouts, scores, columns, strict=True)
         ]
+
+
+def _course(item: RolloutSaliency) -> Course | None:
+    if item.trajectory is None:
+        return None
+    return Course(item.trajectory.steps, 1 - item.trajectory.masks / item.init, item.trajectory.losses)
 
 
 def _largest(batch: Batch, values: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Suppression:
             what=self.name,
         )
         return [
-            scored_in_nats(rollout, torch.tensor(rises), loss_unmasked=base)
+            scored_in_nats(self.name, rollout, torch.tensor(rises), loss_unmasked=base)
             for rollout, (base, rises) in zip(rollouts, effects, strict=True)
         ]
 
