@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 checkpoints=known.checkpoints,
                 output=known.output,
                 faithfulness=known.faithfulness,
+                initial_model=known.initial_model,
             )
         if known.command == "explain":
             return _explain(known, parse_overrides(rest))
@@ -180,6 +181,11 @@ def _add_evaluate(commands: Any) -> None:
         "--faithfulness",
         action="store_true",
         help="also cut, hide and replace parts of every chain of thought and see what becomes of the answer",
+    )
+    evaluate.add_argument(
+        "--initial-model",
+        metavar="MODEL",
+        help="with --faithfulness: also let this model read every checkpoint's chains of thought",
     )
 
 

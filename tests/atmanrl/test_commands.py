@@ -58,6 +58,20 @@ def test_explain_reads_a_file_and_lets_the_model_complete(tmp_path, capsys):
     assert "own" in output
 
 
+def test_evaluate_lets_the_initial_model_read_the_chains_too(tmp_path, capsys):
+    quick = ["--evaluation.prompts", "2", "--evaluation.samples", "1", "--saliency_estimator", "gradient"]
+    command = ["evaluate", "--config", "ledger", *quick, "--output", str(tmp_path)]
+    assert main([*command, "--faithfulness", "--initial-model", str(CHECKPOINT)]) == 0
+    run = Run.load(tmp_path / "ledger.json")
+    assert run.score == "gradient"
+    for item in run.rollouts:
+        own = {name: value for name, value in item.measures.items() if not name.startswith("initial_")}
+        assert own["mistake_unchanged"] < 1
+        for name in set(own) - {"deletion_spearman"}:
+            assert item.measures[f"initial_{name}"] == own[name]
+    assert "initial accuracy no cot (%)" in capsys.readouterr().out
+
+
 def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
     command = ["evaluate", "--config", "ledger", "--checkpoints", "ledger", str(CHECKPOINT), "--output", str(tmp_path)]
     quick = ["--evaluation.prompts", "3", "--evaluation.samples", "1", "--mask.steps", "2", "--faithfulness"]
@@ -93,6 +107,10 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         (["explain", "--model", "/no/such/model", "--prompt", "a"], "'/no/such/model' cannot be loaded"),
         (["evaluate", "--config", "ledger", "--evaluation.prompts", "0"], "evaluation.prompts is 0"),
         (["evaluate", "--config", "ledger", "--checkpoints", "ledger", "ledger"], "named twice"),
+        (
+            ["evaluate", "--config", "ledger", "--initial-model", "ledger"],
+            "--initial-model takes part in --faithfulness only",
+        ),
     ],
 )
 def test_input_that_cannot_be_used_is_said_in_a_line_with_status_2(arguments, message, capsys, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import Rollout, estimate_saliency
 from atmanrl.data.ledger import CHECKPOINT
-from atmanrl.faithfulness import early_answering, filler_substitution, score_curves, substitution
+from atmanrl.faithfulness import added_mistakes, early_answering, filler_substitution, score_curves, substitution
 from atmanrl.interventions import Variant, answer_log_probabilities, outcomes
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
@@ -81,6 +81,20 @@ def test_replacing_a_needed_value_changes_the_answer_and_replacing_filler_does_n
     for rollout, needed, filler in zip(rollouts, NEEDED_VALUE_AT, FILLER_AT, strict=True):
         assert not any(x.unchanged for x in substitution(model, rollout, [(i, encode("3")[0]) for i in needed]))
         assert all(x.unchanged for x in substitution(model, rollout, [(i, encode(",")[0]) for i in filler]))
+
+
+def test_a_mistake_in_a_needed_value_changes_the_answer_and_one_in_filler_does_not(ledger):
+    model, rollouts, encode = ledger
+    values = [encode(value)[0] for value in "03579"]
+    needed = added_mistakes(model, rollouts, NEEDED_VALUE_AT, values, draws=4)
+    idle = added_mistakes(model, rollouts, FILLER_AT, [encode(",")[0], encode(";")[0]], draws=4)
+    assert [len(each) for each in needed] == [4, 4, 4, 4]
+    assert not any(outcome.unchanged for each in needed for outcome in each)
+    # The second chain holds no filler: there is nothing to change.
+    assert [len(each) for each in idle] == [4, 0, 4, 4]
+    assert all(outcome.unchanged for each in idle for outcome in each)
+    itself = added_mistakes(model, rollouts[1:2], [[1]], [rollouts[1].cot_ids[1]])
+    assert itself == [[]]
 
 
 def test_curves_share_their_ends_and_the_best_order_beats_random_ones(ledger):

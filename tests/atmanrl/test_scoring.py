@@ -47,6 +47,7 @@ def test_faithfulness_is_measured_where_there_is_an_answer(ledger, tmp_path):
             "causal_influence",
             "no_cot_unchanged",
             "filler_unchanged",
+            "mistake_unchanged",
             "comprehensiveness",
             "random_comprehensiveness",
             "sufficiency",
@@ -76,3 +77,16 @@ def test_another_model_measures_under_a_prefix(ledger):
     measures = twice.rollouts[0].measures
     assert measures["initial_causal_influence"] == measures["causal_influence"]
     assert np.isfinite(list(measures.values())).all()
+
+
+def test_accuracy_without_a_chain_is_that_of_the_ground_truth_and_not_of_the_completions_answer(ledger):
+    model, tokenizer, _ = ledger
+    easy = "a 6 c 0 ? c <cot>"
+    examples = [Example(easy, f"c {x} <ans> c {x}", expected="c 0", name=x) for x in ("0", "7")]
+    run = explain(model, tokenizer, examples, mask=MaskConfig(steps=1))
+    assert [item.correct for item in run.rollouts] == [True, False]
+    right, wrong = with_faithfulness(model, tokenizer, run).rollouts
+    assert right.measures["accuracy_no_cot"] == right.measures["no_cot_unchanged"]
+    assert wrong.measures["accuracy_no_cot"] == right.measures["accuracy_no_cot"]
+    row = summarize(with_faithfulness(model, tokenizer, run, prefix="initial_"))["initial_accuracy_no_cot"]
+    assert (row.unit, row.runs[0].value) == ("%", right.measures["accuracy_no_cot"])
