@@ -3,7 +3,8 @@
 Two sets of 128 chains of thought on the starting checkpoint: what it samples for held-out prompts, and reference chains
 of held-out prompts with more filler and look-ups in them. Each estimator is scored against the planted truth (AUROC and
 precision at k for the needed values), leave-one-out and substitution (Spearman), and by its deletion and insertion
-curves (comprehensiveness, sufficiency), beside what it costs in passes. Intervals are paired over prompts.
+curves (comprehensiveness, sufficiency), beside what it costs in passes. As a reward it is rated by
+how often filler words put into a chain lower the reward. Intervals are paired over prompts.
 
 ``--search`` rates variants of the estimators on training prompts instead, which is what the defaults were chosen by.
 """
@@ -25,12 +26,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency
+from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, saliency_reward
 from atmanrl.agreement import auroc, precision_at_k, spearman
 from atmanrl.config import MASK_PRESETS, DataConfig, LedgerConfig
 from atmanrl.data.ledger import CHECKPOINT, load
-from atmanrl.data.ledger.generator import classify_tokens, sample_chain, sample_examples
-from atmanrl.data.ledger.vocabulary import ANSWER
+from atmanrl.data.ledger.generator import Example, classify_tokens, sample_chain, sample_examples
+from atmanrl.data.ledger.vocabulary import ANSWER, FILLER
 from atmanrl.evaluation import evaluate
 from atmanrl.faithfulness import score_curves
 from atmanrl.generation import GenerationSettings
@@ -48,6 +49,7 @@ from benchmarks.cpu import processor
 from benchmarks.timing import commit, results_file, save
 
 PROMPTS = 128
+FILLERS = 3
 BUSY = LedgerConfig(filler_probability=0.7, lookup_probability=0.6)
 # Whether a higher value is better.
 MEASURES = {
@@ -93,10 +95,39 @@ def busy(model: PreTrainedModel, tokenizer: Any, *, held_out: bool) -> Chains:
     rollouts, needed = [], []
     for example in islice(sample_examples(BUSY, 0, held_out=held_out), PROMPTS):
         words = sample_chain(example, BUSY, rng, example.pairs)
-        parts = (tokenizer.encode(text, add_special_tokens=False) for text in (" ".join(words), example.answer, ANSWER))
-        rollouts.append(Rollout(tokenizer.encode(example.prompt), *parts))
+        rollouts.append(_reference(tokenizer, example, words))
         needed.append([name == "needed" for name in classify_tokens(example.row(), words)])
     return _with_effects(model, rollouts, needed)
+
+
+def padded(tokenizer: Any, *, held_out: bool) -> tuple[list[Rollout], list[Rollout]]:
+    """Chains of the asked pairs alone, and the same chains with `FILLERS` filler words in random places."""
+    rng = random.Random(0)
+    plain, filled = [], []
+    for example in islice(sample_examples(LedgerConfig(), 0, held_out=held_out), PROMPTS):
+        words = [word for name in example.asked for word in (name, example.pairs[name])]
+        longer = list(words)
+        for _ in range(FILLERS):
+            longer.insert(rng.randrange(len(longer) + 1), rng.choice(FILLER))
+        plain.append(_reference(tokenizer, example, words))
+        filled.append(_reference(tokenizer, example, longer))
+    return plain, filled
+
+
+def _reference(tokenizer: Any, example: Example, words: Sequence[str]) -> Rollout:
+    parts = (tokenizer.encode(text, add_special_tokens=False) for text in (" ".join(words), example.answer, ANSWER))
+    return Rollout(tokenizer.encode(example.prompt), *parts)
+
+
+def reward_falls(
+    model: PreTrainedModel, chains: tuple[list[Rollout], list[Rollout]], estimator: Estimator
+) -> dict[str, Any]:
+    """Share of the chains whose saliency reward the filler lowers, with its 95 % interval."""
+    plain, filled = (saliency_reward(estimate_saliency(model, each, estimator, progress=False)) for each in chains)
+    falls = (filled < plain).double().numpy()[:, None]
+    replicates = bootstrap_ratios(falls, np.ones_like(falls))
+    (found,) = estimates(falls.mean(0), replicates, n=len(falls))
+    return asdict(found)
 
 
 def _with_effects(model: PreTrainedModel, rollouts: list[Rollout], needed: list[list[bool]]) -> Chains:
@@ -207,9 +238,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "device": processor(),
         "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "reward_falls": {},
         "sets": {},
     }
     path = results_file("estimator_search" if search else "estimators", content)
+    pairs = padded(tokenizer, held_out=not search)
+    for name, estimator in estimators.items():
+        content["reward_falls"][name] = reward_falls(model, pairs, estimator)
     for draw in (sampled, busy):
         chains = draw(model, tokenizer, held_out=not search)
         tokens = sum(len(rollout.cot_ids) for rollout in chains.rollouts)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import attention_cases
+from benchmarks.estimator_tables import estimator_tables, search_tables
 from benchmarks.peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
@@ -178,7 +179,13 @@ def scaling_page() -> str:
     return f"{mask_tables(_results('masks'))}\n### Presets\n\n{presets}"
 
 
-PAGES = {"benchmarks.md": benchmarks_page, "scaling.md": scaling_page}
+def estimators_page() -> str:
+    """The generated part of docs/estimators.md."""
+    rated, searched = (_results(kind) for kind in ("estimators", "estimator_search"))
+    return f"{estimator_tables(rated)}\n### What was tried\n\n{search_tables(searched)}"
+
+
+PAGES = {"benchmarks.md": benchmarks_page, "scaling.md": scaling_page, "estimators.md": estimators_page}
 
 
 def main() -> int:

@@ -143,8 +143,10 @@ def test_mask_is_optimize_masks():
         assert (item.loss_initial, item.loss_final) == pytest.approx((expected.loss_initial, expected.loss_final))
 
 
-@pytest.mark.parametrize("rule", ["adam", "normalized-sgd"])
-@pytest.mark.parametrize("start", ["enabled", "suppressed"])
+# In these an idle token ends at 0, and the score is m itself.
+@pytest.mark.parametrize(
+    ("start", "rule"), [("enabled", "adam"), ("suppressed", "adam"), ("suppressed", "normalized-sgd")]
+)
 def test_sparse_mask_keeps_to_its_box_and_lowers_its_objective(start, rule):
     model, rollouts = tiny_model(), random_rollouts(LENGTHS)
     estimator = SparseMask(start=start, rule=rule, depth=-4.0, sparsity=0.01, steps=25, lr=0.05, reading="last")
@@ -153,8 +155,20 @@ def test_sparse_mask_keeps_to_its_box_and_lowers_its_objective(start, rule):
         assert ((item.scores >= 0) & (item.scores <= 1)).all()
         loss = dense_loss(model, rollout, -4.0 * (1 - item.scores))
         assert loss == pytest.approx(item.loss_final, abs=1e-4)
+        assert torch.equal(item.restored, item.scores)
         before = item.loss_initial + 0.01 * first * len(rollout.cot_ids)
         assert item.loss_final + 0.01 * float(item.scores.sum()) <= before + 1e-6
+
+
+@pytest.mark.parametrize("rule", ["adam", "normalized-sgd"])
+def test_sparse_mask_scores_tokens_that_the_answer_cannot_see_at_zero(rule):
+    # Three layers with a window of 7 reach 18 tokens back from the row that predicts the answer, the chain's last.
+    model, rollouts = tiny_model("mistral window"), random_rollouts([(40, 0, 1), (4, 0, 1)])
+    far, near = estimate_saliency(model, rollouts, SparseMask(rule=rule))
+    assert far.scores[:21].tolist() == pytest.approx([0.0] * 21, abs=1e-6)
+    assert far.scores[21:].abs().max() > 0.1
+    assert near.scores.abs().max() > 0.1
+    assert torch.equal(far.restored, far.scores.clamp(min=0))
 
 
 def test_received_attention_is_that_of_the_eager_maps():
@@ -272,7 +286,8 @@ def test_names_are_those_of_the_estimators_and_a_wrong_one_is_answered_with_the_
         (lambda: Integrated(calibrate=0.0), r"calibrate must lie in \(0, 1\] or be None, got 0.0"),
         (lambda: SparseMask(rule="sgd"), "rule must be one of adam, normalized-sgd, got 'sgd'"),
         (lambda: SparseMask(depth=0.0), "depth must be negative, got 0.0"),
-        (lambda: SparseMask(lr=-1.0), "need steps >= 1, lr > 0 and sparsity >= 0"),
+        (lambda: SparseMask(sparsity=0.0), "need steps >= 1, lr > 0 and sparsity > 0, got 9, 0.3 and 0.0"),
+        (lambda: SparseMask(lr=-1.0), "need steps >= 1, lr > 0 and sparsity > 0"),
     ],
 )
 def test_settings_out_of_range_are_refused_with_the_value(make, message):

@@ -53,8 +53,9 @@ class TokenScores:
         estimator: the name of what gave them.
         rollout: whose tokens these are.
         scores: (T,) in the estimator's own unit, whose ranking and zero mean what its documentation says.
-        restored: (T,) the same brought to 0..1, what a reward averages: 1 - H / init of a mask; for scores in nats the
-            share 1 - exp(-score) of the answer's probability that the token carries, 0 for a negative score.
+        restored: (T,) the same brought to 0..1, what a reward averages: 1 - H / init of the paper's mask; of a sparse
+            mask its score, 0 for a negative one; for scores in nats the share 1 - exp(-score) of the answer's
+            probability that the token carries, 0 for a negative score.
         loss_initial: mean negative log-likelihood of the answer, in nats, where the estimator starts suppressed.
         loss_final: the same where it ends.
         loss_unmasked: the same without suppression. NaN, like the other two, where the estimator does not see it.

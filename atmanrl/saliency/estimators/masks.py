@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
@@ -76,21 +75,23 @@ class Mask:
 
 @dataclass(frozen=True)
 class SparseMask:
-    """score_v = m_v, how far a token stays enabled at a price: argmin over m in [0, 1]^T of L(m) + sparsity * |m|_1.
+    """How long a token stays enabled when that has a price: argmin over m in [0, 1]^T of L(m) + sparsity * |m|_1.
 
-    The key bias is depth * (1 - m_v). An optimiser's step is followed by clipping to the box.
+    The key bias is depth * (1 - m_v). An optimiser's step is followed by clipping to the box. Beside a rollout's tokens
+    goes one that the loss does not see, so that the price alone moves it; score_v = (m_v - m_idle) / (1 - m_idle), at
+    least -1: 1 for a token that never left, 0 for one that left like an idle one.
 
     Attributes:
         start: "enabled" begins at m = 1 and prices tokens out, "suppressed" at m = 0 and lets them in.
         depth: bias of a token at m = 0, natural-log units, negative.
-        sparsity: nats per enabled token.
+        sparsity: nats per enabled token, positive.
         steps, lr: of the optimiser.
         rule: "adam" moves every token by about ``lr`` whatever its gradient's size; "normalized-sgd" divides each
             rollout's gradient by its largest magnitude, which keeps the ratios between tokens.
         reading: "last" m after the last step, or its "mean" over the steps, which tells early leavers from late ones.
 
     Raises:
-        ValueError: for a depth that is not negative, no steps, a negative sparsity, lr <= 0, or an unknown choice.
+        ValueError: for a depth that is not negative, no steps, sparsity or lr <= 0, or an unknown choice.
     """
 
     start: Start = "enabled"
@@ -107,9 +108,9 @@ class SparseMask:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
         if not self.depth < 0:
             raise ValueError(f"depth must be negative, got {self.depth}")
-        if self.steps < 1 or not self.lr > 0 or not self.sparsity >= 0:
+        if self.steps < 1 or not self.lr > 0 or not self.sparsity > 0:
             raise ValueError(
-                f"need steps >= 1, lr > 0 and sparsity >= 0, got {self.steps}, {self.lr} and {self.sparsity}"
+                f"need steps >= 1, lr > 0 and sparsity > 0, got {self.steps}, {self.lr} and {self.sparsity}"
             )
 
     @property
@@ -132,30 +133,39 @@ class SparseMask:
         return results
 
     def _optimize(self, batch: Batch) -> list[TokenScores]:
-        enabled = batch.filled(1.0 if self.start == "enabled" else 0.0)
+        tokens, rollouts = len(batch.packed.cot_columns), len(batch.rollouts)
+        start = batch.filled(1.0 if self.start == "enabled" else 0.0)
+        # Each rollout's idle token stands behind all others.
+        enabled = torch.cat([start, start.new_full((rollouts,), float(self.start == "enabled"))])
+        no_slope = start.new_zeros(rollouts)
+        owner = torch.arange(rollouts, device=start.device)
+        owner = torch.cat([batch.per_token(owner), owner])
         with torch.no_grad():
-            unmasked = batch.losses(torch.zeros_like(enabled))
+            unmasked = batch.losses(torch.zeros_like(start))
         adam = torch.optim.Adam([enabled], lr=self.lr)
         mean = torch.zeros_like(enabled)
         initial = unmasked
         for step in range(self.steps):
-            losses, slope = loss_and_gradient(batch, self.depth * (1 - enabled))
+            losses, slope = loss_and_gradient(batch, self.depth * (1 - enabled[:tokens]))
             initial = losses if step == 0 else initial
-            gradient = -self.depth * slope + self.sparsity
+            gradient = torch.cat([-self.depth * slope, no_slope]) + self.sparsity
             with torch.no_grad():
                 if self.rule == "adam":
                     enabled.grad = gradient
                     adam.step()
                 else:
-                    enabled -= self.lr * gradient / batch.per_token(_largest(batch, gradient))
+                    largest = no_slope.scatter_reduce(0, owner, gradient.abs(), "amax")
+                    enabled -= self.lr * gradient / largest[owner]
                 enabled.clamp_(0, 1)
                 mean += enabled / self.steps
         with torch.no_grad():
-            final = batch.losses(self.depth * (1 - enabled))
-        scores = (enabled if self.reading == "last" else mean).detach().cpu().split(batch.packed.cot_lengths)
+            final = batch.losses(self.depth * (1 - enabled[:tokens]))
+        values, idle = (enabled if self.reading == "last" else mean).split([tokens, rollouts])
+        idle = batch.per_token(idle)
+        scores = ((values - idle) / (1 - idle)).clamp(min=-1).cpu().split(batch.packed.cot_lengths)
         columns = zip(initial.tolist(), final.tolist(), unmasked.tolist(), strict=True)
         return [
-            TokenScores(self.name, rollout, score, score, *losses)
+            TokenScores(self.name, rollout, score, score.clamp(min=0), *losses)
             for rollout, score, losses in zip(batch.rollouts, scores, columns, strict=True)
         ]
 
@@ -164,10 +174,3 @@ def _course(item: RolloutSaliency) -> Course | None:
     if item.trajectory is None:
         return None
     return Course(item.trajectory.steps, 1 - item.trajectory.masks / item.init, item.trajectory.losses)
-
-
-def _largest(batch: Batch, values: Tensor) -> Tensor:
-    """(n,) largest magnitude of each rollout's tokens, at least the smallest normal number."""
-    index = batch.per_token(torch.arange(len(batch.rollouts), device=values.device))
-    largest = values.new_zeros(len(batch.rollouts)).scatter_reduce(0, index, values.abs(), "amax")
-    return largest.clamp(min=torch.finfo(values.dtype).tiny)
