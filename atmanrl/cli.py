@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from atmanrl.errors import InputError
+from atmanrl.errors import InputError, RunError
 from atmanrl.recipe import ModelConfig, builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
@@ -20,7 +20,10 @@ TRL's GRPOConfig and of Hugging Face's TrainingArguments as well.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status: 0, 1 where a check failed, 2 for input that cannot be used."""
+    """Run one subcommand and return its exit status.
+
+    0; 1 where a check failed or a run had to stop; 2 for input that cannot be used.
+    """
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     try:
@@ -58,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from atmanrl.commands.doctor import doctor
 
         return doctor()
+    except RunError as error:
+        print(f"atmanrl {known.command}: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         # Hours into a training run any other error is a bug, and its traceback is what one needs.
         if known.command == "train" and not isinstance(error, InputError):

@@ -175,12 +175,10 @@ def _loss(saliency: TokenScores | None) -> MaskLoss | None:
 
 def _other_parser(item: Completion, split: CompletionSplit) -> dict[str, float]:
     # Published accuracies differ in how strictly an answer must be announced: both are reported.
-    found = item.answer_format
-    if item.expected is None or found.mode == "flexible" or not found.flexible_markers:
+    flexible = item.answer_format.flexible
+    if item.expected is None or flexible is None:
         return {}
-    flexible = found.with_mode("flexible")
-    answer = flexible.parse(split.text)
-    return {"accuracy_flexible": float(answer is not None and flexible.matches(answer.value, item.expected))}
+    return {"accuracy_flexible": float(flexible.accepts(split.text, item.expected))}
 
 
 def _trajectory(saliency: TokenScores | None) -> Trajectory | None:

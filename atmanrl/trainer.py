@@ -149,6 +149,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
 
     Attributes:
         seconds: spent by this process so far on "generation", "saliency" and "update".
+        part: the one that is under way.
         watch: called with the name of each part as it begins.
     """
 
@@ -163,6 +164,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
     ) -> None:
         self.task = task
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.part = "update"
         self.watch: Callable[[str], None] = lambda part: None
         self._prompt_ids: list[list[int]] = []
         self._rows: list[dict[str, Any]] = []
@@ -202,6 +204,9 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             "answers/accuracy": correct,
             "cot/tokens": [len(split.cot_ids) for split in self._splits],
         }
+        if (flexible := self.task.answer_format.flexible) is not None:
+            accepted = [flexible.accepts(split.text, gold) for split, gold in zip(self._splits, answer, strict=True)]
+            measured["answers/accuracy_flexible"] = accepted
         log_values(log_metric, measured | tokens_per_class(self._classes(), self.task.token_classes))
         return [0.0 if is_correct else -1.0 for is_correct in correct]
 
@@ -373,9 +378,14 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
-        self.watch(part)
+        self._enter(part)
         try:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - start
-            self.watch("update")
+        # Not after an exception: what it ended is what is asked for then.
+        self._enter("update")
+
+    def _enter(self, part: str) -> None:
+        self.part = part
+        self.watch(part)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from atmanrl.config import Weights
+from atmanrl.saliency.cost import loss_rows_at_a_time
 from atmanrl.saliency.decoder_layer import FrozenLayer, Geometry
 from atmanrl.saliency.likelihood import prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
@@ -33,8 +34,6 @@ _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 
 # Rows per block on the CPU: a block's gate and up stay in the second-level cache, its products still run at full rate.
 _CPU_BLOCK = 512
-# Logits in float32 at a time: 64 MiB.
-_LOGITS_AT_A_TIME = 2**24
 
 
 class FrozenDecoder:
@@ -138,7 +137,7 @@ class AnswerHead:
         """(L_total,) float32 -log softmax(norm(x) W^T)[target]; with ``keep``, also its gradient by norm(x)."""
         normed, self._rstd = self._geometry.pointwise.rms_norm(x, self._norm, self._geometry.eps)
         self._d_normed = torch.empty_like(normed) if keep else None
-        chunk = max(1, _LOGITS_AT_A_TIME // self._vocabulary.out_features)
+        chunk = loss_rows_at_a_time(self._vocabulary.out_features)
         losses = []
         for start in range(0, len(normed), chunk):
             rows = slice(start, start + chunk)

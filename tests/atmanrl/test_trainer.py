@@ -210,6 +210,25 @@ def test_a_real_step_on_a_gsm8k_file_with_a_random_llama(tmp_path: Path) -> None
     assert any(not torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
 
 
+def test_a_strict_task_logs_what_a_flexible_parser_would_accept_as_well(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    task = load_task(DataConfig(name="gsm8k", path=str(write_gsm8k(tmp_path / "train.jsonl")), prompt_style="plain"))
+    forms = ("The final answer is {}", "so it is {}", "#### {}", "no idea")
+
+    def answered(prompts: list[str], trainer: AtManGRPOTrainer) -> dict[str, Any]:
+        gold = {row["prompt"]: row["answer"] for row in task.train}
+        texts = [forms[i % len(forms)].format(gold[prompt]) for i, prompt in enumerate(prompts)]
+        prompt_ids, completion_ids = ([tokenizer(text)["input_ids"] for text in each] for each in (prompts, texts))
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+    args = AtManGRPOConfig(**settings(tmp_path / "run", mask=FEW_STEPS, max_steps=1))
+    trainer = AtManGRPOTrainer(llama(len(tokenizer)), args, task, tokenizer, rollout_func=answered)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert (line["answers/accuracy"], line["answers/accuracy_flexible"]) == (0.25, 0.75)
+    assert line["rewards/outcome/mean"] == -0.75
+
+
 @pytest.mark.parametrize("part", ["reward", "loss", "mask"])
 def test_a_number_that_is_not_finite_stops_the_run_and_leaves_its_rollout_on_disk(
     ledger: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
