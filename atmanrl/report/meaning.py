@@ -53,4 +53,5 @@ _MEANINGS = {RESTORED: _MASK, "sparse-mask": _SPARSE} | dict.fromkeys(
 
 
 def meaning_of(score: str) -> Meaning:
-    ("What the score of that name says.",)
+    """What the score of that name says."""
+    return _MEANINGS.get(score, _OTHER)
