@@ -9,7 +9,8 @@ from atmanrl.records import RESTORED
 
 @dataclass(frozen=True)
 class Meaning:
-    ("Words for the scale's two ends and its centre, and a paragraph for the reader.",)
+    """Words for the scale's two ends and its centre, and a paragraph for the reader."""
+
     low: str
     centre: str
     high: str
