@@ -45,7 +45,7 @@ attention_forward = torch.ops.atman_kernels.attention_forward.default
 attention_backward = torch.ops.atman_kernels.attention_backward.default
 
 
-def _kernels(backend: str, q: Tensor) -> ModuleType | None:
+def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
     """The module that computes for this device and forced backend; None stands for the reference."""
     # Only the reference computes in double precision.
     if backend == "reference" or (backend == "" and q.dtype == torch.float64):
@@ -76,11 +76,11 @@ def _forward(
     covers: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    kernels = _kernels(backend, q)
+    kernels = kernels_for(backend, q)
     bounds = (sm_scale, causal, None if window < 0 else window)
     if kernels is None:
         return reference.attention_forward(q, k, v, key_bias, prefix_k, prefix_v, sequences, *bounds)
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     o = _allocate(q, covers)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     if not covers:
@@ -113,14 +113,14 @@ def _backward(
     need_dv: bool,
     need_dkey_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _kernels(backend, q)
+    kernels = kernels_for(backend, q)
     bounds = (sm_scale, causal, None if window < 0 else window)
     needed = (need_dq, need_dk, need_dv, need_dkey_bias)
     if kernels is None:
         all_four = reference.attention_backward(do, dlse, q, k, v, key_bias, prefix_k, prefix_v, sequences, *bounds)
         found = [g if need else g.new_empty(0) for g, need in zip(all_four, needed, strict=True)]
         return found[0], found[1], found[2], found[3]
-    do, q, k, v = (_unit_stride(x) for x in (do, q, k, v))
+    do, q, k, v = (unit_stride(x) for x in (do, q, k, v))
     dq, dk, dv = (_allocate(x, covers) if need else None for x, need in zip((q, k, v), needed[:3], strict=True))
     dkey_bias = k.new_empty(k.shape[:2], dtype=torch.float32) if need_dkey_bias else None
     if dkey_bias is not None and not covers:
@@ -138,7 +138,8 @@ def _backward(
     )
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """``x``, or a copy where its last axis is strided."""
     # Not contiguous(): it leaves the strides of empty tensors, and those of an axis of length 1, as they are.
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 

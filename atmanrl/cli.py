@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from atmanrl.commands.explain import explain_command
 
+    if known.statistics:
+        return _statistics(known, overrides)
     return explain_command(
         ModelConfig(known.model, known.revision, known.dtype),
         overrides,
@@ -92,6 +94,22 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         estimator=known.estimator,
         deletion=known.deletion,
         record_every=known.record_every,
+    )
+
+
+def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from atmanrl.commands.explain import examples_of, generation_of
+    from atmanrl.commands.statistics import statistics_command
+
+    return statistics_command(
+        ModelConfig(known.model, known.revision, known.dtype),
+        examples_of(known.input, known.prompt, known.completion, known.answer),
+        overrides,
+        plot=known.plot,
+        json=known.json,
+        generation=generation_of(known.max_new_tokens, known.temperature),
+        seed=known.seed,
+        color=known.color,
     )
 
 
@@ -232,6 +250,13 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument(
         "--deletion", action="store_true", help="also hide each token in turn: how much the answer's loss rises"
     )
+    explain.add_argument(
+        "--statistics",
+        action="store_true",
+        help="instead: which tokens attention treats as boundaries and as anchors (WAAD, FAI), how they couple, what "
+        "replaced tokens change; --series.window and --series.horizon can be set",
+    )
+    explain.add_argument("--plot", type=Path, metavar="FILE", help="with --statistics: picture of the first completion")
     explain.add_argument(
         "--record-every", type=int, metavar="STEPS", help="also record the course of masks and losses, for the page"
     )

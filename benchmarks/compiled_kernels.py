@@ -27,6 +27,7 @@ import triton
 from atman_kernels._triton.backward import backward_launches
 from atman_kernels._triton.forward import forward_launch
 from atman_kernels._triton.launch import Launch
+from atman_kernels._triton.statistics import statistics_launches
 from benchmarks.compiled import SHARED_CAPACITY, Counts, compile_launch, count
 
 TABLE = Path(__file__).parent / "results" / "compiled_kernels.json"
@@ -45,6 +46,7 @@ class Configuration(NamedTuple):
     window: bool = False
     causal: bool = True
     gradients: str = "all"
+    statistics: bool = False
 
     def __str__(self) -> str:
         extras = [name for name in ("prefix", "window") if getattr(self, name)]
@@ -68,6 +70,14 @@ class Configuration(NamedTuple):
         prefix = empty(512, heads_kv, self.head_dim) if self.prefix else None
         sequences, tiles = empty(8, 7, dtype=torch.int32), empty(n_tiles, 2, dtype=torch.int32)
         bounds = (self.head_dim**-0.5, self.causal, 1024 if self.window else None)
+        if self.statistics:
+            distance, sums = empty(8, heads_q, dtype=torch.float32), torch.empty_like(lse)
+            counts, rows = empty(1, n_rows, dtype=torch.int32), empty(1, n_rows, dtype=torch.uint8)
+            yield from statistics_launches(
+                self.target, distance, sums, sums, counts, q, k, lse, key_bias, prefix, rows, sequences, tiles, tiles,
+                bounds[0], bounds[2], 10, (10, 100),
+            )  # fmt: skip
+            return
         if self.gradients == "all":
             yield forward_launch(self.target, q, lse, q, k, v, key_bias, prefix, prefix, sequences, tiles, *bounds)
         gradients = [x if self.gradients == "all" else None for x in (q, k, v)]
@@ -95,6 +105,10 @@ def configurations() -> list[Configuration]:
         found.append(Configuration(target, window=True))
         found.append(Configuration(target, head_dim=80, heads=(32, 32)))
     found.append(Configuration("sm_90", causal=False))
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        found.append(Configuration(target, bias=False, statistics=True))
+    found.append(Configuration("sm_90", head_dim=64, prefix=True, window=True, statistics=True))
+    found.append(Configuration("sm_90", "float32", head_dim=64, bias=False, statistics=True))
     return found
 
 
@@ -108,6 +122,7 @@ def quick_configurations() -> list[Configuration]:
         Configuration("sm_80", "float16", head_dim=64),
         Configuration("sm_90", head_dim=256),
         Configuration("sm_90", gradients="key_bias"),
+        Configuration("sm_90", bias=False, statistics=True),
     ]
 
 
@@ -115,7 +130,8 @@ def measure(configuration: Configuration) -> Iterator[tuple[str, Counts]]:
     """(row name, counts) of each attention kernel of a configuration."""
     for launch in configuration.launches():
         if "BLOCK_M" in launch.arguments:
-            name = f"{configuration} {launch.kernel.__name__.removesuffix('_kernel')}"
+            near = "near_" if launch.arguments.get("NEAR") else ""
+            name = f"{configuration} {near}{launch.kernel.__name__.removesuffix('_kernel')}"
             yield name, count(compile_launch(launch, configuration.target))
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import credit_report
 from benchmarks.cases import attention_cases
 from benchmarks.estimator_tables import estimator_tables, search_tables
 from benchmarks.peers import PEERS
@@ -185,7 +186,12 @@ def estimators_page() -> str:
     return f"{estimator_tables(rated)}\n### What was tried\n\n{search_tables(searched)}"
 
 
-PAGES = {"benchmarks.md": benchmarks_page, "scaling.md": scaling_page, "estimators.md": estimators_page}
+PAGES = {
+    "benchmarks.md": benchmarks_page,
+    "scaling.md": scaling_page,
+    "credit.md": credit_report.page,
+    "estimators.md": estimators_page,
+}
 
 
 def main() -> int:

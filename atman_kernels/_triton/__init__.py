@@ -87,3 +87,34 @@ def attention_backward(
             sequences, tiles_q, tiles_k, sm_scale, causal, window,
         ):  # fmt: skip
             each.run()
+
+
+def attention_statistics(
+    distance: Tensor | None,
+    windowed: Tensor,
+    received: Tensor,
+    received_count: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    rows: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    attention_window: int | None,
+    window: int,
+    horizon: tuple[int, int],
+) -> None:
+    """Fill the contiguous outputs that are not None; see ``atman_kernels.statistics_ops``."""
+    from atman_kernels._triton import launch, statistics
+
+    with torch.cuda.device_of(q):
+        for each in statistics.statistics_launches(
+            launch.device_family(q.device),
+            distance, windowed, received, received_count, q, k, lse, key_bias, prefix_k, rows,
+            sequences, tiles_q, tiles_k, sm_scale, attention_window, window, horizon,
+        ):  # fmt: skip
+            each.run()

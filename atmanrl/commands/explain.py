@@ -63,18 +63,14 @@ def explain_command(
     for path in (html, json, csv):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {path.parent}")
-    items = _examples(examples, prompt, completion, answer)
+    items = examples_of(examples, prompt, completion, answer)
     policy, tokenizer = load_policy(model)
-    generation = None
-    if max_new_tokens is not None or temperature > 0:
-        generation = GenerationSettings(temperature=temperature)
-        generation = generation if max_new_tokens is None else replace(generation, max_new_tokens=max_new_tokens)
     run = explain(
         policy,
         tokenizer,
         items,
         label=Path(model.name).name,
-        generation=generation,
+        generation=generation_of(max_new_tokens, temperature),
         mask=mask,
         estimator=estimator,
         seed=seed,
@@ -105,7 +101,20 @@ def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
     return build(MaskConfig, values, source="command line", prefix="mask.")
 
 
-def _examples(path: Path | None, prompt: str | None, completion: str | None, answer: str | None) -> list[Example]:
+def generation_of(max_new_tokens: int | None, temperature: float) -> GenerationSettings | None:
+    """How completions are written, None where nothing is asked for."""
+    if max_new_tokens is None and temperature <= 0:
+        return None
+    generation = GenerationSettings(temperature=temperature)
+    return generation if max_new_tokens is None else replace(generation, max_new_tokens=max_new_tokens)
+
+
+def examples_of(path: Path | None, prompt: str | None, completion: str | None, answer: str | None) -> list[Example]:
+    """The examples of a file, or the one given.
+
+    Raises:
+        ValueError: for both, neither, or parts of an example beside a file.
+    """
     if (path is None) == (prompt is None):
         raise ValueError("give either a file of examples or one prompt")
     if path is None:
