@@ -30,16 +30,16 @@ _MASK = Meaning(
     "three losses beside each completion (no mask · initial mask → final mask).",
 )
 _SPARSE = Meaning(
-    "left before an idle one",
-    "left like an idle one",
-    "never left",
+    "in the way",
+    "idle",
+    "the answer needs it",
     "Every token of the chain of thought started enabled, and enabled tokens had a price. The score says how long"
     " a token stayed worth it to the model's own answer: 0 for one that left as an idle token does, 1 for one "
     "that never left, below 0 for one that the answer is better off without. The colours reach from -1 to 1 on "
     "every page.",
 )
 _NATS = Meaning(
-    "the answer does better without it",
+    "in the way",
     "no effect",
     "the answer needs it",
     "The score is in nats of the answer's mean negative log-likelihood: how much the loss rises when the token is"
