@@ -4,8 +4,8 @@
     python -m benchmarks.compiled_kernels --quick    the subset that the tests compile
     python -m benchmarks.compiled_kernels --update   write the table
 
-No GPU is needed. A kernel is worse than its row if it spills more, or if one of its main loops has over 5 % more
-non-matrix instructions, or if it needs more shared memory than the device has.
+No GPU is needed. A kernel is worse than its row if it spills more, if one of its main loops has over 5 % more
+non-matrix instructions, if its matrix instructions got serialised, or if it needs more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import triton
 
 from atman_kernels._triton.backward import backward_launches
-from atman_kernels._triton.forward import forward_launch
+from atman_kernels._triton.forward import forward_launches
 from atman_kernels._triton.launch import Launch
 from benchmarks.compiled import SHARED_CAPACITY, Counts, compile_launch, count
 
@@ -45,9 +45,10 @@ class Configuration(NamedTuple):
     window: bool = False
     causal: bool = True
     gradients: str = "all"
+    fused: bool = False
 
     def __str__(self) -> str:
-        extras = [name for name in ("prefix", "window") if getattr(self, name)]
+        extras = [name for name in ("prefix", "window", "fused") if getattr(self, name)]
         extras += [] if self.bias else ["unbiased"]
         extras += [] if self.causal else ["full"]
         extras += [] if self.gradients == "all" else [f"only {self.gradients}"]
@@ -68,12 +69,14 @@ class Configuration(NamedTuple):
         prefix = empty(512, heads_kv, self.head_dim) if self.prefix else None
         sequences, tiles = empty(8, 7, dtype=torch.int32), empty(n_tiles, 2, dtype=torch.int32)
         bounds = (self.head_dim**-0.5, self.causal, 1024 if self.window else None)
-        if self.gradients == "all":
-            yield forward_launch(self.target, q, lse, q, k, v, key_bias, prefix, prefix, sequences, tiles, *bounds)
+        if self.gradients == "all" and not self.fused:
+            yield from forward_launches(
+                self.target, q, lse, q, k, v, key_bias, prefix, prefix, sequences, tiles, tiles, *bounds
+            )
         gradients = [x if self.gradients == "all" else None for x in (q, k, v)]
         yield from backward_launches(
             self.target, *gradients, key_bias, q, None, q, lse, q, k, v, key_bias, prefix, prefix,
-            sequences, tiles, tiles, *bounds,
+            sequences, tiles, tiles, *bounds, fused=self.fused,
         )  # fmt: skip
 
 
@@ -94,6 +97,7 @@ def configurations() -> list[Configuration]:
     for target in ("sm_80", "sm_90"):
         found.append(Configuration(target, window=True))
         found.append(Configuration(target, head_dim=80, heads=(32, 32)))
+    found += [Configuration(target, head_dim=d, fused=True) for target in ("sm_90", "sm_100") for d in (64, 128)]
     found.append(Configuration("sm_90", causal=False))
     return found
 
@@ -108,13 +112,16 @@ def quick_configurations() -> list[Configuration]:
         Configuration("sm_80", "float16", head_dim=64),
         Configuration("sm_90", head_dim=256),
         Configuration("sm_90", gradients="key_bias"),
+        Configuration("sm_90", fused=True),
     ]
 
 
 def measure(configuration: Configuration) -> Iterator[tuple[str, Counts]]:
     """(row name, counts) of each attention kernel of a configuration."""
     for launch in configuration.launches():
-        if "BLOCK_M" in launch.arguments:
+        a = launch.arguments
+        multiplies = {"BLOCK_M", "BLOCK_N"} <= a.keys() and not (a.get("PREFIX_ONLY") and not a["HAS_PREFIX"])
+        if multiplies:
             name = f"{configuration} {launch.kernel.__name__.removesuffix('_kernel')}"
             yield name, count(compile_launch(launch, configuration.target))
 
@@ -125,11 +132,16 @@ def worse(name: str, now: Counts, row: dict[str, object] | None) -> list[str]:
     found = []
     if now.shared_bytes > capacity:
         found.append(f"{name}: needs {now.shared_bytes} B of shared memory, the device has {capacity} B")
+    if not now.matrix_instructions and "float32" not in name:
+        # Asked for more tensor memory than there is, the compiler emits a trap and no error.
+        found.append(f"{name}: compiles to no matrix instruction")
     if row is None:
         return [*found, f"{name}: not in the table"]
     before = Counts(**{**row, "main_loops": tuple(row["main_loops"])})
     if now.spill_bytes > before.spill_bytes:
         found.append(f"{name}: spills {now.spill_bytes} B per thread, {before.spill_bytes} B before")
+    if now.matrix_waits >= now.matrix_instructions > before.matrix_waits:
+        found.append(f"{name}: the assembler serialises the matrix instructions ({now.matrix_waits} waits)")
     for index, (length, length_before) in enumerate(zip(now.main_loops, before.main_loops, strict=False)):
         if length > MAIN_LOOP_GROWTH * length_before:
             found.append(f"{name}: main loop {index} grew from {length_before} to {length} non-matrix instructions")
