@@ -97,7 +97,7 @@ def compiled_table(content: dict[str, Any]) -> str:
 
 def generated() -> str:
     """Everything between the markers of the page."""
-    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("attention_*.json"))]
+    files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("attention*_*.json"))]
     on_cpu = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu_*.json"))]
     compiled = json.loads((RESULTS / "compiled_kernels.json").read_text())
     static = f"### Compiled kernels, Triton {compiled['triton']}\n\n{compiled_table(compiled)}"

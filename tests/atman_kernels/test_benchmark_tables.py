@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, tables, timing, tune
+from benchmarks import checks, gpu, tables, timing, tune
 
 
 def test_the_generated_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,7 @@ def test_the_generated_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) ->
     assert tables.main() == 0, "run python -m benchmarks.tables"
 
 
-@pytest.mark.parametrize("command", [gpu, timing, tune], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("command", [gpu, checks, timing, tune], ids=lambda module: module.__name__)
 def test_gpu_commands_say_what_they_need(
     command: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
