@@ -71,6 +71,16 @@ class AnswerFormat:
         """The same format, strict or flexible."""
         return replace(self, mode=mode)
 
+    @property
+    def flexible(self) -> AnswerFormat | None:
+        """The flexible format beside a strict one; None where this one is flexible or has no more markers."""
+        return self.with_mode("flexible") if self.mode == "strict" and self.flexible_markers else None
+
+    def accepts(self, text: str, gold: str) -> bool:
+        """Whether ``text`` announces an answer that stands for the same as ``gold``."""
+        found = self.parse(text)
+        return found is not None and self.matches(found.value, gold)
+
     def parse(self, text: str) -> ParsedAnswer | None:
         """The last announced value of ``text``; None where there is none."""
         found = max(self._announced(text), key=_last_then_longest_marker, default=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,8 +14,12 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from atmanrl.records import Run
+from atmanrl.report import write_page
+
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
+ROLLOUTS = "rollouts"
 
 _MEASURED_TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 
@@ -75,6 +79,11 @@ class ProgressLine(TrainerCallback):
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
+    def show_part(self, part: str) -> None:
+        """Say in front of the bar what is going on; a generation batch may take minutes."""
+        if self._bar is not None:
+            self._bar.set_description_str(f"{part:<10}")
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
@@ -114,6 +123,28 @@ class ProgressLine(TrainerCallback):
         everything = sum(self.seconds.values())
         shares = [f"{part} {seconds / everything:.0%}" for part, seconds in self.seconds.items() if everything]
         return "  ".join(numbers) + (f"  | {everything:.0f} s: {', '.join(shares)}" if shares else "")
+
+
+class RolloutPages(TrainerCallback):
+    """Every so many steps, ``rollouts/step-N.html``: sampled rollouts, each token coloured by its saliency.
+
+    Args:
+        sampled: the rollouts of the last generation batch; None where they have no masks.
+        every: optimiser steps between two pages; 0 for none.
+    """
+
+    def __init__(self, sampled: Callable[[], Run | None], every: int) -> None:
+        self.sampled = sampled
+        self.every = every
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.every or state.global_step % self.every or not state.is_world_process_zero:
+            return
+        run = self.sampled()
+        if run is not None:
+            path = _directory(args) / ROLLOUTS / f"step-{state.global_step}.html"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_page(path, run, title=f"Rollouts sampled before step {state.global_step}")
 
 
 class StopOnSigterm(TrainerCallback):

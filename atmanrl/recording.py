@@ -79,7 +79,7 @@ def record(
         result = optimize_masks(model, [rollouts[i] for i in batch], mask, progress=progress, record_every=record_every)
         saliency.update(zip(batch, result, strict=True))
     return [
-        _record(tokenizer, item, splits[i], saliency.get(i), reasons[i], ends) for i, item in enumerate(completions)
+        record_one(tokenizer, item, splits[i], saliency.get(i), reasons[i], ends) for i, item in enumerate(completions)
     ]
 
 
@@ -104,7 +104,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
     return tuple(texts)
 
 
-def _record(
+def record_one(
     tokenizer: PreTrainedTokenizerBase,
     item: Completion,
     split: CompletionSplit,
@@ -112,6 +112,14 @@ def _record(
     skipped: str | None,
     ends: Collection[int],
 ) -> RolloutRecord:
+    """The record of a completion that has been split and, unless ``skipped`` says why not, scored.
+
+    Args:
+        tokenizer: the one it was written with.
+        item: the completion; split: its parts; saliency: its mask.
+        skipped: why there is no mask.
+        ends: ids of the end-of-turn tokens.
+    """
     prompt = _span(tokenizer, item.prompt_ids)
     texts = token_texts(tokenizer, item.completion_ids)
     lengths = [len(split.cot_ids), len(split.marker_ids), len(split.answer_ids)]
@@ -162,12 +170,10 @@ def _loss(saliency: RolloutSaliency | None) -> MaskLoss | None:
 
 def _other_parser(item: Completion, split: CompletionSplit) -> dict[str, float]:
     # Published accuracies differ in how strictly an answer must be announced: both are reported.
-    found = item.answer_format
-    if item.expected is None or found.mode == "flexible" or not found.flexible_markers:
+    flexible = item.answer_format.flexible
+    if item.expected is None or flexible is None:
         return {}
-    flexible = found.with_mode("flexible")
-    answer = flexible.parse(split.text)
-    return {"accuracy_flexible": float(answer is not None and flexible.matches(answer.value, item.expected))}
+    return {"accuracy_flexible": float(flexible.accepts(split.text, item.expected))}
 
 
 def _trajectory(saliency: RolloutSaliency | None) -> Trajectory | None:

@@ -4,6 +4,7 @@ config.yaml          the recipe with every override, itself a recipe
 environment.json     versions of Python and of the packages, the command line
 metrics.jsonl        one line per log step; reproducible
 timings.jsonl        seconds of generation, saliency and update per log step
+rollouts/step-N.html sampled rollouts, coloured by saliency
 checkpoint-N/        to resume from
 model/               the trained model, Hugging Face format, adapters merged
 adapter/             the adapters, where they were trained
@@ -32,10 +33,18 @@ PACKAGES = ("atmanrl", "torch", "triton", "transformers", "trl", "accelerate", "
 _WRITTEN = (
     *(CONFIG, "environment.json", "metrics.jsonl", "timings.jsonl", "training_args.bin", "README.md"),
     *("before.json", "after.json", "summary.json", "report.html", "summary.md"),
-    *("checkpoint-*", ".saving", "model", "adapter", "plots", "runs", "completions", "non_finite"),
+    *("checkpoint-*", ".saving", "model", "adapter", "plots", "runs", "completions", "non_finite", "rollouts"),
 )
 # A run may be moved, and go on for longer than it was first asked to; the rest is what makes it reproducible.
-_MAY_CHANGE = ("output_dir", "max_steps", "num_train_epochs", "save_total_limit", "report_to")
+_MAY_CHANGE = (
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "save_total_limit",
+    "report_to",
+    "page_steps",
+    "page_rollouts",
+)
 
 
 class RunDirectoryError(InputError):

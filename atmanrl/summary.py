@@ -138,7 +138,7 @@ def metrics(
     measures: Sequence[str] = (),
 ) -> list[Metric]:
     """The metrics of a run whose tokens fall into ``classes``, with the accuracy where answers were ``graded``,
-    and pass@n, the share of prompts with a correct answer among their n = ``samples`` completions.
+    and pass@k for k = 2, 4, ... and n = ``samples`` completions per prompt.
 
     Where the task knows which tokens are needed, the score is also rated by how well it finds them: AUROC and
     precision at k (k the number of needed tokens), means over completions. ``measures`` are means over the completions
@@ -162,7 +162,7 @@ def metrics(
         metric(f"{score}_mass", f"summed {score} per CoT", "", _summed_score, score=score),
     ]
     if graded:
-        passed = [Metric(f"pass_at_{samples}", f"pass@{samples}", "%", _passed)] if samples > 1 else []
+        passed = [Metric(f"pass_at_{k}", f"pass@{k}", "%", partial(_passed, k=k)) for k in _passes(samples)]
         rows = [metric("accuracy", "accuracy", "%", _accuracy), *passed, *rows]
     if score == RESTORED:
         rows.append(metric("saturated", "masks with nothing to restore", "%", _saturated))
@@ -182,8 +182,15 @@ def _summed(rollouts: Sequence[RolloutRecord], count: _Count) -> tuple[float, fl
     return sum(numerator for numerator, _ in counts), sum(denominator for _, denominator in counts)
 
 
-def _passed(rollouts: Sequence[RolloutRecord]) -> tuple[float, float]:
-    return any(rollout.correct for rollout in rollouts), 1
+def _passes(samples: int) -> list[int]:
+    """2, 4, 8, ... up to the number of samples, and that number."""
+    return sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1})
+
+
+def _passed(rollouts: Sequence[RolloutRecord], k: int) -> tuple[float, float]:
+    # The unbiased estimate from n samples with c correct ones (Chen et al., arXiv 2107.03374, Eq. 1).
+    n, correct = len(rollouts), sum(bool(rollout.correct) for rollout in rollouts)
+    return 1 - math.comb(n - correct, k) / math.comb(n, k), 1
 
 
 def _accuracy(rollout: RolloutRecord) -> tuple[float, float]:

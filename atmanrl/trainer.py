@@ -1,8 +1,8 @@
-"""GRPO with outcome and saliency rewards: TRL's trainer with one more reward column, and checkpoints to resume from.
+"""GRPO with outcome and saliency rewards: TRL's trainer with one more reward column.
 
 TRL samples, forms groups and advantages, weighs, logs and optimises. What is added: the rollouts' exact token ids reach
 the saliency computation together with the live policy (`AtManGRPOTrainer.saliency` is an ordinary TRL reward function);
-a checkpoint is written in one piece and only where a generation batch ends; NaN stops the run with its rollout on disk.
+NaN stops the run with its rollout on disk. That a run can be resumed exactly is `atmanrl.resumable`'s part.
 """
 
 from __future__ import annotations
@@ -15,31 +15,28 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl import GRPOConfig
 
-from atmanrl import checkpoints
 from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
+from atmanrl.recording import Completion, record_one
+from atmanrl.records import Run
+from atmanrl.resumable import ResumableGRPOTrainer
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
-from atmanrl.saliency import NonFiniteLossError, SaliencyResult, optimize_masks, working_copy
+from atmanrl.saliency import NonFiniteLossError, RolloutSaliency, SaliencyResult, optimize_masks, working_copy
 
 Target = Literal["predicted", "correct"]
-
-UNLOGGED = "unlogged-{process}.json"
-"""File of a checkpoint, one per process: what was measured since the last log line."""
-
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +58,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         mask: how masks are optimised.
         log_saliency: compute and log the saliency also where ``saliency_weight`` is 0; it changes no number of the run.
         skip_non_finite: leave a rollout with a NaN or infinite loss, mask or reward out instead of stopping.
+        page_steps: optimiser steps between two pages of sampled rollouts coloured by saliency; 0 for none.
+        page_rollouts: rollouts on a page.
     """
 
     saliency_weight: float = 1.0
@@ -70,6 +69,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     mask: MaskConfig = field(default_factory=MaskConfig)
     log_saliency: bool = False
     skip_non_finite: bool = False
+    page_steps: int = 50
+    page_rollouts: int = 16
     report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
 
     per_device_train_batch_size: int = 2
@@ -122,7 +123,7 @@ class NonFiniteError(FloatingPointError):
     """A loss, mask or reward is NaN or infinite; the rollouts it came from are in the file the message names."""
 
 
-class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class AtManGRPOTrainer(ResumableGRPOTrainer):
     """TRL's GRPO trainer on an `atmanrl.data.Task`, rewarding correct answers and salient chains of thought.
 
     Args:
@@ -135,6 +136,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     Attributes:
         seconds: spent by this process so far on "generation", "saliency" and "update".
+        watch: called with the name of each part as it begins.
     """
 
     def __init__(
@@ -148,11 +150,12 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     ) -> None:
         self.task = task
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.watch: Callable[[str], None] = lambda part: None
         self._prompt_ids: list[list[int]] = []
         self._rows: list[dict[str, Any]] = []
         self._completion_ids: list[list[int]] = []
         self._splits: list[CompletionSplit] = []
-        self._staging: Path | None = None
+        self._masks: dict[int, RolloutSaliency] = {}
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
         if args.saliency_weight or args.log_saliency:
@@ -186,6 +189,9 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             "answers/accuracy": correct,
             "cot/tokens": [len(split.cot_ids) for split in self._splits],
         }
+        if (flexible := self.task.answer_format.flexible) is not None:
+            accepted = [flexible.accepts(split.text, gold) for split, gold in zip(self._splits, answer, strict=True)]
+            measured["answers/accuracy_flexible"] = accepted
         log_values(log_metric, measured | tokens_per_class(self._classes(), self.task.token_classes))
         return [0.0 if is_correct else -1.0 for is_correct in correct]
 
@@ -198,11 +204,34 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         rewards[active] = torch.nan
         with self._clock("saliency"):
             active, masks = self._optimize_masks(rollouts, active)
+        self._masks = dict(zip(active, masks, strict=True))
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
         classes = self._classes()
         restored = restored_per_class(masks, [classes[i] for i in active], self.task.token_classes)
         log_values(log_metric, mask_metrics(masks) | restored)
         return rewards.tolist()
+
+    def sampled(self, most: int) -> Run | None:
+        """The first ``most`` rollouts of this process's last generation batch with their masks; None without masks."""
+        if not self._masks:
+            return None
+        classify = self.task.classify_tokens
+        records = []
+        for i, row in enumerate(self._rows[:most]):
+            completion = Completion(
+                prompt_id=f"{self.task.name}-{i // self.num_generations}",
+                sample=i % self.num_generations,
+                prompt_ids=self._prompt_ids[i],
+                completion_ids=self._completion_ids[i],
+                answer_format=self.task.answer_format,
+                expected=row["answer"],
+                classify=None if classify is None else partial(classify, row),
+            )
+            mask = self._masks.get(i)
+            reason = None if mask is not None else "no mask was optimised"
+            records.append(record_one(self.processing_class, completion, self._splits[i], mask, reason, self._end_ids))
+        settings = {"mask": asdict(self.args.mask), "task": self.task.name}
+        return Run(label=f"step {self.state.global_step}", rollouts=tuple(records), settings=settings)
 
     # The seams in TRL's trainer.
 
@@ -216,10 +245,7 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
     ) -> Tensor:
         self._rows, self._completion_ids = inputs, completion_ids
-        self._splits = [
-            split_completion(ids, self.processing_class, self.task.answer_format, end_ids=self._end_ids)
-            for ids in completion_ids
-        ]
+        self._splits = [self._split(ids) for ids in completion_ids]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         # TRL sums with nansum, which would take a NaN for a reward function that does not apply.
         broken = ~rewards.isfinite().all(dim=1)
@@ -259,57 +285,10 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self.seconds["update"] += time.perf_counter() - start - elsewhere
         return loss
 
-    # Checkpoints that resume exactly.
-
-    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
-        return EpochSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
-
-    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        with checkpoints.staged(Path(self.args.output_dir), name, self.accelerator) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self._unlogged_file(staging / name).write_text(json.dumps(self._unlogged()), encoding="utf-8")
-        if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Called once per resumed run, before its first step and after the loop has reset its running sums.
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None and (path := self._unlogged_file(Path(checkpoint))).is_file():
-            unlogged = json.loads(path.read_text(encoding="utf-8"))
-            self._metrics["train"].update(unlogged["metrics"])
-            self._tr_loss.fill_(unlogged["tr_loss"])
-            self._total_loss_scalar = unlogged["total_loss"]
-            self._globalstep_last_logged = unlogged["last_logged_step"]
-
-    def _unlogged_file(self, checkpoint: Path) -> Path:
-        return checkpoint / UNLOGGED.format(process=self.accelerator.process_index)
-
-    def _unlogged(self) -> dict[str, Any]:
-        # What the next log line averages over: without it a run saved between two lines logs other numbers.
-        return {
-            "metrics": self._metrics["train"],
-            "tr_loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-            "last_logged_step": self._globalstep_last_logged,
-        }
-
     # Own steps.
+
+    def _split(self, completion_ids: Sequence[int]) -> CompletionSplit:
+        return split_completion(completion_ids, self.processing_class, self.task.answer_format, end_ids=self._end_ids)
 
     def _rollouts(self, answer: Sequence[str]) -> list[Rollout]:
         if self.args.target == "predicted":
@@ -378,26 +357,9 @@ class AtManGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.watch(part)
         try:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - start
-
-
-class EpochSampler(RepeatSampler):  # type: ignore[misc]
-    """TRL's sampler with an order that depends on the seed and the epoch alone.
-
-    The orders are those an uninterrupted run draws one after the other; TRL's own sampler starts again with the first
-    epoch's order in a resumed process.
-    """
-
-    def __init__(self, *args: Any, epoch: Callable[[], int], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed)
-            for _ in range(self.epoch()):
-                torch.randperm(self.num_samples, generator=self.generator)
-        return super().__iter__()  # type: ignore[no-any-return]
+            self.watch("update")

@@ -51,7 +51,20 @@ def measure(run: Run, model: str) -> dict[str, float]:
     scored = with_deletion_effects(policy, run)
     # Intervals are formed over seeds: the prompts' bootstrap is not needed.
     rows = [row for score in (RESTORED, DELETION) for row in summarize(replace(scored, score=score), resamples=1).rows]
-    return {row.name: row.runs[0].value for row in rows if row.runs[0].value is not None}
+    return {row.name: row.runs[0].value for row in rows if row.runs[0].value is not None} | errors(run)
+
+
+def errors(run: Run) -> dict[str, float]:
+    """Shares of all chains: those that copy more needed values than were asked for, and wrong ones with and without."""
+    n = len(run.rollouts)
+    # The expected answer names each asked pair.
+    repeated = [r.classes.count("needed") > len((r.expected or "").split()) // 2 for r in run.rollouts]
+    wrong = [not rollout.correct for rollout in run.rollouts]
+    return {
+        "repeated": sum(repeated) / n,
+        "wrong_repeated": sum(a and b for a, b in zip(wrong, repeated, strict=True)) / n,
+        "wrong_otherwise": sum(a and not b for a, b in zip(wrong, repeated, strict=True)) / n,
+    }
 
 
 def run_one(arm: str, seed: int, work: Path) -> dict[str, Any]:
@@ -68,7 +81,7 @@ def run_one(arm: str, seed: int, work: Path) -> dict[str, Any]:
         [sys.executable, "-m", "atmanrl", "train", "--config", "ledger", "--overwrite", *arguments], check=True
     )
     metrics = measure(Run.load(directory / "after.json"), str(directory / "model"))
-    content = {"arm": arm, "seed": seed, "metrics": metrics}
+    content = {"arm": arm, "seed": seed, "commit": commit(), "metrics": metrics}
     write_text_atomically(path, json.dumps(content, indent=1) + "\n")
     return content
 

@@ -10,6 +10,7 @@ stage keeps its results as it goes, and a later call goes on where the last one 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -30,31 +31,39 @@ MARGIN = 15.0
 
 
 class Stage(NamedTuple):
-    """A command and the share of the whole time it may take; ``timed``: it takes --seconds and may have more to do."""
+    """A command, the share of the whole time it may take, and what it needs installed.
+
+    ``timed``: it takes --seconds, and may have more to do when it has returned.
+    """
 
     name: str
     command: tuple[str, ...]
     share: float
     timed: bool = True
+    needs: str = "torch"
 
 
 def stages(device: Device) -> list[Stage]:
-    """The stages in order: what cannot be known without a GPU first, the slow tools last."""
+    """The stages in order: what cannot be known without a GPU first, slow tools and whole training steps last."""
     module = (sys.executable, "-m")
     found = [
         Stage("checks", (*module, "benchmarks.checks"), 0.3),
         Stage("benchmarks of the committed block sizes", (*module, "benchmarks.timing"), 0.25),
-        Stage("tuning", (*module, "benchmarks.tune"), 0.25),
+        Stage("tuning", (*module, "benchmarks.tune"), 0.2),
         Stage("tables", (*module, "benchmarks.tables"), 0.05, timed=False),
     ]
     small = "import torch; from tests.atman_kernels.gpu_checks import small_ragged_step as step; step({}, {!r})"
     small = small.format(device.dtype, device.name)
     if device.rehearsal is not None:
         found[-1] = found[-1]._replace(command=(*found[-1].command, "--check"))
-        found.append(Stage("sanitizer's case", (sys.executable, "-c", small), 0.15, timed=False))
-    elif sanitizer := shutil.which("compute-sanitizer"):
+        found.append(Stage("sanitizer's case", (sys.executable, "-c", small), 0.1, timed=False))
+        return found
+    if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "1", sys.executable, "-c", small)
-        found.append(Stage("sanitizer", command, 0.15, timed=False))
+        found.append(Stage("sanitizer", command, 0.1, timed=False))
+    update = (*module, "benchmarks.update")
+    found.append(Stage("update", update, 0.4, timed=False, needs="trl"))
+    found.append(Stage("update, LoRA", (*update, "--lora", "16"), 0.3, timed=False, needs="trl"))
     return found
 
 
@@ -90,6 +99,9 @@ def main() -> int:
     path = results_file("stages", facts, device.results)
     content = json.loads(path.read_text()) if path.exists() else {**facts, "stages": {}}
     for stage in stages(device):
+        if importlib.util.find_spec(stage.needs) is None:
+            content["stages"][stage.name] = f"left out: {stage.needs} is not installed"
+            continue
         # What may have more to do is called again: it returns at once where it has not.
         if content["stages"].get(stage.name) == "passed" and not stage.timed and stage.name != "tables":
             continue

@@ -4,7 +4,7 @@
 
 8 queries x 8 rollouts, prompt 150, chain of thought 150 to 250, answer 8 tokens. Each peer is timed next to the fast
 path, so that a ratio compares neighbours in time; every pair is kept as soon as it is measured, and a run that was cut
-off goes on where it stopped.
+off goes on where it stopped. What is kept for the backward is counted as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from atmanrl.saliency.cost import DecoderShape, peak_bytes
+from atmanrl.saliency.decoder import FrozenDecoder
+from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.packing import PackedRollouts, pack
 from atmanrl.saliency.throughput import matrix_rate, measure, necessary_per_step, random_model, random_problem
 from benchmarks.cpu import processor
 from benchmarks.device import commit, results_file, save
@@ -38,6 +44,47 @@ def compare(shape: str, peer: str, *, steps: int, device: torch.device) -> dict[
     return {**row, "matrix_rate": matrix_rate(device, dtype), "arms": arms}
 
 
+def memory(shape: str, *, device: torch.device) -> dict[str, Any]:
+    """Bytes kept for the backward per packed row and layer, and the fast path's predicted peak, of the whole problem.
+
+    Plain autograd runs the same packed rows through the model with trainable weights and SDPA. Storages count once,
+    weights not at all.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = random_model(shape, dtype=dtype, device=device)
+    rollouts = random_problem(model.config.vocab_size, **PROBLEM)
+    few = pack(rollouts[:8], answer_loss="value", device=device)
+    layers_rows = model.config.num_hidden_layers * few.n_rows
+    model.train()
+    kept = {"plain autograd, SDPA, weights trainable": _saved(model, few, trainable=True) / layers_rows}
+    with frozen(model):
+        kept["general path"] = _saved(model, few, trainable=False) / layers_rows
+        kept["fast path"] = FrozenDecoder(model, few).kept_bytes / layers_rows
+    batch = pack(rollouts, answer_loss="value", device=device)
+    sizes = (batch.n_rows, len(batch.loss_rows), len(batch.prompt_ids))
+    predicted = peak_bytes(DecoderShape.of(model), dtype.itemsize, *sizes, on_cpu=device.type == "cpu")
+    return {"kept_bytes": kept, "predicted_peak_bytes": predicted}
+
+
+def _saved(model: PreTrainedModel, batch: PackedRollouts, *, trainable: bool) -> int:
+    saved: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    alive = None if trainable else ModelLikelihood(model, batch)
+    bias = torch.full((batch.n_rows,), -4.0, device=batch.ids.device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        if alive is None:
+            out: Any = model.model(batch.ids[None], position_ids=batch.positions[None], use_cache=False)
+        else:
+            out = alive(bias)
+    del out
+    return sum(size for pointer, size in saved.items() if pointer not in weights)
+
+
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -54,9 +101,11 @@ def main() -> int:
         "problem": PROBLEM,
     }
     path = results_file("masks", facts)
-    content = json.loads(path.read_text()) if path.exists() else {**facts, "results": []}
+    content = json.loads(path.read_text()) if path.exists() else {**facts, "results": [], "memory": {}}
     done = {(row["shape"], row["peer"]) for row in content["results"]}
     for shape in arguments.shapes:
+        if shape not in content["memory"]:
+            content["memory"][shape] = memory(shape, device=device)
         for peer in PEERS:
             if (shape, peer) in done:
                 continue

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
+
+from benchmarks import claim_report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -49,3 +53,23 @@ def test_the_readmes_results_are_those_of_the_committed_run():
         for number, value in zip(numbers, values, strict=True):
             decimals = len(number.partition(".")[2])
             assert float(number) == pytest.approx(scale * value, abs=0.501 * 10**-decimals), title
+
+
+def test_the_tables_of_the_three_rewards_are_those_of_the_committed_runs():
+    path, content = claim_report.latest()
+    for page, text in claim_report.pages(path, content).items():
+        assert page.read_text() == text, f"run python -m benchmarks.claim_report to renew {page.name}"
+
+
+@pytest.mark.parametrize("runs", [3, 8, 20])
+def test_an_interval_over_seeds_holds_95_percent_of_students_distribution(runs):
+    freedom = runs - 1
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    values = [float(run) for run in range(runs)]
+    mean, low, high = claim_report.interval(values)
+    assert low + high == pytest.approx(2 * mean)
+    quantile = (high - mean) * math.sqrt(runs) / statistics.stdev(values)
+    width = quantile / 10_000
+    points = ((step + 0.5) * width for step in range(10_000))
+    inside = 2 * width * sum(scale * (1 + t * t / freedom) ** (-runs / 2) for t in points)
+    assert inside == pytest.approx(0.95, abs=1e-5)

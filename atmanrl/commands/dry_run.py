@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from atmanrl.data import DataError, load_task
 from atmanrl.policy import source_of
 from atmanrl.recipe import ModelConfig, Recipe
+from atmanrl.saliency.cost import DecoderShape
 from atmanrl.trainer import AtManGRPOConfig
+from atmanrl.update_cost import Device, Engine, Strategy, Workload, memory, update_time
 
 
 def describe_update(recipe: Recipe, args: AtManGRPOConfig) -> str:
-    """Sizes, steps, tokens, memory and shares of the arithmetic, one fact per line."""
+    """Sizes, steps, tokens, memory, shares of the arithmetic and of the time, one fact per line."""
     return "\n".join(
-        [args.arithmetic.describe(), _steps(recipe, args), _tokens(args), _memory(recipe.model), operation_shares(args)]
+        [
+            args.arithmetic.describe(),
+            _steps(recipe, args),
+            _tokens(args),
+            *_memory_and_time(recipe.model, args),
+            operation_shares(args),
+        ]
     )
 
 
@@ -55,16 +65,56 @@ def _tokens(args: AtManGRPOConfig) -> str:
     return f"tokens            at most {rollouts} x {length} = {rollouts * length} sampled per generation batch"
 
 
-def _memory(config: ModelConfig) -> str:
+def _memory_and_time(config: ModelConfig, args: AtManGRPOConfig) -> list[str]:
     try:
         model_config = AutoConfig.from_pretrained(source_of(config), revision=config.revision)
     except OSError as error:
-        return f"memory            unknown: {str(error).splitlines()[0]}"
+        return [f"memory            unknown: {str(error).splitlines()[0]}"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = parameters * torch.finfo(getattr(torch, config.dtype)).bits / 8 / 2**30
-    return (
-        f"memory            {parameters / 1e6:.4g} M parameters in {config.dtype}: weights {size:.3g} + gradients "
-        f"{size:.3g} + AdamW {2 * size:.3g} = {4 * size:.3g} GiB on one process, activations not counted"
+    held = "" if config.lora else f" + gradients {size:.3g} + AdamW {2 * size:.3g} = {4 * size:.3g} GiB"
+    lines = [
+        f"memory            {parameters / 1e6:.4g} M parameters in {config.dtype}: weights {size:.3g}{held} per process"
+    ]
+    try:
+        shape = DecoderShape.of(model)
+    except AttributeError:
+        return lines
+    return [*lines, *_estimates(shape, args, _strategy(config))]
+
+
+def _strategy(config: ModelConfig) -> Strategy:
+    """How the launcher, which speaks through the environment, will lay the weights out."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    sharded |= os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return "lora" if config.lora else "fsdp2" if sharded else "ddp"
+
+
+def _estimates(shape: DecoderShape, args: AtManGRPOConfig, strategy: Strategy) -> list[str]:
+    longest = int(args.max_completion_length or 0)
+    work = Workload(
+        queries=args.arithmetic.queries,
+        group=args.arithmetic.num_generations,
+        completion=max(2, longest // 4),
+        longest=longest,
+        passes=args.num_iterations,
+        mask_steps=args.mask.steps if args.saliency_weight or args.log_saliency else 0,
+        micro_batch=args.per_device_train_batch_size,
+        checkpointing=bool(args.gradient_checkpointing),
     )
+    processes = args.arithmetic.processes
+    engine: Engine = "vllm" if args.use_vllm else "transformers"
+    # With its sleep mode a colocated engine hands its memory back between two samplings.
+    colocated = bool(args.use_vllm) and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode
+    masks, update = memory(shape, work, gpus=processes, strategy=strategy, colocated=colocated)
+    time = update_time(shape, work, Device(), gpus=processes, strategy=strategy, engine=engine)
+    parts = {"generation": time.generation, "saliency": time.saliency, "update": time.update}
+    shares = ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items())
+    return [
+        f"peak memory       {masks / 2**30:.3g} GiB optimising masks, {update / 2**30:.3g} GiB in an update pass "
+        f"(estimated for bf16 on a GPU)",
+        f"time              {shares} (estimated with the rates of atmanrl.update_cost.Device and completions of "
+        f"{work.completion} tokens)",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
 from atmanrl import checkpoints, run_directory
-from atmanrl.callbacks import MetricsFile, ProgressLine, StopOnSigterm
+from atmanrl.callbacks import MetricsFile, ProgressLine, RolloutPages, StopOnSigterm
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
 from atmanrl.data import load_task
@@ -41,13 +42,16 @@ def train(
         InputError: for a recipe, data or an output directory that cannot be used, before anything is computed.
     """
     recipe = load_recipe(config, overrides)
-    args = build(AtManGRPOConfig, {"disable_tqdm": True, **recipe.training}, source=recipe.source)
+    # A dry run computes nothing: the recipe of a large machine can be tried on one that has no half precision.
+    anywhere = {"bf16": False, "fp16": False} if dry_run else {}
+    args = build(AtManGRPOConfig, {"disable_tqdm": True, **recipe.training, **anywhere}, source=recipe.source)
     console = Console()
+    process = PartialState()
     if dry_run:
-        console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
+        if process.is_main_process:
+            console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
         return 0
     run = Path(args.output_dir)
-    process = PartialState()
     if process.is_main_process:
         run_directory.check(run, recipe, overwrite=overwrite, resume=resume)
     task = load_task(recipe.data)
@@ -74,8 +78,11 @@ def train(
         model, args, task, tokenizer, callbacks=[stop], peft_config=lora_config(recipe.model.lora)
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressLine(trainer.seconds))
+    progress = ProgressLine(trainer.seconds)
+    trainer.watch = progress.show_part
+    trainer.add_callback(progress)
     trainer.add_callback(MetricsFile(trainer.seconds))
+    trainer.add_callback(RolloutPages(partial(trainer.sampled, args.page_rollouts), args.page_steps))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.requested:
         console.print(f"stopped at step {trainer.state.global_step}; the same command with --resume goes on from there")

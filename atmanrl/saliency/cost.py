@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 from atman_kernels.flops import attention_backward_flops, attention_forward_flops, visible_pairs
 from atmanrl.saliency.packing import PackedRollouts
 
+# 64 MiB in float32.
+_LOGITS_AT_A_TIME = 2**24
+
 
 class DecoderShape(NamedTuple):
     """Sizes of a gated-MLP decoder: layers L, hidden h, q width, k and v width each, MLP width m, vocabulary V."""
@@ -76,6 +79,11 @@ def necessary_flops(shape: DecoderShape, batch: PackedRollouts, windows: list[in
     return 2 * linear + attention
 
 
+def loss_rows_at_a_time(vocabulary: int) -> int:
+    """Rows whose logits the cross entropy holds at once, at least one."""
+    return max(1, _LOGITS_AT_A_TIME // vocabulary)
+
+
 def peak_bytes(
     shape: DecoderShape,
     item: int,
@@ -100,7 +108,9 @@ def peak_bytes(
     # Per query row a second rstd and the logsumexp, per row the first rstd, in float32.
     layer = rows * (item * (queries + keys) + 4 * (2 + shape.heads_q))
     last = loss_rows * (item * queries + 4 * (1 + shape.heads_q)) + rows * (item * keys + 4)
-    outside = item * (rows * (2 * h + shape.head_dim) + 2 * shape.layers * prompt_rows * dkv)
+    outside = item * (rows * (2 * h + 2 * shape.head_dim) + 2 * shape.layers * prompt_rows * dkv)
     attention_backward = item * rows * (2 * dq + 2 * dkv)
     mlp_backward = 0 if on_cpu else item * rows * (4 * m + 2 * h)
-    return (shape.layers - 1) * layer + last + outside + max(attention_backward, mlp_backward)
+    # A block of logits and its softmax in float32.
+    loss = (item + 4) * shape.vocabulary * min(loss_rows, loss_rows_at_a_time(shape.vocabulary))
+    return (shape.layers - 1) * layer + last + outside + max(attention_backward, mlp_backward, loss)

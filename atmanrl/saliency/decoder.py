@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from atmanrl.config import Weights
+from atmanrl.saliency.cost import loss_rows_at_a_time
 from atmanrl.saliency.decoder_layer import FrozenLayer, Geometry
 from atmanrl.saliency.likelihood import prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
@@ -33,8 +34,6 @@ _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 
 # Rows per block on the CPU: a block's gate and up stay in the second-level cache, its products still run at full rate.
 _CPU_BLOCK = 512
-# Logits in float32 at a time: 64 MiB.
-_LOGITS_AT_A_TIME = 2**24
 
 
 class FrozenDecoder:
@@ -60,8 +59,8 @@ class FrozenDecoder:
             head_dim=attention.head_dim,
             sm_scale=attention.scaling,
             eps=decoder.norm.variance_epsilon,
-            cos=cos[0, :, None, :half].contiguous(),
-            sin=sin[0, :, None, :half].contiguous(),
+            cos=cos[0, :, None],
+            sin=torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1),
             block=_CPU_BLOCK if embedded.device.type == "cpu" else max(1, batch.n_rows),
             pointwise=Pointwise.on(embedded.device),
         )
@@ -138,18 +137,17 @@ class AnswerHead:
         """(L_total,) float32 -log softmax(norm(x) W^T)[target]; with ``keep``, also its gradient by norm(x)."""
         normed, self._rstd = self._geometry.pointwise.rms_norm(x, self._norm, self._geometry.eps)
         self._d_normed = torch.empty_like(normed) if keep else None
-        chunk = max(1, _LOGITS_AT_A_TIME // self._vocabulary.out_features)
+        chunk = loss_rows_at_a_time(self._vocabulary.out_features)
         losses = []
         for start in range(0, len(normed), chunk):
             rows = slice(start, start + chunk)
-            logits = self._vocabulary(normed[rows]).float()
+            log_p = torch.log_softmax(self._vocabulary(normed[rows]), -1, dtype=torch.float32)
             targets = self._targets[rows, None]
-            lse = logits.logsumexp(-1, keepdim=True)
-            losses.append((lse - logits.gather(-1, targets))[:, 0])
+            losses.append(-log_p.gather(-1, targets)[:, 0])
             if self._d_normed is not None:
                 # d nll / d logits = softmax - onehot.
-                d_logits = logits.sub_(lse).exp_()
-                d_logits.scatter_add_(-1, targets, torch.full_like(lse, -1.0))
+                d_logits = log_p.exp_()
+                d_logits.scatter_add_(-1, targets, d_logits.new_full(targets.shape, -1.0))
                 self._d_normed[rows] = self._vocabulary.pull_back(d_logits.to(x.dtype))
         return torch.cat(losses)
 

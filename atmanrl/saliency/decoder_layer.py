@@ -19,7 +19,7 @@ class Geometry(NamedTuple):
 
     Attributes:
         head_dim: of the attention; sm_scale: factor of its scores; eps: of the norms.
-        cos, sin: (R, 1, head_dim / 2), the rotary embedding of every row.
+        cos, sin: (R, 1, head_dim), the rotary embedding of every row, as :func:`pointwise.rotate` takes it.
         block: rows that the row-wise parts work on at a time.
         pointwise: norm, rotary embedding and SwiGLU for the device.
     """

@@ -121,7 +121,10 @@ class BatchOptimization:
     def _record(self, places: Iterable[int], number: int, values: Tensor, losses: Tensor) -> None:
         parts = values.split(self._batch.cot_lengths)
         for place in places:
-            self._records[self._members[place]].append((number, parts[place], losses[place]))
+            records = self._records[self._members[place]]
+            # A rollout that ends at a recorded step has that record.
+            if not records or records[-1][0] < number:
+                records.append((number, parts[place], losses[place]))
 
     def _finish(self, places: Sequence[int], number: int, values: Tensor, losses: Tensor) -> None:
         """Results of the rollouts at ``places`` of the batch, whose masks are ``values`` after ``number`` updates."""

@@ -23,8 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y like x, and rstd (..., 1) in float32.
     """
     wide = x.float()
-    rstd = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    return (wide * rstd).to(x.dtype) * weight, rstd
+    rstd = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
+    return (wide * rstd).to(x.dtype).mul_(weight), rstd
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
@@ -32,13 +32,15 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Te
     gradient = dy.float() * weight.float()
     normed = x.float() * rstd
     along = (gradient * normed).mean(-1, keepdim=True)
-    return ((gradient - normed * along) * rstd).to(x.dtype)
+    return gradient.addcmul_(normed, along, value=-1).mul_(rstd).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (rows, H, D) by cos and sin (rows, 1, D / 2); with -sin it is its own backward."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    """Rotary embedding of x (rows, H, D) by cos and sin (rows, 1, D), the first half of sin negated.
+
+    With -sin it is its own backward.
+    """
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,24 @@ def test_a_dry_run_prints_the_arithmetic_and_writes_nothing(tmp_path: Path, caps
     # 2 + 4 x 200 + 6 x 2 + 2 operations per parameter and token.
     assert "generation 0%, saliency 98%, update 2%" in printed
     assert not run.exists()
+
+
+def test_a_dry_run_tries_a_large_machines_recipe_on_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    llama(300).save_pretrained(model)
+    data = write_gsm8k(tmp_path / "train.jsonl")
+    command = ["train", "--config", "gsm8k", "--dry-run", "--model.name", str(model), "--data.path", str(data)]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    peaks = []
+    for sharded in ("false", "true"):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+        assert main([*command, "--gradient_accumulation_steps", "4"]) == 0
+        printed = capsys.readouterr().out
+        assert "2 rollouts x 8 process(es) x 4 accumulated = 64 rollouts" in printed
+        peaks.append(re.search(r"([\d.]+) GiB in an update pass", printed)[1])
+    assert float(peaks[1]) < float(peaks[0])
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,14 @@ def test_an_outcome_twin_differs_in_the_saliency_weight_and_the_directory_alone(
     assert {key for key in full if full[key] != twin[key]} == {"saliency_weight", "output_dir"}
 
 
+@pytest.mark.parametrize("name", ["gsm8k_vllm_colocate", "gsm8k_vllm_server"])
+def test_a_recipe_with_another_sampler_differs_in_the_samplers_keys_and_the_directory_alone(name: str) -> None:
+    plain, sampled = (yaml.safe_load(load_recipe(each).to_yaml()) for each in ("gsm8k", name))
+    changed = {key for key in sampled if sampled[key] != plain.get(key)}
+    assert {key for key in changed if "vllm" not in key} == {"output_dir"}
+    assert changed >= {"use_vllm", "vllm_mode"}
+
+
 def test_overrides_reach_nested_fields_and_the_resolved_recipe_loads_again(recipe: Path, tmp_path: Path) -> None:
     arguments = ["--mask.lr", "2e-3", "--data.ledger.pairs=4", "--model.dtype", "bfloat16", "--log-saliency"]
     loaded = load_recipe(str(recipe), parse_overrides(arguments))

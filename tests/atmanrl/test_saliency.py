@@ -200,6 +200,8 @@ def test_bad_configurations_say_which_value():
         ({"init": 0.1, "upper": 0.2}, "init must be negative"),
         ({"answer_loss": "cot"}, "answer_loss must be one of .* got 'cot'"),
         ({"sparsity": -0.1}, "sparsity must not be negative"),
+        ({"early_stop": 0.0}, r"early_stop must lie in \(0, 1\] or be None, got 0.0"),
+        ({"weights": "int4"}, "weights must be one of .* got 'int4'"),
     ]:
         with pytest.raises(ValueError, match=message):
             MaskConfig(**values)
@@ -233,3 +235,42 @@ def test_recorded_masks_and_losses_are_those_of_shorter_runs():
 def test_presets_keep_how_far_a_token_can_move():
     assert MASK_PRESETS["paper"] == MaskConfig()
     assert all(preset.steps * preset.lr == pytest.approx(0.2) for preset in MASK_PRESETS.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rollouts_that_end_early_leave_the_others_masks_alone(family):
+    rollouts = random_rollouts([(9, 0, 3), (30, 1, 2), (14, 2, 1), (23, 3, 5)])
+    config = MaskConfig(steps=40, lr=1e-2, early_stop=0.5)
+    full = optimize_masks(tiny_model(family), rollouts, replace(config, early_stop=None), record_every=10)
+    early = optimize_masks(tiny_model(family), rollouts, config, record_every=10)
+    steps = [item.steps for item in early]
+    assert len(set(steps)) > 1, f"all ended together, after {steps}"
+    assert all(item.steps == 40 for item in full)
+    for one, other in zip(early, full, strict=True):
+        # What the run without an early end had reached at that step.
+        place = other.trajectory.steps.tolist().index(one.steps)
+        torch.testing.assert_close(one.mask, other.trajectory.masks[place], atol=2e-5, rtol=0)
+        assert one.loss_final == pytest.approx(other.trajectory.losses[place].item(), abs=1e-4)
+        assert (one.loss_initial, one.loss_unmasked) == pytest.approx((other.loss_initial, other.loss_unmasked))
+        assert one.trajectory.steps.tolist() == other.trajectory.steps.tolist()[: place + 1]
+        added = max(other.loss_initial - other.loss_unmasked, 0.0)
+        reached = [loss <= other.loss_initial - 0.5 * added + 1e-6 for loss in other.trajectory.losses.tolist()]
+        # Step 0 is not looked at.
+        assert one.steps == (10 * (reached.index(True, 1)) if True in reached[1:] else 40)
+
+
+def test_a_batch_whose_rollouts_all_end_early_stops():
+    steps = []
+    model = tiny_model()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    # A constant likelihood: the initial mask adds no loss, so nothing is left to recover.
+    for item in optimize_masks(model, random_rollouts([(5, 1, 2), (7, 0, 1)]), MaskConfig(early_stop=1.0)):
+        steps.append(item.steps)
+        assert item.loss_final == pytest.approx(item.loss_unmasked)
+    assert steps == [10, 10]
+
+
+def test_the_papers_masks_use_all_steps_and_skipped_rollouts_none():
+    with pytest.warns(UserWarning, match="get no mask"):
+        result = optimize_masks(tiny_model(), [*random_rollouts([(5, 1, 2)]), Rollout([1], [], [])], SHORT)
+    assert [item.steps for item in result] == [25, 0]

@@ -109,7 +109,7 @@ def test_logits_in_chunks_equal_logits_at_once(monkeypatch):
     bias = _random_bias(batch)
     results = []
     for at_a_time in (2**24, 3 * 61):
-        monkeypatch.setattr("atmanrl.saliency.decoder._LOGITS_AT_A_TIME", at_a_time)
+        monkeypatch.setattr("atmanrl.saliency.cost._LOGITS_AT_A_TIME", at_a_time)
         monkeypatch.setattr("atmanrl.saliency.decoder._CPU_BLOCK", 7 if at_a_time < 2**24 else 512)
         with frozen(model):
             nll = FrozenDecoder(model, batch)(bias)

@@ -1,6 +1,6 @@
 import json
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -94,6 +94,17 @@ def test_numbers_of_a_run_by_hand():
         }
     )
     assert (summary.prompts, summary.rollouts) == (3, 3)
+
+
+def test_pass_at_k_is_the_chance_that_k_drawn_completions_hold_a_correct_one():
+    right = {"p0": 0, "p1": 1, "p2": 3, "p3": 6}
+    items = [rollout(prompt, sample=s, correct=s < correct) for prompt, correct in right.items() for s in range(6)]
+    rows = {row.name: row for row in summarize(run(*items)).rows}
+    assert [name for name in rows if name.startswith("pass")] == ["pass_at_2", "pass_at_4", "pass_at_6"]
+    for k in (2, 4, 6):
+        draws = list(combinations(range(6), k))
+        chances = [sum(min(draw) < correct for draw in draws) / len(draws) for correct in right.values()]
+        assert rows[f"pass_at_{k}"].runs[0].value == pytest.approx(sum(chances) / len(chances))
 
 
 def test_pass_at_n_asks_for_one_correct_answer_among_all_samples():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from atmanrl import MaskConfig, optimize_masks, saliency_reward
+from atmanrl.callbacks import RolloutPages
 from atmanrl.config import DataConfig, LedgerConfig
 from atmanrl.data import Task, load_task
 from atmanrl.policy import load_policy
@@ -143,7 +146,12 @@ def test_training_changes_parameters_and_logs_masks_by_token_class(ledger: Task,
     for name in (
         "rewards/saliency/mean",
         "mask/loss_initial",
+        "mask/loss_final",
+        "mask/loss_unmasked",
         "mask/restored_mass",
+        "answers/parse_failures",
+        "completions/clipped_ratio",
+        "frac_reward_zero_std",
         "cot/filler",
         "mask/restored/needed",
     ):
@@ -154,6 +162,34 @@ def test_training_changes_parameters_and_logs_masks_by_token_class(ledger: Task,
     assert set(trainer.seconds) == {"generation", "saliency", "update"}
     assert trainer.model.training
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_the_rollouts_for_a_page_are_those_that_were_rewarded(ledger: Task, tmp_path: Path) -> None:
+    trainer, lines = train(ledger, tmp_path, max_steps=2, reduction="tokens")
+    run = trainer.sampled(8)
+    assert run is not None
+    assert run.label == "step 2"
+    means = [statistics.fmean(record.restored) for record in run.rollouts if record.restored]
+    assert sum(means) / 8 == pytest.approx(lines[0]["rewards/saliency/mean"], abs=1e-6)
+    assert statistics.fmean(bool(record.correct) for record in run.rollouts) == lines[0]["answers/accuracy"]
+    assert {name for record in run.rollouts for name in record.classes} == {"needed", "filler", "other"}
+    assert len({record.prompt_id for record in run.rollouts}) == 2
+    unscored, _ = train(ledger, tmp_path, max_steps=2, saliency_weight=0.0)
+    assert unscored.sampled(8) is None
+
+
+@pytest.mark.parametrize("every", [2, 0])
+def test_pages_are_written_every_so_many_steps(ledger: Task, tmp_path: Path, every: int) -> None:
+    model, tokenizer = load_policy(ModelConfig("ledger"))
+    trainer = AtManGRPOTrainer(model, AtManGRPOConfig(**settings(tmp_path, mask=FEW_STEPS)), ledger, tokenizer)
+    trainer.add_callback(RolloutPages(partial(trainer.sampled, 3), every))
+    parts: list[str] = []
+    trainer.watch = parts.append
+    trainer.train()
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "rollouts").glob("*.html")}
+    assert sorted(pages) == (["step-2.html", "step-4.html", "step-6.html"] if every else [])
+    assert all("Rollouts sampled before" in page for page in pages.values())
+    assert parts[:4] == ["generation", "update", "saliency", "update"]
 
 
 def test_a_real_step_on_a_gsm8k_file_with_a_random_llama(tmp_path: Path) -> None:
@@ -167,6 +203,25 @@ def test_a_real_step_on_a_gsm8k_file_with_a_random_llama(tmp_path: Path) -> None
     assert trainer.state.global_step == 2
     assert trainer.state.log_history[0]["mask/loss_final"] < trainer.state.log_history[0]["mask/loss_initial"]
     assert any(not torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+
+
+def test_a_strict_task_logs_what_a_flexible_parser_would_accept_as_well(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    task = load_task(DataConfig(name="gsm8k", path=str(write_gsm8k(tmp_path / "train.jsonl")), prompt_style="plain"))
+    forms = ("The final answer is {}", "so it is {}", "#### {}", "no idea")
+
+    def answered(prompts: list[str], trainer: AtManGRPOTrainer) -> dict[str, Any]:
+        gold = {row["prompt"]: row["answer"] for row in task.train}
+        texts = [forms[i % len(forms)].format(gold[prompt]) for i, prompt in enumerate(prompts)]
+        prompt_ids, completion_ids = ([tokenizer(text)["input_ids"] for text in each] for each in (prompts, texts))
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
+
+    args = AtManGRPOConfig(**settings(tmp_path / "run", mask=FEW_STEPS, max_steps=1))
+    trainer = AtManGRPOTrainer(llama(len(tokenizer)), args, task, tokenizer, rollout_func=answered)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert (line["answers/accuracy"], line["answers/accuracy_flexible"]) == (0.25, 0.75)
+    assert line["rewards/outcome/mean"] == -0.75
 
 
 @pytest.mark.parametrize("part", ["reward", "loss", "mask"])
