@@ -3,6 +3,7 @@
     python -m benchmarks.compiled_kernels            compile all configurations and report what got worse
     python -m benchmarks.compiled_kernels --quick    the subset that the tests compile
     python -m benchmarks.compiled_kernels --update   write the table
+    ... --only "sm_90 bfloat16"                      configurations whose names begin so; --update keeps the other rows
 
 No GPU is needed. A kernel is worse than its row if it spills more, if one of its main loops has over 5 % more
 non-matrix instructions, if its matrix instructions got serialised, or if it needs more shared memory than there is.
@@ -46,9 +47,10 @@ class Configuration(NamedTuple):
     causal: bool = True
     gradients: str = "all"
     fused: bool = False
+    permuted: bool = False
 
     def __str__(self) -> str:
-        extras = [name for name in ("prefix", "window", "fused") if getattr(self, name)]
+        extras = [name for name in ("prefix", "window", "fused", "permuted") if getattr(self, name)]
         extras += [] if self.bias else ["unbiased"]
         extras += [] if self.causal else ["full"]
         extras += [] if self.gradients == "all" else [f"only {self.gradients}"]
@@ -64,6 +66,9 @@ class Configuration(NamedTuple):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         q, k, v = (empty(1, n_rows, heads, self.head_dim) for heads in (heads_q, heads_kv, heads_kv))
+        if self.permuted:
+            # (B, H, T, D) in memory, which has no tensor descriptor.
+            k, v = (empty(1, heads_kv, n_rows, self.head_dim).transpose(1, 2) for _ in range(2))
         lse = empty(1, heads_q, n_rows, dtype=torch.float32)
         key_bias = empty(1, n_rows, dtype=torch.float32) if self.bias else None
         prefix = empty(512, heads_kv, self.head_dim) if self.prefix else None
@@ -97,7 +102,8 @@ def configurations() -> list[Configuration]:
     for target in ("sm_80", "sm_90"):
         found.append(Configuration(target, window=True))
         found.append(Configuration(target, head_dim=80, heads=(32, 32)))
-    found += [Configuration(target, head_dim=d, fused=True) for target in ("sm_90", "sm_100") for d in (64, 128)]
+    found += [Configuration(target, head_dim=d, fused=True) for target in ("sm_90", "sm_100") for d in (64, 128, 256)]
+    found += [Configuration(target, permuted=True) for target in ("sm_90", "sm_100")]
     found.append(Configuration("sm_90", causal=False))
     return found
 
@@ -154,18 +160,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only the configurations that the tests compile")
     parser.add_argument("--update", action="store_true", help="write the table instead of comparing with it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only configurations whose names begin so")
     arguments = parser.parse_args()
-    rows = {} if arguments.update or not TABLE.exists() else json.loads(TABLE.read_text())["kernels"]
+    rows = json.loads(TABLE.read_text())["kernels"] if TABLE.exists() else {}
     found: dict[str, Counts] = {}
     complaints = []
     chosen = quick_configurations() if arguments.quick else [*configurations(), *quick_configurations()]
-    for configuration in dict.fromkeys(chosen):
+    for configuration in dict.fromkeys(each for each in chosen if str(each).startswith(arguments.only)):
         for name, counts in measure(configuration):
             print(f"{name}: {counts}", flush=True)
             found[name] = counts
             complaints += worse(name, counts, counts._asdict() if arguments.update else rows.get(name))
     if arguments.update:
-        kernels = {name: counts._asdict() for name, counts in sorted(found.items())}
+        kernels = {name: counts._asdict() for name, counts in found.items()}
+        kernels = dict(sorted({**(rows if arguments.only else {}), **kernels}.items()))
         TABLE.parent.mkdir(exist_ok=True)
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
         TABLE.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -78,10 +79,13 @@ def run_stage(stage: Stage, seconds: float, device: Device) -> str:
     environment.pop("TRITON_INTERPRET", None)
     if device.rehearsal is not None:
         environment["TRITON_INTERPRET"] = "1"
-    try:
-        code = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds).returncode
-    except subprocess.TimeoutExpired:
-        return f"cut off after {seconds:.0f} s"
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            # With the processes it started, which would keep the GPU busy.
+            os.killpg(process.pid, signal.SIGKILL)
+            return f"cut off after {seconds:.0f} s"
     return "passed" if code == 0 else f"exit status {code}"
 
 

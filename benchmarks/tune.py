@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from atman_kernels._triton.forward import forward_launches
 from atman_kernels._triton.launch import Launch, device_family
 from atman_kernels._triton.tiles import BLOCK_SIZES_FILE, block_size_table
 from benchmarks.cases import AttentionCase
-from benchmarks.compiled import TARGETS, compile_launch
+from benchmarks.compiled import TARGETS, compile_launch, count
 from benchmarks.device import Device, add_device_options, results_file, save
 
 # What a search is named after, and the kernel whose launch it times.
@@ -43,6 +43,7 @@ KERNELS = {
 HEAD_DIMS = (128, 64, 256, 32, 16)
 
 Shape = tuple[int, int, int, int]
+Compilations = dict[tuple[str, int, Shape], Future[bool]]
 
 
 def candidates() -> Iterator[Shape]:
@@ -82,16 +83,34 @@ def launches(search: str, head_dim: int, family: str, shape: Shape, device: Devi
     return found[: names.index(KERNELS[search]) + 1]
 
 
-def can_precompile(family: str, device: Device) -> bool:
-    """Whether the family is exactly the device at hand, so that what is compiled for it ahead of time fits."""
-    if device.rehearsal is not None or family not in TARGETS:
+def precompile(search: str, head_dim: int, family: str, shape: Shape) -> bool:
+    """Put the compiled kernel into Triton's cache on disk; False if it is one that only traps.
+
+    Tensors are without storage.
+    """
+    compiled = compile_launch(launches(search, head_dim, family, shape, Device(), "meta")[-1], family)
+    return count(compiled).matrix_instructions > 0
+
+
+def start_compiling(work: list[tuple[str, int, Shape]], family: str) -> tuple[ProcessPoolExecutor, Compilations] | None:
+    """All candidates in the order in which they are timed, where the family is exactly the device at hand."""
+    if family not in TARGETS or family != "sm_{}{}".format(*torch.cuda.get_device_capability()):
+        return None
+    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    return pool, {each: pool.submit(precompile, each[0], each[1], family, each[2]) for each in work}
+
+
+def compiles(compilation: Future[bool] | None, deadline: float) -> bool:
+    """Wait for a compilation: whether there is a kernel to be timed."""
+    if compilation is None:
+        return True
+    try:
+        return compilation.result(max(deadline - time.monotonic(), 0.0))
+    except TimeoutError:
         return False
-    return family == "sm_{}{}".format(*torch.cuda.get_device_capability())
-
-
-def precompile(search: str, head_dim: int, family: str, shape: Shape) -> None:
-    """Put the compiled kernel into Triton's cache on disk; tensors are without storage."""
-    compile_launch(launches(search, head_dim, family, shape, Device(), "meta")[-1], family)
+    except Exception:
+        # Whatever the compiler threw, this shape is not for this device.
+        return False
 
 
 def milliseconds(search: str, head_dim: int, family: str, shape: Shape, device: Device) -> float | str:
@@ -142,34 +161,45 @@ def main() -> int:
     if device.rehearsal is not None:
         shapes, head_dims, table_file = shapes[:2], (16,), device.rehearsal / "block_sizes.json"
     committed = json.loads(BLOCK_SIZES_FILE.read_text())
-    for head_dim in head_dims:
-        for search in KERNELS:
-            if search not in committed[family]:
-                continue
-            timings = content["timings"].setdefault(f"{search} d{head_dim}", {})
-            missing = [shape for shape in shapes if str(shape) not in timings]
-            workers = None
-            if can_precompile(family, device):
-                workers = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
-                ready = [workers.submit(precompile, search, head_dim, family, shape) for shape in missing]
-            for index, shape in enumerate(missing):
-                while workers and not ready[index].done() and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                if time.monotonic() > deadline:
-                    if workers:
-                        workers.shutdown(wait=False, cancel_futures=True)
-                    print(f"stopped in time; run again to go on with {path}")
-                    return 0
-                timings[str(shape)] = "did not return"
+    searches = [(name, head_dim) for head_dim in head_dims for name in KERNELS if name in committed[family]]
+    timings: dict[str, dict[str, Any]] = content["timings"]
+    missing = [
+        (name, head_dim, shape)
+        for name, head_dim in searches
+        for shape in shapes
+        if str(shape) not in timings.setdefault(f"{name} d{head_dim}", {})
+    ]
+    compiling = start_compiling(missing, family) if device.rehearsal is None else None
+    compilations: Compilations = compiling[1] if compiling else {}
+    for name, head_dim in searches:
+        found = timings[f"{name} d{head_dim}"]
+        for shape in [shape for *search, shape in missing if search == [name, head_dim]]:
+            ready = compiles(compilations.get((name, head_dim, shape)), deadline)
+            if time.monotonic() > deadline:
+                print(f"stopped in time; run again to go on with {path}", flush=True)
+                return end(compiling)
+            found[str(shape)] = "did not return" if ready else "does not compile"
+            save(path, content)
+            if ready:
+                found[str(shape)] = milliseconds(name, head_dim, family, shape, device)
                 save(path, content)
-                timings[str(shape)] = milliseconds(search, head_dim, family, shape, device)
-                save(path, content)
-            if workers:
-                workers.shutdown()
-            best = min((ms, shape) for shape, ms in timings.items() if isinstance(ms, float))
-            print(f"{family} {search} d{head_dim}: {best[1]} takes {best[0]:.3f} ms", flush=True)
-            committed[family][search]["2"][str(head_dim)] = list(ast.literal_eval(best[1]))
-            write_table(committed, table_file)
+        timed = [(ms, shape) for shape, ms in found.items() if isinstance(ms, float)]
+        if not timed:
+            continue
+        best = min(timed)
+        print(f"{family} {name} d{head_dim}: {best[1]} takes {best[0]:.3f} ms", flush=True)
+        committed[family][name]["2"][str(head_dim)] = list(ast.literal_eval(best[1]))
+        write_table(committed, table_file)
+    return end(compiling)
+
+
+def end(compiling: tuple[ProcessPoolExecutor, Compilations] | None) -> int:
+    """Stop compiling, and the exit status."""
+    if compiling:
+        processes = list((compiling[0]._processes or {}).values())
+        compiling[0].shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
     return 0
 
 

@@ -45,6 +45,36 @@ def _require_reductions(family: str, dq_sum: Tensor) -> None:
         )
 
 
+def _scale_dq_launch(dq: Tensor, dq_sum: Tensor, sequences: Tensor, tiles_q: Tensor, sm_scale: float) -> Launch:
+    heads_q, head_dim = dq.shape[2:]
+    arguments = {
+        "dq_ptr": dq,
+        "dq_sum_ptr": dq_sum,
+        "sequences_ptr": sequences,
+        "tiles_ptr": tiles_q,
+        **strides_of("dq", dq, "bth"),
+        "sm_scale": sm_scale,
+        "HEADS_Q": heads_q,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": TILE,
+        "BLOCK_D": padded_head_dim(head_dim),
+    }
+    return Launch(scale_dq_kernel, tiles_q.shape[0] * heads_q, arguments, 8, 1)
+
+
+def _sum_heads_launch(dkey_bias: Tensor, partial: Tensor, sequences: Tensor, tiles_k: Tensor) -> Launch:
+    arguments = {
+        "dkey_bias_ptr": dkey_bias,
+        "partial_ptr": partial,
+        "sequences_ptr": sequences,
+        "tiles_ptr": tiles_k,
+        **strides_of("g", partial, "hb"),
+        "HEADS_KV": partial.shape[0],
+        "BLOCK_N": TILE,
+    }
+    return Launch(sum_heads_kernel, tiles_k.shape[0], arguments, 4, 1)
+
+
 def backward_launches(
     family: str,
     dq: Tensor | None,
@@ -158,29 +188,7 @@ def backward_launches(
     launches.append(Launch(backward_keys_kernel, programs, arguments, blocks.num_warps, blocks.num_stages))
 
     if fused:
-        arguments = {
-            "dq_ptr": dq,
-            "dq_sum_ptr": dq_sum,
-            "sequences_ptr": sequences,
-            "tiles_ptr": tiles_q,
-            **strides_of("dq", dq, "bth"),
-            "sm_scale": sm_scale,
-            "HEADS_Q": heads_q,
-            "HEAD_DIM": head_dim,
-            "BLOCK_M": TILE,
-            "BLOCK_D": padded_head_dim(head_dim),
-        }
-        launches.append(Launch(scale_dq_kernel, tiles_q.shape[0] * heads_q, arguments, 8, 1))
-
+        launches.append(_scale_dq_launch(dq, dq_sum, sequences, tiles_q, sm_scale))
     if dkey_bias is not None and heads_kv > 1:
-        arguments = {
-            "dkey_bias_ptr": dkey_bias,
-            "partial_ptr": partial,
-            "sequences_ptr": sequences,
-            "tiles_ptr": tiles_k,
-            **strides_of("g", partial, "hb"),
-            "HEADS_KV": heads_kv,
-            "BLOCK_N": TILE,
-        }
-        launches.append(Launch(sum_heads_kernel, tiles_k.shape[0], arguments, 4, 1))
+        launches.append(_sum_heads_launch(dkey_bias, partial, sequences, tiles_k))
     return launches

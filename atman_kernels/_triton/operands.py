@@ -160,11 +160,12 @@ def streamed_operands(
         name: None if x is None else tile_descriptor(family, x, block) for name, x in sources.items()
     }
     operands |= {"bias_desc": None, "stride_ab": 0}
-    positive = 0 < sm_scale < 1e6
+    # Far from 1, products or quotients by the scale leave the range of fp32.
+    moderate = 1e-6 < sm_scale < 1e6
     if key_bias is None or not key_bias.numel():
-        return operands | {"SCALE_FIRST": not positive}, []
+        return operands | {"SCALE_FIRST": not moderate}, []
     # In fp32 a product that starts at the bias would be rounded at the bias' magnitude head_dim times, not once.
-    if family not in BULK_COPY_FAMILIES or k.dtype == torch.float32 or not positive:
+    if family not in BULK_COPY_FAMILIES or k.dtype == torch.float32 or not moderate:
         return operands | {"SCALE_FIRST": True}, []
     aligned, launch = align_key_bias(key_bias, sequences, tiles_k, sm_scale)
     operands["bias_desc"] = TensorDescriptor(aligned, [aligned.numel()], [1], [block_n])

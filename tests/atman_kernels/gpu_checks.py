@@ -34,7 +34,9 @@ def outputs_and_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
 
 
 def fused_gradients(case: Case, dtype: torch.dtype, device: str) -> None:
-    """The backward that is not deterministic is as exact as PyTorch too."""
+    """The backward that is not deterministic is as exact as PyTorch too, where the device has it."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        return
     x = make_operands(case, dtype, device)
     oracle, reference = run("reference", case, x.as_float64()), run("reference", case, x)
     with poisoned_memory():
