@@ -13,6 +13,7 @@ from atman_kernels import AttentionPlan, ops
 from atman_kernels._triton import launch
 from tests.atman_kernels.grid import Case, make_operands
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = 4
 HEADS_Q, HEADS_KV, HEAD_DIM = 6, 2, 16
 
@@ -48,8 +49,8 @@ def _count(
     length: int, *, need: tuple[bool, bool, bool, bool] = (True, True, True, True), bias: bool = True
 ) -> Counted:
     case = Case((length,), (HEADS_Q, HEADS_KV), HEAD_DIM, "finite" if bias else "absent")
-    x = make_operands(case, torch.float16)
-    plan = AttentionPlan((length,))
+    x = make_operands(case, torch.float16, DEVICE)
+    plan = AttentionPlan((length,), device=DEVICE)
     q, k, v, do = (t[None] for t in (x.q, x.k, x.v, x.do))
     key_bias = None if x.key_bias is None else x.key_bias[None]
     operands = (
