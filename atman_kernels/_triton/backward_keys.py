@@ -148,6 +148,9 @@ def backward_keys_kernel(
     begin, full_begin, full_end, end = query_bounds(
         first, last_key, shift, n_rows, window, IS_CAUSAL, HAS_WINDOW, BLOCK_M
     )
+    if FUSE_DQ:
+        # dq sums over keys: those past the end, whose exp(0 - lse) may overflow, must be masked and not only zero.
+        full_end = tl.where(first + BLOCK_N > n_keys, full_begin, full_end)
     for MASKED in tl.static_range(2):
         n_tiles = count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_M)
         for tile in range(GROUP * n_tiles):
