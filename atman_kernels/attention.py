@@ -23,21 +23,25 @@ _checking_values = False
 
 
 @contextmanager
-def backend(name: Literal["triton", "cpu", "reference"]) -> Iterator[None]:
+def backend(name: Literal["triton", "cpu", "reference"], *, deterministic: bool = True) -> Iterator[None]:
     """Force one implementation for the calls inside the block, and for their backward wherever that runs.
 
     Process-wide, like ``torch.nn.attention.sdpa_kernel``; blocks nest.
 
     Args:
         name: "triton" (on CPU tensors only under TRITON_INTERPRET=1), "cpu" (the C++ kernel) or "reference".
+        deterministic: False lets "triton" use a backward of five matrix products instead of seven, whose dq is added up
+            in fp32 in an order that varies from run to run (Hopper and later); the others are always deterministic.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for any other name, or a backend that has no other backward.
     """
     if name not in ops.BACKENDS[1:]:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(map(repr, ops.BACKENDS[1:]))}")
+    if not deterministic and name != "triton":
+        raise ValueError(f'only "triton" has a backward that is not deterministic, not {name!r}')
     global _forced_backend
-    before, _forced_backend = _forced_backend, name
+    before, _forced_backend = _forced_backend, name if deterministic else ops.TRITON_FUSED
     try:
         yield
     finally:
