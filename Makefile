@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo claim test quick check bench gpu format clean
+.PHONY: setup demo claim test quick check docs bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -13,7 +13,7 @@ setup: $(INSTALLED)
 $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,docs]"
 	touch $@
 
 demo: setup
@@ -24,7 +24,7 @@ claim: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claim
 	$(BIN)/python -m benchmarks.claim_report
 
-test: check
+test: check docs
 	$(BIN)/pytest
 
 # The tests without those marked slow.
@@ -36,6 +36,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in build/site; a page without a menu entry, a broken link or an unknown object fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # CPU-sized benchmarks with their peers.
 bench: setup
