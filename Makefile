@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo claim test quick check docs bench gpu format clean
+.PHONY: setup demo claim test quick check docs fuzz test-latest package bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -36,6 +36,28 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Ten thousand random cases of attention per backend, against the float64 definition.
+fuzz: setup
+	$(BIN)/python -m pytest -q -n auto tests/atman_kernels/test_properties.py --hypothesis-profile=long
+
+# The tests with the newest dependencies that the bounds in pyproject.toml allow, in an environment of its own. The build
+# of torch may be chosen: make test-latest TORCH=torch==2.13.0
+TORCH ?= torch
+test-latest:
+	$(PYTHON) -m venv build/latest
+	build/latest/bin/pip install --quiet --upgrade $(TORCH)
+	build/latest/bin/pip install --quiet --upgrade $(TORCH) -e ".[dev]"
+	build/latest/bin/pytest --ignore tests/test_packaging.py
+
+# A source distribution, a wheel built from it, and that wheel in an empty environment, where doctor tests the kernels.
+package: setup
+	rm -rf dist build/package
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/package
+	build/package/bin/pip install --quiet -c constraints.txt torch
+	build/package/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd build/package && bin/atmanrl doctor
 
 # The site, in build/site; a page without a menu entry, a broken link or an unknown object fails.
 docs: setup
