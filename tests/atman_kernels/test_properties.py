@@ -3,9 +3,9 @@ empty sequences, prefixes, windows. `make fuzz` runs 34 times as many."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
+from typing import Literal
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from atman_kernels import SharedPrefix, _cpu
 from tests.atman_kernels.grid import NAMES, Case, Operands, assert_operands_exact, make_operands, run
+from tests.atman_kernels.test_attention_all_backends import BACKENDS, DEVICE, needs_extension
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ("contiguous", "heads_first", "dim_first", "interleaved", "embedded", "broadcast")
 TIMES = int(os.environ.get("ATMAN_FUZZ", "1"))
 
@@ -163,10 +163,10 @@ def test_the_reference_computes_the_definition(case: Case, data: st.DataObject) 
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("atman_kernels._C") is None, reason="the C++ extension is not built")
+@needs_extension
 @cases(200)
 @given(
-    problems(longest=200, most=4, head_dims=st.integers(1, 70) | st.sampled_from([80, 96, 128, 256])),
+    problems(longest=150, most=3, head_dims=st.integers(1, 70) | st.sampled_from([80, 96, 128, 256])),
     st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     st.sampled_from(_cpu.isas() or [""]),
     st.data(),
@@ -175,6 +175,16 @@ def test_the_cpu_kernel_is_as_exact_as_pytorch(case: Case, dtype: torch.dtype, i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cpu, "_isa", isa)
         assert_operands_exact(case, "cpu", draw_operands(data, case, dtype, "cpu"))
+
+
+@pytest.mark.parametrize("layout", ["dim_first", "interleaved"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_prefix_may_be_strided_along_head_dim(name: Literal["triton", "cpu"], layout: str) -> None:
+    """Found by the cases above: the C++ kernel refused such a prefix, the Triton kernels read past its numbers."""
+    case = Case((17, 3), heads=(2, 1), prefix=((0, 20), (2, 9)))
+    x = make_operands(case, torch.float32, "cpu" if name == "cpu" else DEVICE)
+    k, v = (restrided(t, layout) for t in x.prefix[:2])
+    assert_operands_exact(case, name, x._replace(prefix=x.prefix._replace(k=k, v=v)))
 
 
 # Triton's interpreter takes a good part of a second per case, and cannot multiply bfloat16.
