@@ -256,7 +256,8 @@ def _call(
             raise ValueError("window needs causal=True: it counts keys back from a row's own position")
     if key_bias is not None and checks_values(key_bias):
         _check_bias_values(key_bias)
-    prefix_k, prefix_v = (None, None) if prefix is None else prefix[:2]
+    # Kernels read D with unit stride; copied here, a prefix is copied once for forward and backward.
+    prefix_k, prefix_v = (None, None) if prefix is None else (_unit_stride(prefix.k), _unit_stride(prefix.v))
     o, lse = ops.attention_forward(
         q, k, v, key_bias, prefix_k, prefix_v, plan.sequences, plan.tiles_q, plan.tiles_k,
         1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale),
@@ -308,6 +309,10 @@ def check_layout(
 def forced_backend() -> str:
     """What :func:`backend` forces at the moment; "" where the device decides."""
     return _forced_backend
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def checks_values(tensor: Tensor) -> bool:

@@ -122,7 +122,11 @@ def run(
 
 def assert_exact(case: Case, name: Literal["triton", "cpu"], dtype: torch.dtype, device: str = "cpu") -> None:
     """Assert the pass criterion on every output and gradient, with all fresh memory poisoned by NaN."""
-    operands = make_operands(case, dtype, device)
+    assert_operands_exact(case, name, make_operands(case, dtype, device))
+
+
+def assert_operands_exact(case: Case, name: Literal["triton", "cpu"], operands: Operands) -> None:
+    """:func:`assert_exact` on tensors of any strides."""
     oracle = run("reference", case, operands.as_float64())
     reference = run("reference", case, operands)
     with poisoned_memory():
