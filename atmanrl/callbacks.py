@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from atmanrl.records import Run
+from atmanrl.records import Run, write_text_atomically
 from atmanrl.report import write_page
 
 METRICS = "metrics.jsonl"
@@ -201,4 +201,4 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text_atomically(path, "".join(kept))

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from atmanrl.errors import InputError
+
 MANIFEST = "manifest.json"
 _STAGING = ".saving"
 _CHUNK = 1 << 22
@@ -37,25 +39,41 @@ def staged(run: Path, name: str, accelerator: Accelerator) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    yield staging
+    try:
+        yield staging
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _seal(staging / name)
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(staging / name, run / name)
+            _sync(run)
+            staging.rmdir()
+    except BaseException:
+        # A full disk needs the room, for instance for the message.
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _seal(staging / name)
-        shutil.rmtree(run / name, ignore_errors=True)
-        os.replace(staging / name, run / name)
-        _sync(run)
-        staging.rmdir()
-    accelerator.wait_for_everyone()
+
+
+def saved(run: Path) -> list[Path]:
+    """The checkpoints of a run, whole or damaged, the newest first."""
+    found = {int(match[1]): path for path in run.glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))}
+    return [path for _, path in sorted(found.items(), reverse=True)]
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run, None where there is none; each damaged one passed over is logged."""
-    found = {int(match[1]): path for path in run.glob("checkpoint-*") if (match := re.search(r"-(\d+)$", path.name))}
-    for _, path in sorted(found.items(), reverse=True):
+    """The newest undamaged checkpoint of a run, None where it has saved none; each damaged one passed over is logged.
+
+    Raises:
+        InputError: every checkpoint is damaged; starting again would drop what the run has logged.
+    """
+    for path in saved(run):
         problem = damage(path)
         if problem is None:
             return path
         logger.warning("%s is damaged (%s): falling back to the checkpoint before it", path, problem)
+    if saved(run):
+        raise InputError(f"every checkpoint in {run} is damaged; --overwrite deletes the run and starts it again")
     return None
 
 

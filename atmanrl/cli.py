@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from atmanrl.errors import InputError
+from atmanrl.errors import InputError, RunError
 from atmanrl.recipe import ModelConfig, builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
@@ -20,7 +20,10 @@ TRL's GRPOConfig and of Hugging Face's TrainingArguments as well.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status: 0, 1 where a check failed, 2 for input that cannot be used."""
+    """Run one subcommand and return its exit status.
+
+    0; 1 where a check failed or a run had to stop; 2 for input that cannot be used.
+    """
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     try:
@@ -57,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from atmanrl.commands.doctor import doctor
 
         return doctor()
+    except RunError as error:
+        print(f"atmanrl {known.command}: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         # Hours into a training run any other error is a bug, and its traceback is what one needs.
         if known.command == "train" and not isinstance(error, InputError):
@@ -205,7 +211,8 @@ def _add_explain(commands: Any) -> None:
         "explain",
         help="show which tokens of a chain of thought its answer rests on",
         description="Show which tokens of a chain of thought its answer rests on.",
-        epilog="How masks are optimised can be set with --mask.steps, --mask.lr and the other fields of MaskConfig.",
+        epilog="How masks are optimised can be set with --mask.steps, --mask.lr and the other fields of MaskConfig, or "
+        "with --mask.preset.",
         allow_abbrev=False,
     )
     explain.add_argument("--model", required=True, help='directory, Hugging Face id, or "ledger" (built in)')
@@ -247,8 +254,8 @@ def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="throughput of mask optimisation, beside other ways to write it",
-        description="Measure one step of mask optimisation: the engine's fast and general path, the loop that the "
-        "paper suggests, and batched SDPA and FlexAttention.",
+        description="Measure one step of mask optimisation, forward and backward of all rollouts' losses without "
+        "AdamW: the engine's fast and general path, the loop that the paper suggests, batched SDPA and FlexAttention.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -263,9 +270,12 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--prompt", type=int, default=150, help="tokens")
     bench.add_argument("--cot", type=int, nargs=2, default=(150, 250), metavar=("LEAST", "MOST"), help="tokens")
     bench.add_argument("--answer", type=int, default=8, help="tokens")
-    bench.add_argument("--steps", type=int, default=2, help="timed, after one to warm up")
+    bench.add_argument("--steps", type=int, default=2, help="timed, after one to warm up and one to count")
     bench.add_argument(
-        "--arms", nargs="+", default=["fast", "general", "sdpa", "flex", "paper"], help="ratios are to the first"
+        "--arms",
+        nargs="+",
+        default=["fast", "general", "sdpa", "flex", "paper"],
+        help="ratios are to the first that runs",
     )
     bench.add_argument("--output", type=Path, metavar="FILE.json")
 

@@ -237,15 +237,19 @@ def paired_rollouts(before: Run, after: Run) -> list[tuple[RolloutRecord, Rollou
 def write_text_atomically(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 so that a reader finds either the old file or the whole new one."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    # A temporary file is private to its owner; the result gets what the process's umask gives any new file.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(file.name, 0o666 & ~umask)
-    os.replace(file.name, path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        # A temporary file is private to its owner; the result gets what the process's umask gives any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        # A full disk needs the room.
+        os.unlink(name)
+        raise
 
 
 def _to_json(value: Any) -> str:

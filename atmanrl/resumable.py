@@ -22,6 +22,12 @@ from atmanrl import checkpoints
 UNLOGGED = "unlogged-{process}.json"
 """File of a checkpoint, one per process: what was measured since the last log line."""
 
+# transformers has torch.load put the optimiser of several processes on this process's device. On a CPU accelerate calls
+# that "cpu:1", which torch.load does not know.
+torch.serialization.register_package(
+    30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 class ResumableGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """Saves whole checkpoints with what is not logged yet, and draws each epoch's order from the seed and the epoch."""

@@ -26,6 +26,7 @@ import yaml
 
 from atmanrl.errors import InputError
 from atmanrl.recipe import Recipe
+from atmanrl.records import write_text_atomically
 
 CONFIG = "config.yaml"
 PACKAGES = ("atmanrl", "torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "flash-attn")
@@ -81,13 +82,21 @@ def check(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool =
 
 
 def start(path: Path, recipe: Recipe, *, resume: bool = False) -> None:
-    """Make the checked directory, delete what an earlier run wrote there unless it is resumed, and write the recipe."""
-    path.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        for item in (item for pattern in _WRITTEN for item in path.glob(pattern)):
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
-    (path / CONFIG).write_text(recipe.to_yaml(), encoding="utf-8")
-    (path / "environment.json").write_text(json.dumps(_environment(), indent=1), encoding="utf-8")
+    """Make the checked directory, delete what an earlier run wrote there unless it is resumed, and write the recipe.
+
+    Raises:
+        RunDirectoryError: the directory cannot be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            for item in (item for pattern in _WRITTEN for item in path.glob(pattern)):
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        # In one piece: a resumed run whose disk is full must not lose the recipe it was started with.
+        write_text_atomically(path / CONFIG, recipe.to_yaml())
+        write_text_atomically(path / "environment.json", json.dumps(_environment(), indent=1))
+    except OSError as error:
+        raise RunDirectoryError(f"output_dir {path} cannot be written to: {error}") from error
 
 
 def _contents(path: Path, most: int = 5) -> list[str]:

@@ -147,6 +147,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
 
     Attributes:
         seconds: spent by this process so far on "generation", "saliency", "credit" and "update".
+        part: the one that is under way.
         watch: called with the name of each part as it begins.
     """
 
@@ -161,6 +162,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
     ) -> None:
         self.task = task
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.part = "update"
         self.watch: Callable[[str], None] = lambda part: None
         self._prompt_ids: list[list[int]] = []
         self._rows: list[dict[str, Any]] = []
@@ -429,9 +431,14 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
-        self.watch(part)
+        self._enter(part)
         try:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - start
-            self.watch("update")
+        # Not after an exception: what it ended is what is asked for then.
+        self._enter("update")
+
+    def _enter(self, part: str) -> None:
+        self.part = part
+        self.watch(part)

@@ -46,7 +46,7 @@ class Update(AtManGRPOTrainer):
         super().__init__(*args, **kwargs)
         self.peaks: dict[str, int] = {}
         self._part = "update"
-        self.watch = self._enter
+        self.watch = self._begin
 
     def _split(self, completion_ids: Sequence[int]) -> CompletionSplit:
         ids = tuple(completion_ids)
@@ -59,7 +59,7 @@ class Update(AtManGRPOTrainer):
             self.peaks[self._part] = max(self.peaks.get(self._part, 0), torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
 
-    def _enter(self, part: str) -> None:
+    def _begin(self, part: str) -> None:
         self.note_peak()
         print(f"{time.strftime('%X')}  {part}", flush=True)
         self._part = part

@@ -18,6 +18,7 @@ from atmanrl import checkpoints, run_directory
 from atmanrl.callbacks import MetricsFile, ProgressLine, RolloutPages, StopOnSigterm
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
+from atmanrl.commands.failures import explained
 from atmanrl.data import load_task
 from atmanrl.errors import InputError
 from atmanrl.plain_copy import plain
@@ -51,6 +52,12 @@ def train(
         if process.is_main_process:
             console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
         return 0
+    if process.num_processes != args.arithmetic.processes:
+        # accelerate joins processes on a CPU only where it is told that the CPU is meant.
+        raise InputError(
+            f"launched as {args.arithmetic.processes} processes that do not know one another: on a machine without an "
+            f"accelerator pass --use_cpu true"
+        )
     run = Path(args.output_dir)
     if process.is_main_process:
         run_directory.check(run, recipe, overwrite=overwrite, resume=resume)
@@ -83,17 +90,19 @@ def train(
     trainer.add_callback(progress)
     trainer.add_callback(MetricsFile(trainer.seconds))
     trainer.add_callback(RolloutPages(partial(trainer.sampled, args.page_rollouts), args.page_steps))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop.requested:
-        console.print(f"stopped at step {trainer.state.global_step}; the same command with --resume goes on from there")
-        return 0
-    if recipe.model.lora is not None:
-        trainer.save_model(str(run / ADAPTER))
-    trained = plain(trainer.accelerator.unwrap_model(trainer.model), model.dtype)
-    if process.is_main_process:
-        trained.save_pretrained(run / MODEL)
-        tokenizer.save_pretrained(run / MODEL)
-        evaluation.after(trained, console)
+    with explained(run, trainer):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if stop.requested:
+            step = trainer.state.global_step
+            console.print(f"stopped at step {step}; the same command with --resume goes on from there")
+            return 0
+        if recipe.model.lora is not None:
+            trainer.save_model(str(run / ADAPTER))
+        trained = plain(trainer.accelerator.unwrap_model(trainer.model), model.dtype)
+        if process.is_main_process:
+            trained.save_pretrained(run / MODEL)
+            tokenizer.save_pretrained(run / MODEL)
+            evaluation.after(trained, console)
     return 0
 
 

@@ -1,0 +1,225 @@
+"""Faults from outside: a run stops with a message and a status, and goes on from what it had saved."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from atmanrl import checkpoints
+from atmanrl.answers import AnswerFormat
+from atmanrl.cli import main
+from tests.atmanrl.test_resume import COMMAND, STEPS, assert_same_run
+from tests.atmanrl.tiny import PROBLEMS, write_gsm8k
+
+HALF = STEPS // 2
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert main([*COMMAND, "--output_dir", str(run)]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("half") / "run"
+    assert main([*COMMAND, "--max_steps", str(HALF), "--output_dir", str(run)]) == 0
+    shutil.rmtree(run / "model")
+    return run
+
+
+@pytest.fixture
+def halfway(half: Path, tmp_path: Path) -> Path:
+    """A run that got through half of the steps: its checkpoints and its metrics."""
+    return Path(shutil.copytree(half, tmp_path / "run"))
+
+
+def goes_on(run: Path, uninterrupted: Path) -> None:
+    assert main([*COMMAND, "--output_dir", str(run), "--resume"]) == 0
+    assert_same_run(run, uninterrupted)
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing past ``size`` bytes fails as it does on a full disk, with another errno."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [300_000, 800_000], ids=["the weights", "the optimiser"])
+def test_a_disk_that_fills_while_a_checkpoint_is_saved_leaves_the_one_before_it(
+    halfway: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    with files_no_larger_than(size):
+        assert main([*COMMAND, "--output_dir", str(halfway), "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert "cannot write a checkpoint (is the disk full?)" in error
+    assert f"checkpoint-{HALF} is kept and --resume goes on from it" in error
+    assert not (halfway / ".saving").exists()
+    goes_on(halfway, uninterrupted)
+
+
+def test_a_disk_that_is_full_when_metrics_are_written_loses_no_line(
+    halfway: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = halfway / "metrics.jsonl"
+    aside = lines.rename(halfway / "aside")
+    lines.symlink_to("/dev/full")
+    assert main([*COMMAND, "--output_dir", str(halfway), "--resume"]) == 1
+    assert f"cannot write: [Errno {errno.ENOSPC}] No space left on device" in capsys.readouterr().err
+    lines.unlink()
+    aside.rename(lines)
+    goes_on(halfway, uninterrupted)
+
+
+def test_a_reward_function_that_raises_keeps_its_traceback_and_says_how_to_go_on(
+    halfway: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def matches(self: AnswerFormat, predicted: str, gold: str) -> bool:
+        raise KeyError("no such answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AnswerFormat, "matches", matches)
+        with pytest.raises(KeyError, match="no such answer") as raised:
+            main([*COMMAND, "--output_dir", str(halfway), "--resume"])
+    kept = f"stopped after step {HALF} of {STEPS}; checkpoint-{HALF} is kept and --resume goes on from it"
+    assert raised.value.__notes__ == [kept]
+    goes_on(halfway, uninterrupted)
+
+
+def out_of_memory_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def out_of_memory_on_a_cpu() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "advice"),
+    [
+        ("_compute_loss", "update", "per_device_train_batch_size down"),
+        ("_generate_single_turn", "generation", "max_completion_length"),
+    ],
+)
+@pytest.mark.parametrize("fail", [out_of_memory_on_a_gpu, out_of_memory_on_a_cpu])
+def test_want_of_memory_is_said_with_the_settings_that_need_less_of_it(
+    halfway: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    part: str,
+    advice: str,
+    fail: Callable[[], None],
+) -> None:
+    monkeypatch.setattr(GRPOTrainer, method, lambda *arguments, **options: fail())
+    assert main([*COMMAND, "--output_dir", str(halfway), "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert f"out of memory during {part}: " in error
+    assert advice in error
+    assert f"checkpoint-{HALF} is kept" in error
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again_by_itself(
+    halfway: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (halfway / "metrics.jsonl").read_bytes()
+    for checkpoint in checkpoints.saved(halfway):
+        (checkpoint / "optimizer.pt").unlink()
+    assert main([*COMMAND, "--output_dir", str(halfway), "--resume"]) == 2
+    assert "every checkpoint in" in capsys.readouterr().err
+    assert (halfway / "metrics.jsonl").read_bytes() == lines
+
+
+def test_an_output_directory_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([*COMMAND, "--output_dir", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_a_resumed_run_on_a_read_only_disk_is_refused_and_stays_as_it_was(
+    halfway: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    before = {path: path.read_bytes() for path in halfway.rglob("*") if path.is_file()}
+    # Permissions do not stop a test that runs as root.
+    monkeypatch.setattr("tempfile.mkstemp", read_only)
+    assert main([*COMMAND, "--output_dir", str(halfway), "--resume"]) == 2
+    assert "cannot be written to: [Errno 30] Read-only file system" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in halfway.rglob("*") if path.is_file()}
+
+
+def test_an_unreadable_row_in_the_middle_stops_a_run_before_it_deletes_the_one_before(
+    halfway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_gsm8k(tmp_path / "train.jsonl", PROBLEMS * 5)
+    rows = data.read_bytes().splitlines(keepends=True)
+    middle = len(rows) // 2
+    data.write_bytes(b"".join([*rows[:middle], rows[middle][:20] + b"\n", *rows[middle:]]))
+    overwriting = ["--overwrite", "--data.name", "gsm8k", "--data.path", str(data)]
+    assert main([*COMMAND, "--output_dir", str(halfway), *overwriting]) == 2
+    assert f"{data}, line {middle + 1}: not JSON" in capsys.readouterr().err
+    assert len(checkpoints.saved(halfway)) == 2
+
+
+def two_processes(run: Path, *options: str) -> subprocess.Popen[bytes]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "atmanrl"]
+    sizes = ["--gradient_accumulation_steps", "1", "--use_cpu", "true"]
+    command = [sys.executable, *launch, *COMMAND, *sizes, "--output_dir", str(run), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_processes_that_do_not_know_one_another_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*COMMAND, "--gradient_accumulation_steps", "1", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "launched as 2 processes that do not know one another" in capsys.readouterr().err
+
+
+def workers_of(launcher: subprocess.Popen[bytes]) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"atmanrl" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_both_processes_and_the_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    tmp_path: Path,
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    process = two_processes(whole)
+    assert process.wait(timeout=240) == 0
+    process = two_processes(run)
+    while not checkpoints.saved(run) and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert b"Signal 9 (SIGKILL)" in error
+    assert not (run / "model").exists()
+    assert two_processes(run, "--resume").wait(timeout=240) == 0
+    assert_same_run(run, whole)
