@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 checkpoints=known.checkpoints,
                 output=known.output,
                 faithfulness=known.faithfulness,
+                initial_model=known.initial_model,
             )
         if known.command == "explain":
             return _explain(known, parse_overrides(rest))
@@ -90,6 +91,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         temperature=known.temperature,
         seed=known.seed,
         color=known.color,
+        estimator=known.estimator,
         deletion=known.deletion,
         record_every=known.record_every,
     )
@@ -204,6 +206,11 @@ def _add_evaluate(commands: Any) -> None:
         action="store_true",
         help="also cut, hide and replace parts of every chain of thought and see what becomes of the answer",
     )
+    evaluate.add_argument(
+        "--initial-model",
+        metavar="MODEL",
+        help="with --faithfulness: also let this model read every checkpoint's chains of thought",
+    )
 
 
 def _add_explain(commands: Any) -> None:
@@ -231,6 +238,13 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of written completions")
     explain.add_argument("--temperature", type=float, default=0.0, help="of written completions; 0 is greedy")
     explain.add_argument("--seed", type=int, default=0)
+    explain.add_argument(
+        "--estimator",
+        default="mask",
+        metavar="NAME",
+        help="what scores the tokens: mask (the paper's), best, sparse-mask, integrated, gradient, leave-one-out, "
+        "atman, atman-concept, attention or random",
+    )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")
     explain.add_argument("--csv", type=Path, metavar="FILE", help="write a row per token")

@@ -14,8 +14,9 @@ from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
 from atmanrl.data.sources import json_rows
 from atmanrl.generation import GenerationSettings, context_length, generate
-from atmanrl.recording import Completion, record
+from atmanrl.recording import Completion, record, score_name
 from atmanrl.records import Run
+from atmanrl.saliency.estimators import make_estimator
 
 # Tried in this order: the announcements that cannot be mistaken first, a lone number last.
 _FORMATS = (LEDGER_ANSWER, MMLU_ANSWER, GSM8K_ANSWER.with_mode("flexible"))
@@ -98,6 +99,7 @@ def explain(
     label: str = "explained",
     generation: GenerationSettings | None = None,
     mask: MaskConfig | None = None,
+    estimator: str = "mask",
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     record_every: int | None = None,
@@ -112,6 +114,7 @@ def explain(
         label: what a reader calls this run.
         generation: how missing completions are drawn, one per prompt; where None greedily, up to the context's end.
         mask: how masks are optimised; the paper's numbers where None.
+        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
         record_every: keep each mask and its loss every so many steps (`RolloutRecord.trajectory`).
@@ -121,7 +124,7 @@ def explain(
         ValueError: for an example whose answer is not in its completion or that exceeds the model's context, with its
             place; for no examples.
     """
-    mask = mask or MaskConfig()
+    scorer = make_estimator(estimator, mask=mask, record_every=record_every)
     prompts, completion_ids, generation = completed(
         model, tokenizer, examples, generation=generation, seed=seed, progress=progress
     )
@@ -129,9 +132,10 @@ def explain(
         Completion(example.name, prompt, ids, _answer_format(example, str(tokenizer.decode(ids))), example.expected)
         for example, prompt, ids in zip(examples, prompts, completion_ids, strict=True)
     ]
-    records = record(model, tokenizer, completions, mask=mask, record_every=record_every, progress=progress)
+    records = record(model, tokenizer, completions, estimator=scorer, progress=progress)
     generated = {"generation": asdict(generation), "seed": seed} if generation else {}
-    return Run(label, tuple(records), settings={**(settings or {}), **generated, "mask": asdict(mask)})
+    masked = {"mask": asdict(mask or MaskConfig())} if scorer.name == "mask" else {}
+    return Run(label, tuple(records), score_name(scorer.name), {**(settings or {}), **generated, **masked})
 
 
 def completed(

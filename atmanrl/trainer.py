@@ -32,12 +32,13 @@ from atmanrl.config import CreditConfig, MaskConfig
 from atmanrl.credit_assignment import NEEDS_SERIES, READ_FROM_ATTENTION, gammas, weighted_advantages
 from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
-from atmanrl.recording import Completion, record_one
+from atmanrl.recording import Completion, record_one, score_name
 from atmanrl.records import Run
 from atmanrl.resumable import ResumableGRPOTrainer
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
-from atmanrl.saliency import NonFiniteLossError, RolloutSaliency, SaliencyResult, optimize_masks, working_copy
+from atmanrl.saliency import NonFiniteLossError, working_copy
+from atmanrl.saliency.estimators import Estimator, TokenScores, estimate_saliency, make_estimator
 
 Target = Literal["predicted", "correct"]
 
@@ -59,6 +60,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         reduction: see :func:`atmanrl.saliency_reward`.
         target: which answer the mask's loss teacher-forces: the rollout's own ("predicted") or the gold ("correct").
         mask: how masks are optimised.
+        saliency_estimator: what scores the tokens, "mask" (the paper's) or another of `atmanrl.ESTIMATORS`, or "best";
+            R_sal then averages `TokenScores.restored`.
         credit_assignment: how a rollout's advantage is spread over its tokens; by default evenly.
         log_saliency: compute and log the saliency also where ``saliency_weight`` is 0; it changes no number of the run.
         skip_non_finite: leave a rollout with a NaN or infinite loss, mask or reward out instead of stopping.
@@ -71,6 +74,7 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     reduction: str = "causal"
     target: str = "predicted"
     mask: MaskConfig = field(default_factory=MaskConfig)
+    saliency_estimator: str = "mask"
     credit_assignment: CreditConfig = field(default_factory=CreditConfig)
     log_saliency: bool = False
     skip_non_finite: bool = False
@@ -100,6 +104,7 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         for name, choices in (("direction", Direction), ("reduction", Reduction), ("target", Target)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        self.estimator()
         if self.reward_weights is not None:
             raise ValueError(f"reward_weights {self.reward_weights}: the one free weight is saliency_weight")
         if self.credit_assignment.strategy != "none" and self.use_liger_kernel:
@@ -124,6 +129,14 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         if self.save_strategy == "steps" and self.save_steps >= 1:
             arithmetic.check_save_steps(int(self.save_steps))
         self.arithmetic = arithmetic
+
+    def estimator(self) -> Estimator:
+        """What scores the tokens.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        return make_estimator(self.saliency_estimator, mask=self.mask)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -168,7 +181,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         self._rows: list[dict[str, Any]] = []
         self._completion_ids: list[list[int]] = []
         self._splits: list[CompletionSplit] = []
-        self._masks: dict[int, RolloutSaliency] = {}
+        self._masks: dict[int, TokenScores] = {}
         self._collector: SeriesCollector | None = None
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
@@ -210,14 +223,14 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         return [0.0 if is_correct else -1.0 for is_correct in correct]
 
     def saliency(self, answer: list[str], log_metric: Any, **columns: Any) -> list[float]:
-        """R_sal of every rollout, all masks optimised in one call on the live policy; 0 where nothing can be."""
+        """R_sal of every rollout, all scored in one call on the live policy; 0 where nothing can be."""
         rollouts = self._rollouts(answer)
         rewards = torch.zeros(len(rollouts))
         active = [i for i, rollout in enumerate(rollouts) if rollout.cot_ids and rollout.answer_ids]
         # TRL leaves a rollout whose rewards are all NaN out of its group; one whose mask failed must get there.
         rewards[active] = torch.nan
         with self._clock("saliency"):
-            active, masks = self._optimize_masks(rollouts, active)
+            active, masks = self._scores(rollouts, active)
         self._masks = dict(zip(active, masks, strict=True))
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
         classes = self._classes()
@@ -245,7 +258,12 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             reason = None if mask is not None else "no mask was optimised"
             records.append(record_one(self.processing_class, completion, self._splits[i], mask, reason, self._end_ids))
         settings = {"mask": asdict(self.args.mask), "task": self.task.name}
-        return Run(label=f"step {self.state.global_step}", rollouts=tuple(records), settings=settings)
+        return Run(
+            label=f"step {self.state.global_step}",
+            rollouts=tuple(records),
+            score=score_name(self.args.estimator().name),
+            settings=settings,
+        )
 
     # The seams in TRL's trainer.
 
@@ -356,14 +374,15 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             for prompt_ids, completion_ids, gold in zip(self._prompt_ids, self._completion_ids, answer, strict=True)
         ]
 
-    def _optimize_masks(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], SaliencyResult]:
-        """Masks of the ``active`` rollouts, in one call; those left out for a non-finite loss are missing from both."""
+    def _scores(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], list[TokenScores]]:
+        """Scores of the ``active`` rollouts, in one call; those left out as non-finite are missing from both."""
         with self.accelerator.autocast():
             # Once, however often the loop runs: gathering a sharded policy takes every process.
             model = working_copy(self.accelerator.unwrap_model(self.model))
         while True:
             try:
-                return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)
+                scored = estimate_saliency(model, [rollouts[i] for i in active], self.args.estimator(), progress=False)
+                return active, scored
             except NonFiniteLossError as error:
                 index = active[error.rollout]
                 rollout = rollouts[index]

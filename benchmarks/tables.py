@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import credit_report
 from benchmarks.cases import attention_cases
+from benchmarks.estimator_tables import estimator_tables, search_tables
 from benchmarks.peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
@@ -183,7 +184,18 @@ def scaling_page() -> str:
     return f"{mask_tables(_results('masks'))}\n### Presets\n\n{presets}"
 
 
-PAGES = {"benchmarks.md": benchmarks_page, "scaling.md": scaling_page, "credit.md": credit_report.page}
+def estimators_page() -> str:
+    """The generated part of docs/estimators.md."""
+    rated, searched = (_results(kind) for kind in ("estimators", "estimator_search"))
+    return f"{estimator_tables(rated)}\n### What was tried\n\n{search_tables(searched)}"
+
+
+PAGES = {
+    "benchmarks.md": benchmarks_page,
+    "scaling.md": scaling_page,
+    "credit.md": credit_report.page,
+    "estimators.md": estimators_page,
+}
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from atmanrl import MaskConfig, optimize_masks, saliency_reward
+from atmanrl import MaskConfig, estimate_saliency, optimize_masks, saliency_reward
 from atmanrl import trainer as trainer_module
 from atmanrl.callbacks import RolloutPages
 from atmanrl.config import CreditConfig, DataConfig, LedgerConfig, SeriesConfig
@@ -123,9 +123,11 @@ def test_with_weight_0_every_loss_and_parameter_is_trls_own_bit_for_bit(
         assert torch.equal(parameter, expected), name
 
 
-def test_the_saliency_reward_of_a_batch_is_that_of_its_rollouts(ledger: Task, tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", ["mask", "best", "attention"])
+def test_the_saliency_reward_of_a_batch_is_that_of_its_rollouts(ledger: Task, tmp_path: Path, estimator: str) -> None:
     model, tokenizer = load_policy(ModelConfig("ledger"))
-    args = AtManGRPOConfig(**settings(tmp_path, mask=FEW_STEPS, saliency_weight=0.5, direction="printed"))
+    chosen = {"mask": FEW_STEPS, "saliency_estimator": estimator, "direction": "printed"}
+    args = AtManGRPOConfig(**settings(tmp_path, saliency_weight=0.5, **chosen))
     trainer = AtManGRPOTrainer(model, args, ledger, tokenizer)
     rows = [ledger.train[i] for i in range(2) for _ in range(4)]
     batch = trainer._generate_and_score_completions(rows)
@@ -136,7 +138,10 @@ def test_the_saliency_reward_of_a_batch_is_that_of_its_rollouts(ledger: Task, tm
         rollouts.append(Rollout(prompt, split.cot_ids, split.answer_ids, split.marker_ids))
         correct = split.answer is not None and ledger.answer_format.matches(split.answer.value, row["answer"])
         outcomes.append(0.0 if correct else -1.0)
-    saliency = saliency_reward(optimize_masks(model, rollouts, FEW_STEPS), direction="printed")
+    if estimator == "mask":
+        saliency = saliency_reward(optimize_masks(model, rollouts, FEW_STEPS), direction="printed")
+    else:
+        saliency = saliency_reward(estimate_saliency(model, rollouts, estimator), direction="printed")
     rewards = torch.tensor(outcomes) + 0.5 * saliency
     groups = rewards.view(2, 4)
     torch.testing.assert_close(batch["advantages"], (groups - groups.mean(dim=1, keepdim=True)).flatten())
@@ -272,9 +277,9 @@ def break_part(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
         def optimize(model: Any, rollouts: Any, *rest: Any, **options: Any) -> Any:
             if once():
                 raise NonFiniteLossError(0, float("nan"), "at step 1")
-            return optimize_masks(model, rollouts, *rest, **options)
+            return estimate_saliency(model, rollouts, *rest, **options)
 
-        monkeypatch.setattr(trainer, "optimize_masks", optimize)
+        monkeypatch.setattr(trainer, "estimate_saliency", optimize)
     elif part == "reward":
 
         def reward(masks: Any, *rest: Any) -> torch.Tensor:
@@ -296,6 +301,7 @@ def break_part(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     ("overrides", "message"),
     [
         ({"direction": "up"}, "direction must be one of restored, printed, got 'up'"),
+        ({"saliency_estimator": "atmam"}, "unknown estimator 'atmam'.*did you mean 'atman'"),
         ({"target": "gold"}, "target must be one of predicted, correct, got 'gold'"),
         ({"reward_weights": [1.0, 2.0]}, "the one free weight is saliency_weight"),
         ({"num_generations": 3}, "does not hold whole groups of num_generations 3.*nearest that works: 12 rollouts"),
