@@ -24,7 +24,7 @@ claim: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claim
 	$(BIN)/python -m benchmarks.claim_report
 
-# Ways to assign credit to tokens, on two versions of the built-in task, five seeds each; goes on where it was stopped.
+# Ways to assign credit to tokens, on two versions of the built-in task; goes on where it was stopped.
 credit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.credit
 	$(BIN)/python -m benchmarks.credit_report

@@ -152,8 +152,8 @@ class CreditConfig:
         for name, choices in (("strategy", CreditStrategy), ("sign", CreditSign)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
-        if not self.gain > 0:
-            raise ValueError(f"gain must be positive, got {self.gain}")
+        if not 0 < self.gain < math.inf:
+            raise ValueError(f"gain must be positive and finite, got {self.gain}")
         for name in ("share", "alpha", "waad_quantile", "delta_quantile", "floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

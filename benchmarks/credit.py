@@ -53,7 +53,7 @@ SETTING = {
     "save_strategy": "no",
     "report_to": "none",
 }
-SEEDS = {"longer": range(5), "ledger": range(3)}
+SEEDS = {"longer": range(4), "ledger": range(3)}
 CURVES = {"answers/accuracy": "accuracy", "cot/tokens": "cot_tokens"}
 
 

@@ -118,7 +118,7 @@ def test_positive_sign_leaves_negative_advantages_alone() -> None:
     ("values", "message"),
     [
         ({"strategy": "locl"}, "strategy must be one of none, local"),
-        ({"gain": 0.0}, "gain must be positive, got 0.0"),
+        ({"gain": 0.0}, "gain must be positive and finite, got 0.0"),
         ({"share": 1.5}, r"share must lie in \[0, 1\], got 1.5"),
         ({"lookback": 0}, "lookback must be at least 1, got 0"),
         ({"sign": "negative"}, "sign must be one of both, positive"),
