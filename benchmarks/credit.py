@@ -25,7 +25,7 @@ from atmanrl.recipe import load_recipe
 from atmanrl.records import Run, write_text_atomically
 from atmanrl.summary import summarize
 from benchmarks.claim import train_and_measure
-from benchmarks.timing import RESULTS, commit
+from benchmarks.device import RESULTS, commit
 
 TASKS = {"longer": {"data.ledger.pairs": "8"}, "ledger": {}}
 # The masks of the saliency arm are those of the preset "tenth": 20 steps in place of the paper's 200.

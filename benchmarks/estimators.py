@@ -46,7 +46,7 @@ from atmanrl.saliency.estimators import (
     substitution_effects,
 )
 from benchmarks.cpu import processor
-from benchmarks.timing import commit, results_file, save
+from benchmarks.device import commit, results_file, save
 
 PROMPTS, SEARCH_PROMPTS = 128, 64
 FILLERS = 3

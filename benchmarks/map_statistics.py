@@ -29,7 +29,7 @@ from atmanrl.attention_series import attention_series
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.throughput import random_model
 from benchmarks.cpu import _seconds, _status_bytes, processor
-from benchmarks.timing import commit, results_file, save
+from benchmarks.device import commit, results_file, save
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 HEADS_Q, HEADS_KV, HEAD_DIM = 8, 2, 128
