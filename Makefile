@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo claim credit test quick check bench gpu format clean
+.PHONY: setup demo claim credit test quick check sanitize aarch64 bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -42,6 +42,24 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The tests of the C++ kernel on a build with the address and undefined-behaviour sanitizers, whose runtimes have to be
+# loaded before everything else.
+sanitize: setup
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/sanitize/package -C build-dir=build/sanitize/cmake \
+	  -C cmake.build-type=RelWithDebInfo -C cmake.define.ATMAN_SANITIZE=address,undefined .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ATMAN_EXTENSION=$$(echo build/sanitize/package/atman_kernels/_C*.so) \
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/atman_kernels/test_cpu.py tests/atman_kernels/test_cpu_binding.py
+
+# The kernels built for aarch64 and tested under emulation; on Debian: apt install cmake g++-aarch64-linux-gnu qemu-user
+aarch64:
+	cmake -S . -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64 -DATMAN_PYTHON=OFF -DATMAN_KERNEL_TEST=ON
+	cmake --build build/aarch64
+	ctest --test-dir build/aarch64 --verbose
 
 # CPU-sized benchmarks with their peers.
 bench: setup

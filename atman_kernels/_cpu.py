@@ -1,5 +1,9 @@
 """The C++ kernel behind the operators (csrc/), on CPU tensors in float32, float16 and bfloat16.
 
+Sums are fp32. bfloat16 products use the processor's bf16 dot instructions where it has them (``avx512_bf16``); p and
+ds are then rounded to bfloat16 where they are operands, but not for lse, delta or dkey_bias. Elsewhere, and in float16,
+the inputs are converted to fp32.
+
 The environment variable ATMAN_CPU_ISA names the instruction set to use (one of ``isas()``) instead of the best one.
 """
 

@@ -218,7 +218,8 @@ def _add_explain(commands: Any) -> None:
         "explain",
         help="show which tokens of a chain of thought its answer rests on",
         description="Show which tokens of a chain of thought its answer rests on.",
-        epilog="How masks are optimised can be set with --mask.steps, --mask.lr and the other fields of MaskConfig.",
+        epilog="How masks are optimised can be set with --mask.steps, --mask.lr and the other fields of MaskConfig, or "
+        "with --mask.preset.",
         allow_abbrev=False,
     )
     explain.add_argument("--model", required=True, help='directory, Hugging Face id, or "ledger" (built in)')
@@ -267,8 +268,8 @@ def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="throughput of mask optimisation, beside other ways to write it",
-        description="Measure one step of mask optimisation: the engine's fast and general path, the loop that the "
-        "paper suggests, and batched SDPA and FlexAttention.",
+        description="Measure one step of mask optimisation, forward and backward of all rollouts' losses without "
+        "AdamW: the engine's fast and general path, the loop that the paper suggests, batched SDPA and FlexAttention.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -283,9 +284,12 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--prompt", type=int, default=150, help="tokens")
     bench.add_argument("--cot", type=int, nargs=2, default=(150, 250), metavar=("LEAST", "MOST"), help="tokens")
     bench.add_argument("--answer", type=int, default=8, help="tokens")
-    bench.add_argument("--steps", type=int, default=2, help="timed, after one to warm up")
+    bench.add_argument("--steps", type=int, default=2, help="timed, after one to warm up and one to count")
     bench.add_argument(
-        "--arms", nargs="+", default=["fast", "general", "sdpa", "flex", "paper"], help="ratios are to the first"
+        "--arms",
+        nargs="+",
+        default=["fast", "general", "sdpa", "flex", "paper"],
+        help="ratios are to the first that runs",
     )
     bench.add_argument("--output", type=Path, metavar="FILE.json")
 

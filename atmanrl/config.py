@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -54,10 +55,12 @@ class MaskConfig:
     weights: Weights = "model"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.steps, int):
+            raise ValueError(f"steps must be a whole number, got {self.steps}")
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, got {self.steps}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
         # Recipes are YAML, where a pair arrives as a list.
         object.__setattr__(self, "betas", tuple(self.betas))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -66,8 +69,8 @@ class MaskConfig:
             raise ValueError(f"eps must be positive, got {self.eps}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if not (self.init < 0 and self.init < self.upper):
-            raise ValueError(f"init must be negative and below upper ({self.upper}), got {self.init}")
+        if not (-math.inf < self.init < 0 and self.init < self.upper):
+            raise ValueError(f"init must be negative, finite and below upper ({self.upper}), got {self.init}")
         if not self.scale > 0:
             raise ValueError(f"scale must be positive, got {self.scale}")
         if not self.sparsity >= 0:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from atmanrl import credit
-from atmanrl.attention_series import RolloutSeries, attention_series
+from atmanrl.attention_series import RolloutSeries
 from atmanrl.config import CreditConfig
 
 READ_FROM_ATTENTION = ("local", "global", "coupled")
@@ -79,15 +78,6 @@ def _gamma(
     if config.strategy == "saliency" and restored is not None:
         gamma[: len(restored)] = credit.salient(restored, floor=config.floor)
     return gamma
-
-
-def series_of(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], config: CreditConfig
-) -> list[RolloutSeries] | None:
-    """What the strategy needs, from one forward of its own; None where it needs nothing."""
-    if config.strategy not in NEEDS_SERIES:
-        return None
-    return attention_series(model, prompts, responses, config.series, entropy=config.strategy == "entropy")
 
 
 def weighted_advantages(advantages: Tensor, gammas: Sequence[Tensor], n_tokens: int, sign: str) -> Tensor:

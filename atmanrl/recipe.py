@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from atmanrl.config import DataConfig
+from atmanrl.config import MASK_PRESETS, DataConfig
 from atmanrl.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -160,7 +160,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file, laid over that of the recipe it names as its ``base``."""
+    """The mapping in a recipe file, presets written out, laid over that of the recipe it names as its ``base``."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -169,6 +169,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not {type(data).__name__}")
+    mask = data.get("mask")
+    if isinstance(mask, dict) and "preset" in mask:
+        data["mask"] = {**mask_preset(mask.pop("preset"), source=str(path)), **mask}
     base = data.pop("base", None)
     if base is None:
         return data
@@ -177,6 +180,18 @@ def _read(path: Path) -> dict[str, Any]:
     if found == path:
         raise RecipeError(f"{path}: names itself as its base")
     return _merged(_read(found), data)
+
+
+def mask_preset(name: object, *, source: str) -> dict[str, Any]:
+    """The fields of `MaskConfig` in which the preset ``name`` differs from the paper's.
+
+    Raises:
+        RecipeError: for an unknown preset, naming the known ones.
+    """
+    if not isinstance(name, str) or name not in MASK_PRESETS:
+        raise RecipeError(f"{source}: mask.preset must be one of {', '.join(MASK_PRESETS)}, got {name!r}")
+    paper = asdict(MASK_PRESETS["paper"])
+    return {key: value for key, value in asdict(MASK_PRESETS[name]).items() if value != paper[key]}
 
 
 def _merged(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,6 +270,9 @@ def _set(data: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(inner, dict):
             raise RecipeError(f"--{key}: '{'.'.join(sections[: depth + 1])}' is the value {inner!r}, not a section")
         data = inner
+    if key == "mask.preset":
+        data.update(mask_preset(text, source="command line"))
+        return
     try:
         data[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -25,11 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOConfig
 
 from atman_kernels.hf import observing
-from atmanrl.attention_series import RolloutSeries, SeriesCollector, layers_of
+from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series, layers_of
 from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import CreditConfig, MaskConfig
-from atmanrl.credit_assignment import READ_FROM_ATTENTION, gammas, series_of, weighted_advantages
+from atmanrl.credit_assignment import NEEDS_SERIES, READ_FROM_ATTENTION, gammas, weighted_advantages
 from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
 from atmanrl.recording import Completion, record_one, score_name
@@ -394,13 +394,16 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         """(B, T) advantages gamma_t A of the completions' tokens; TRL's loss takes them in place of (B,)."""
         config, n_tokens = self.args.credit_assignment, output["completion_ids"].shape[1]
         lengths = [len(ids) for ids in self._completion_ids]
-        series: list[RolloutSeries] | None
+        series: list[RolloutSeries] | None = None
         if self._collector is not None:
             series = self._collector.series(lengths)
-        else:
+        elif config.strategy in NEEDS_SERIES:
             with self.accelerator.autocast():
+                # Gathering a sharded policy takes every process.
                 model = working_copy(self.accelerator.unwrap_model(self.model))
-            series = series_of(model, self._prompt_ids, self._completion_ids, config)
+            series = attention_series(
+                model, self._prompt_ids, self._completion_ids, config.series, entropy=config.strategy == "entropy"
+            )
         found = gammas(
             config,
             lengths,

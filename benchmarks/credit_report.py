@@ -136,6 +136,17 @@ def statistics_table(content: dict[str, Any]) -> str:
         cells += [f"{peak[name]:.1f}" for name in ("WAAD and received", "with distance")]
         cells.append(f"{peak['eager map']:.0f}" if "eager map" in peak else "")
         lines.append("| " + " | ".join(cells) + " |")
+    models = []
+    for row in content["models"]:
+        alone, both = row["ms"]["forward"], row["ms"]["with series"]
+        models.append(
+            f"{row['rollouts']} x ({row['prompt']} + {row['response']}) tokens {alone:.0f} -> {both:.0f} ms"
+            f" ({100 * (both / alone - 1):+.1f} %)"
+        )
+    lines.append(
+        f"\nA forward of a whole model of {content['models'][0]['layers']} layers and 30 M parameters, alone and"
+    )
+    lines.append(f"with WAAD and FAI of its responses, head selection included: {'; '.join(models)}.")
     return "\n".join(lines) + "\n"
 
 

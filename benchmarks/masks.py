@@ -14,7 +14,9 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from atmanrl.saliency.cost import DecoderShape, peak_bytes
 from atmanrl.saliency.decoder import FrozenDecoder
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
-from atmanrl.saliency.packing import PackedRollouts, pack
+from atmanrl.saliency.packing import pack
 from atmanrl.saliency.throughput import matrix_rate, measure, necessary_per_step, random_model, random_problem
 from benchmarks.cpu import processor
 from benchmarks.timing import commit, results_file, save
@@ -47,8 +49,8 @@ def compare(shape: str, peer: str, *, steps: int, device: torch.device) -> dict[
 def memory(shape: str, *, device: torch.device) -> dict[str, Any]:
     """Bytes kept for the backward per packed row and layer, and the fast path's predicted peak, of the whole problem.
 
-    Plain autograd runs the same packed rows through the model with trainable weights and SDPA. Storages count once,
-    weights not at all.
+    Plain autograd runs the same packed rows through the model on SDPA, with trainable weights or with frozen ones and a
+    gradient for the embedded rows alone. Storages count once, weights not at all.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(shape, dtype=dtype, device=device)
@@ -56,9 +58,16 @@ def memory(shape: str, *, device: torch.device) -> dict[str, Any]:
     few = pack(rollouts[:8], answer_loss="value", device=device)
     layers_rows = model.config.num_hidden_layers * few.n_rows
     model.train()
-    kept = {"plain autograd, SDPA, weights trainable": _saved(model, few, trainable=True) / layers_rows}
+    plain = partial(model.model, position_ids=few.positions[None], use_cache=False)
+    kept = {"plain autograd, SDPA, weights trainable": _saved(model, lambda: plain(few.ids[None])) / layers_rows}
+    model.requires_grad_(False)
+    embedded = model.model.embed_tokens(few.ids[None]).requires_grad_()
+    kept["the same, weights frozen"] = _saved(model, lambda: plain(inputs_embeds=embedded)) / layers_rows
+    model.requires_grad_(True)
+    bias = torch.full((few.n_rows,), -4.0, device=device, requires_grad=True)
     with frozen(model):
-        kept["general path"] = _saved(model, few, trainable=False) / layers_rows
+        likelihood = ModelLikelihood(model, few)
+        kept["general path"] = _saved(model, lambda: likelihood(bias)) / layers_rows
         kept["fast path"] = FrozenDecoder(model, few).kept_bytes / layers_rows
     batch = pack(rollouts, answer_loss="value", device=device)
     sizes = (batch.n_rows, len(batch.loss_rows), len(batch.prompt_ids))
@@ -66,7 +75,7 @@ def memory(shape: str, *, device: torch.device) -> dict[str, Any]:
     return {"kept_bytes": kept, "predicted_peak_bytes": predicted}
 
 
-def _saved(model: PreTrainedModel, batch: PackedRollouts, *, trainable: bool) -> int:
+def _saved(model: PreTrainedModel, run: Callable[[], object]) -> int:
     saved: dict[int, int] = {}
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
@@ -74,14 +83,9 @@ def _saved(model: PreTrainedModel, batch: PackedRollouts, *, trainable: bool) ->
         return tensor
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    alive = None if trainable else ModelLikelihood(model, batch)
-    bias = torch.full((batch.n_rows,), -4.0, device=batch.ids.device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        if alive is None:
-            out: Any = model.model(batch.ids[None], position_ids=batch.positions[None], use_cache=False)
-        else:
-            out = alive(bias)
-    del out
+        alive = run()
+    del alive
     return sum(size for pointer, size in saved.items() if pointer not in weights)
 
 
@@ -90,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no pair after this much time")
     parser.add_argument("--shapes", nargs="+", default=SHAPES[device.type])
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of each arm; the fastest counts")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each arm; the fastest counts")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     facts = {

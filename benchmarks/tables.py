@@ -63,23 +63,25 @@ def cpu_tables(files: list[dict[str, Any]]) -> str:
             f"### {content['device']}, {content['threads']} threads, {content['instruction_set']},"
             f" commit {content['commit']}\n\n{versions}.\n"
         )
-        lines = [
-            "| case | forward, GFLOP/s (% of torch.mm) | forward + backward, ms | SDPA flash without bias"
-            " | SDPA with a trainable mask | dkey_bias alone |",
-            "|---" * 6 + "|",
-        ]
-        for row in content["results"]:
-            ms = {name: times["forward+backward"] for name, times in row["ms"].items()}
-            rate = row["gflop"]["forward"] / row["ms"]["atman"]["forward"] * 1e3
-            ours = ms["atman"]
-            cells = [f"{rate:.0f} ({100 * rate / row['matrix_gflops']:.0f})", f"{ours:.1f}"]
-            cells += [f"{ms[name] / ours:.2f} x" for name in ("SDPA flash, no bias", "SDPA, trainable mask")]
-            cells.append(f"{ms['atman, dkey_bias only'] / ours:.2f} x")
-            lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines) + "\n")
+        for dtype in ("float32", "bfloat16"):
+            if rows := [row for row in content["results"] if row["dtype"] == dtype]:
+                parts.append(_cpu_table(dtype, rows))
         for case, ratio in content["peak_memory"].items():
             parts.append(f"Peak memory of a forward + backward, {case}: {ratio:.2f} of its tensors.\n")
     return "\n".join(parts)
+
+
+def _cpu_table(dtype: str, rows: list[dict[str, Any]]) -> str:
+    others = [name for name in rows[0]["ms"] if name != "atman"]
+    lines = [f"| {dtype} | forward, GFLOP/s (% of torch.mm) | forward + backward, ms | " + " | ".join(others) + " |"]
+    lines.append("|---" * (3 + len(others)) + "|")
+    for row in rows:
+        ms = {name: times["forward+backward"] for name, times in row["ms"].items()}
+        rate = row["gflop"]["forward"] / row["ms"]["atman"]["forward"] * 1e3
+        cells = [f"{rate:.0f} ({100 * rate / row['matrix_gflops']:.0f})", f"{ms['atman']:.1f}"]
+        cells += [f"{ms[name] / ms['atman']:.2f} x" for name in others]
+        lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def compiled_table(content: dict[str, Any]) -> str:
@@ -129,20 +131,22 @@ def _mask_table(shape: str, rows: list[dict[str, Any]]) -> str:
     necessary = rows[0]["necessary_flops"]
     lines = [
         f"**{shape}**, {necessary / 1e9:.0f} GFLOP necessary per step\n",
-        "| arm | s per step | times the fast path beside it | operations / necessary | % of matrix rate | peak MiB |",
-        "|---" * 6 + "|",
+        "| arm | s per step | times the fast path beside it | operations / necessary"
+        " | necessary operations, % of matrix rate | gradient, relative difference | peak MiB |",
+        "|---" * 7 + "|",
     ]
     for position, row in enumerate(rows):
         fast, peer = row["arms"]["fast"], row["arms"][row["peer"]]
         for arm in ([fast] if not position else []) + [peer]:
             if arm["skipped"]:
-                lines.append(f"| {arm['arm']} | not run: {arm['skipped']} | | | | |")
+                lines.append(f"| {arm['arm']} | not run: {arm['skipped']} | | | | | |")
                 continue
             cells = [
                 f"{arm['seconds']:.2f}",
                 f"{arm['seconds'] / fast['seconds']:.2f}",
                 "" if arm["flops"] is None else f"{arm['flops'] / necessary:.3f}",
-                "" if arm["flops"] is None else f"{100 * arm['flops'] / arm['seconds'] / row['matrix_rate']:.0f}",
+                f"{100 * necessary / arm['seconds'] / row['matrix_rate']:.0f}",
+                f"{arm['gradient_error']:.0e}",
                 "" if arm["peak_bytes"] is None else f"{arm['peak_bytes'] / 2**20:.0f}",
             ]
             lines.append(f"| {arm['arm']} | " + " | ".join(cells) + " |")

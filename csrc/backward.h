@@ -1,229 +1,29 @@
-// Gradients of one task. Query blocks run outside and key tiles inside: dq of a block is finished in one go, dk and dv of
-// the task's keys accumulate in fp32 until its end.
+// Gradients of one task. Query blocks run outside and key tiles inside: dq of a block is finished in one go, dk and dv
+// of the task's keys accumulate in fp32 until its end.
 #pragma once
 
-#include "scores.h"
+#include "backward_tile.h"
 
 namespace atman::ATMAN_ISA {
 
-constexpr int64_t kBackwardRows = 96;
-
-struct BackwardBuffers {
-  float *k_panels, *v_panels, *k_rows, *bias_log2, *dkey_bias;
-  // Accumulators of the tiles that hold keys of the sequence itself; a prefix gets no gradient.
-  float *dk, *dv;
-  float *q, *d_o, *dq;
-  // Per kept tile: rows x kKeyTile.
-  float *p, *ds;
-  float *lse_log2, *delta, *row_sums;
-  int64_t tile_size;
-
-  BackwardBuffers(Arena& arena, const Backward& g, int64_t keys, int64_t own_keys, int64_t rows) {
-    const int64_t padded = padded_head_dim(g.head_dim), padded_rows = rows + kRowPadding;
-    const int64_t tiles = minimum<int64_t>(keys / kKeyTile, kKeptTiles);
-    tile_size = padded_rows * kKeyTile;
-    k_panels = arena.take<float>(keys * g.head_dim);
-    v_panels = arena.take<float>(keys * g.head_dim);
-    k_rows = arena.take<float>(g.dq ? keys * padded : 0);
-    bias_log2 = arena.take<float>(keys);
-    dkey_bias = arena.take<float>(keys);
-    dk = arena.take<float>(g.dk ? (own_keys + kRowPadding) * padded : 0);
-    dv = arena.take<float>(g.dv ? (own_keys + kRowPadding) * padded : 0);
-    q = arena.take<float>(padded_rows * padded);
-    d_o = arena.take<float>(padded_rows * padded);
-    dq = arena.take<float>(g.dq ? padded_rows * padded : 0);
-    p = arena.take<float>(tiles * tile_size + kRowPadding);
-    ds = arena.take<float>(tiles * tile_size + kRowPadding);
-    lse_log2 = arena.take<float>(padded_rows);
-    delta = arena.take<float>(padded_rows);
-    row_sums = arena.take<float>(padded_rows * kLanes);
-  }
-};
-
-// Query rows of one head, packed, with what the backward needs to know of each.
-template <class T>
-void load_block(const Backward& g, const Sequence& s, int64_t head, int64_t first, int64_t rows,
-                const BackwardBuffers& b) {
-  const auto q_row = [&](int64_t row) { return g.q.at<const T>(s.batch, s.q_start + row, head); };
-  const auto do_row = [&](int64_t row) { return g.d_o.at<const T>(s.batch, s.q_start + row, head); };
-  pack_rows<T>(q_row, {first, first + rows}, kRowPadding, g.head_dim, b.q);
-  pack_rows<T>(do_row, {first, first + rows}, kRowPadding, g.head_dim, b.d_o);
-  for (int64_t i = 0; i < rows; ++i) {
-    const float lse = g.lse.at(s.batch, head, s.q_start + first + i);
-    // A row without a key gets p = 2^-inf = 0.
-    b.lse_log2[i] = lse == -kInfinity ? kInfinity : lse * kLog2E;
-  }
-  for (int64_t i = rows; i < rows + kRowPadding; ++i) b.lse_log2[i] = kInfinity, b.delta[i] = 0.0f;
-}
-
-// delta of each row where p and dp of the whole row are not at hand.
-template <class T>
-void load_delta(const Backward& g, const Sequence& s, int64_t head, int64_t first, int64_t rows,
-                const BackwardBuffers& b) {
-  const int64_t padded = padded_head_dim(g.head_dim);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = s.q_start + first + i;
-    if (g.delta) {
-      b.delta[i] = g.delta.at(s.batch, head, row);
-      continue;
-    }
-    const T* o = g.o.at<const T>(s.batch, row, head);
-    Vec sum = zero();
-    for (int64_t d = 0; d < g.head_dim; d += kLanes)
-      sum = fma(load(b.d_o + i * padded + d), load_first(o + d, g.head_dim - d), sum);
-    b.delta[i] = sum_lanes(sum);
-  }
-}
-
-// ds = p (dp - delta + dlse): the gradient of lse only shifts the row's term.
-inline void subtract_dlse(const Backward& g, const Sequence& s, int64_t head, int64_t first, int64_t rows,
-                          const BackwardBuffers& b) {
-  if (!g.dlse) return;
-  for (int64_t i = 0; i < rows; ++i) b.delta[i] -= g.dlse.at(s.batch, head, s.q_start + first + i);
-}
-
-// One tile with its operands: keys count from the task's first, p and ds lie at `kept`.
-struct Operands {
-  Tile tile;
-  const float *k_panels, *v_panels, *bias_log2;
-  float *dkey_bias, *p, *ds;
-
-  Operands(const Visibility& visible, int64_t first_row, int64_t rows, int64_t key, int64_t at, int64_t kept,
-           int64_t head_dim, const BackwardBuffers& b)
-      : tile{visible, first_row, rows, key},
-        k_panels(b.k_panels + at * head_dim),
-        v_panels(b.v_panels + at * head_dim),
-        bias_log2(b.bias_log2 + at),
-        dkey_bias(b.dkey_bias + at),
-        p(b.p + kept * b.tile_size),
-        ds(b.ds + kept * b.tile_size) {}
-};
-
-// p of one panel, 0 where a row does not see the key.
-inline void panel_p(const Operands& t, int64_t panel, const Backward& g, const BackwardBuffers& b) {
-  const Vec scale = broadcast(g.sm_scale * kLog2E);
-  const bool edge = t.tile.has_edge();
-  multiply_panel(t.tile, panel, b.q, padded_head_dim(g.head_dim), t.k_panels + panel * kPanel * g.head_dim, g.head_dim,
-                 [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
-                   for (int j = 0; j < nv; ++j) {
-                     const Vec bias = load(t.bias_log2 + (vector + j) * kLanes);
-                     float* p = t.p + row * kTileRow + (vector + j) * kLanes;
-                     for (int i = 0; i < mr; ++i) {
-                       const Vec shift = sub(bias, broadcast(b.lse_log2[row + i]));
-                       store(p + i * kTileRow, exp2(fma(acc[i][j], scale, shift)));
-                     }
-                   }
-                   if (edge) hide_edges(t.tile, row, {vector, vector + nv}, 0.0f, t.p);
-                 });
-}
-
-// Adds p dp of one panel to the row sums; with `keep` also stores dp where ds belongs.
-inline void panel_dp(const Operands& t, int64_t panel, const Backward& g, bool keep, const BackwardBuffers& b) {
-  multiply_panel(t.tile, panel, b.d_o, padded_head_dim(g.head_dim), t.v_panels + panel * kPanel * g.head_dim,
-                 g.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
-                   for (int i = 0; i < mr; ++i) {
-                     const int64_t at = (row + i) * kTileRow + vector * kLanes;
-                     Vec sum = load(b.row_sums + (row + i) * kLanes);
-                     for (int j = 0; j < nv; ++j) {
-                       sum = fma(load(t.p + at + j * kLanes), acc[i][j], sum);
-                       if (keep) store(t.ds + at + j * kLanes, acc[i][j]);
-                     }
-                     store(b.row_sums + (row + i) * kLanes, sum);
-                   }
-                 });
-}
-
-// ds = p (dp - delta) of one panel; its column sums are added to the key bias gradient.
-inline void panel_ds(const Operands& t, int64_t panel, const Backward& g, bool keep, const BackwardBuffers& b) {
-  multiply_panel(t.tile, panel, b.d_o, padded_head_dim(g.head_dim), t.v_panels + panel * kPanel * g.head_dim,
-                 g.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
-                   for (int j = 0; j < nv; ++j) {
-                     const int64_t column = (vector + j) * kLanes;
-                     Vec sum = load(t.dkey_bias + column);
-                     for (int i = 0; i < mr; ++i) {
-                       const int64_t at = (row + i) * kTileRow + column;
-                       const Vec ds = mul(load(t.p + at), sub(acc[i][j], broadcast(b.delta[row + i])));
-                       if (keep) store(t.ds + at, ds);
-                       sum = add(sum, ds);
-                     }
-                     store(t.dkey_bias + column, sum);
-                   }
-                 });
-}
-
-// The same from a kept dp, for the whole tile.
-inline void kept_ds(const Operands& t, const BackwardBuffers& b) {
-  for (int64_t row = 0; row < t.tile.rows; row += kStrip) {
-    const Range vectors = t.tile.strip_vectors(row);
-    const int64_t last = minimum<int64_t>(row + kStrip, t.tile.rows);
-    for (int64_t j = vectors.begin; j < vectors.end; ++j) {
-      Vec sum = load(t.dkey_bias + j * kLanes);
-      for (int64_t i = row; i < last; ++i) {
-        const int64_t at = i * kTileRow + j * kLanes;
-        const Vec ds = mul(load(t.p + at), sub(load(t.ds + at), broadcast(b.delta[i])));
-        store(t.ds + at, ds);
-        sum = add(sum, ds);
-      }
-      store(t.dkey_bias + j * kLanes, sum);
-    }
-  }
-}
-
-template <class Panel>
-ATMAN_INLINE void for_panels(const Tile& tile, Panel panel) {
-  const Range all = tile.vectors();
-  for (int64_t i = all.begin / kTileVectors; i * kTileVectors < all.end; ++i) panel(i);
-}
-
-// dq, dk and dv of one tile from p and ds; dk and dv start at the tile's first key.
-inline void tile_products(const Operands& t, const Backward& g, const float* k_rows, float* dk, float* dv,
-                          const BackwardBuffers& b) {
-  const Tile& tile = t.tile;
-  const Range all = tile.vectors();
-  const int64_t padded = padded_head_dim(g.head_dim);
-  if (tile.has_edge()) {
-    for (int64_t row = 0; row < tile.rows; row += kStrip) {
-      const int64_t rows = minimum<int64_t>(kStrip, tile.rows - row);
-      clear_outside(all, tile.strip_vectors(row), row, rows, t.p);
-      clear_outside(all, tile.strip_vectors(row), row, rows, t.ds);
-    }
-  }
-  const Range keys{all.begin * kLanes, all.end * kLanes};
-  const auto rows_of_keys = [&](int64_t first, int64_t last) { return tile.key_rows(first, last); };
-  const auto keys_of_rows = [&](int64_t first, int64_t last) {
-    const Range needed = tile.vectors(first, last);
-    return Range{needed.begin * kLanes, needed.end * kLanes};
-  };
-  if (dv != nullptr)
-    accumulate({t.p, 1, kTileRow}, b.d_o, padded, dv, padded, keys, padded / kLanes, nullptr, rows_of_keys);
-  if (dk != nullptr)
-    accumulate({t.ds, 1, kTileRow}, b.q, padded, dk, padded, keys, padded / kLanes, nullptr, rows_of_keys);
-  if (g.dq)
-    accumulate({t.ds, kTileRow, 1}, k_rows, padded, b.dq, padded, {0, tile.rows}, padded / kLanes, nullptr,
-               keys_of_rows);
-}
-
-inline void set_delta_from_row_sums(int64_t rows, const BackwardBuffers& b) {
-  for (int64_t i = 0; i < rows; ++i) b.delta[i] = sum_lanes(load(b.row_sums + i * kLanes));
-}
-
 // Everything that one block of query rows contributes to the keys [part.begin, part.end).
-template <class T>
+template <class T, class W>
 void backward_block(const Backward& g, const Sequence& s, const Visibility& visible, int64_t head, int64_t first,
                     int64_t rows, Range part, bool sees_only_part, int64_t keys_begin, int64_t own_begin,
-                    const BackwardBuffers& b) {
+                    const BackwardBuffers<W>& b) {
   const int64_t head_dim = g.head_dim, padded = padded_head_dim(head_dim);
   const int64_t first_key = round_down(part.begin, kKeyTile);
   const bool want_ds = g.dq || g.dk || g.need_dkey_bias, keep_ds = g.dq || g.dk;
   const bool kept = sees_only_part && part.end - first_key <= kKeptTiles * kKeyTile;
   const auto operands = [&](int64_t key) {
-    return Operands(visible, first, rows, key, key - keys_begin, kept ? (key - first_key) / kKeyTile : 0, head_dim, b);
+    return Operands<W>(visible, first, rows, key, key - keys_begin, kept ? (key - first_key) / kKeyTile : 0, head_dim,
+                       b);
   };
-  load_block<T>(g, s, head, first, rows, b);
+  load_block<T>(g, s, visible, head, first, rows, b);
   if (kept && want_ds) {
     fill(b.row_sums, rows * kLanes, 0.0f);
     for (int64_t key = first_key; key < part.end; key += kKeyTile) {
-      const Operands t = operands(key);
+      const Operands<W> t = operands(key);
       for_panels(t.tile, [&](int64_t panel) {
         panel_p(t, panel, g, b);
         panel_dp(t, panel, g, true, b);
@@ -235,7 +35,7 @@ void backward_block(const Backward& g, const Sequence& s, const Visibility& visi
   }
   subtract_dlse(g, s, head, first, rows, b);
   for (int64_t key = first_key; key < part.end; key += kKeyTile) {
-    const Operands t = operands(key);
+    const Operands<W> t = operands(key);
     if (t.tile.vectors().empty()) continue;
     if (kept && want_ds) {
       kept_ds(t, b);
@@ -245,8 +45,9 @@ void backward_block(const Backward& g, const Sequence& s, const Visibility& visi
         if (want_ds) panel_ds(t, panel, g, keep_ds, b);
       });
     }
+    set_only_keys(t, g, s, head, b);
     const bool own = key >= own_begin;
-    tile_products(t, g, b.k_rows + (key - keys_begin) * padded,
+    tile_products(t, g, b.k_rows + words<W>(key - keys_begin) * padded,
                   own && g.dk ? b.dk + (key - own_begin) * padded : nullptr,
                   own && g.dv ? b.dv + (key - own_begin) * padded : nullptr, b);
   }
@@ -258,19 +59,21 @@ void backward_task(const Backward& g, const Task& task, Arena& arena, bool run) 
   const Visibility visible(g, s);
   const int64_t head_dim = g.head_dim, padded = padded_head_dim(head_dim);
   const Range keys{task.key_begin, task.key_end};
-  const int64_t n_keys = round_up(keys.end - keys.begin, kKeyTile);
+  const int64_t n_keys = round_up(keys.end - keys.begin, kPanel);
   // The first tile of the task with a key of the sequence itself.
   const int64_t own_begin = maximum<int64_t>(round_down(s.prefix_length, kKeyTile), keys.begin);
-  const int64_t own_keys = maximum<int64_t>(round_up(keys.end - own_begin, kKeyTile), 0);
+  const int64_t own_keys = maximum<int64_t>(round_up(keys.end - own_begin, kPanel), 0);
   const int64_t block = minimum<int64_t>(kBackwardRows, visible.n_rows);
-  const BackwardBuffers b(arena, g, n_keys, own_keys, block);
+  using W = Packed<T>;
+  const BackwardBuffers<W> b(arena, g, n_keys, own_keys, block, visible.n_keys);
   if (!run) return;
 
   const KeyRows<T> k_row(s, g.prefix_k, g.k, task.head_kv), v_row(s, g.prefix_v, g.v, task.head_kv);
   pack_panels<T>(k_row, keys, head_dim, b.k_panels);
   pack_panels<T>(v_row, keys, head_dim, b.v_panels);
-  if (g.dq) pack_rows<T>(k_row, keys, n_keys - (keys.end - keys.begin), head_dim, b.k_rows);
+  if (g.dq) pack_deep_rows<T>(k_row, keys, n_keys - (keys.end - keys.begin), head_dim, b.k_rows);
   pack_bias(g, s, keys, b.bias_log2);
+  if (g.key_bias) count_kept_keys(g, s, visible.n_keys, b.kept_before);
   fill(b.dkey_bias, n_keys, 0.0f);
   if (g.dk) fill(b.dk, (own_keys + kRowPadding) * padded, 0.0f);
   if (g.dv) fill(b.dv, (own_keys + kRowPadding) * padded, 0.0f);
@@ -306,8 +109,8 @@ void backward_task(const Backward& g, const Task& task, Arena& arena, bool run) 
   }
 }
 
-// delta = sum_v p dp from unrounded p and dp, for the rows of a task: two products more, where p and dp of a row cannot be
-// kept and o was rounded to 16 bits.
+// delta = sum_v p dp from unrounded p and dp, for the rows of a task: two products more, where p and dp of a row cannot
+// be kept and o was rounded to 16 bits.
 template <class T>
 void delta_task(const Backward& g, const Task& task, Arena& arena, bool run) {
   const Sequence& s = g.sequences[task.sequence];
@@ -315,24 +118,26 @@ void delta_task(const Backward& g, const Task& task, Arena& arena, bool run) {
   const int64_t head_dim = g.head_dim;
   Range keys = visible.keys(task.row_begin, task.row_end - 1);
   keys.begin = round_down(keys.begin, kKeyTile);
-  const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kKeyTile);
+  const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kPanel);
   const int64_t block = minimum<int64_t>(kBackwardRows, task.row_end - task.row_begin);
   Backward rows_only = g;
   rows_only.dq = rows_only.dk = rows_only.dv = Tensor{};
-  const BackwardBuffers b(arena, rows_only, n_keys, 0, block);
+  using W = Packed<T>;
+  const BackwardBuffers<W> b(arena, rows_only, n_keys, 0, block, visible.n_keys);
   if (!run) return;
 
   pack_panels<T>(KeyRows<T>(s, g.prefix_k, g.k, task.head_kv), keys, head_dim, b.k_panels);
   pack_panels<T>(KeyRows<T>(s, g.prefix_v, g.v, task.head_kv), keys, head_dim, b.v_panels);
   pack_bias(g, s, keys, b.bias_log2);
+  if (g.key_bias) count_kept_keys(g, s, visible.n_keys, b.kept_before);
   for (int64_t head = task.head_kv * g.group(); head < (task.head_kv + 1) * g.group(); ++head) {
     for (int64_t first = task.row_begin; first < task.row_end; first += kBackwardRows) {
       const int64_t rows = minimum<int64_t>(kBackwardRows, task.row_end - first);
-      load_block<T>(g, s, head, first, rows, b);
+      load_block<T>(g, s, visible, head, first, rows, b);
       fill(b.row_sums, rows * kLanes, 0.0f);
       const Range seen = visible.keys(first, first + rows - 1);
       for (int64_t key = round_down(seen.begin, kKeyTile); key < seen.end; key += kKeyTile) {
-        const Operands t(visible, first, rows, key, key - keys.begin, 0, head_dim, b);
+        const Operands<W> t(visible, first, rows, key, key - keys.begin, 0, head_dim, b);
         for_panels(t.tile, [&](int64_t panel) {
           panel_p(t, panel, g, b);
           panel_dp(t, panel, g, false, b);

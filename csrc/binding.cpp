@@ -135,10 +135,10 @@ void forward(nb::handle o, nb::handle lse, nb::handle q, nb::handle k, nb::handl
              int64_t window, int threads, const std::string& isa) {
   const Operands operands(q, k, v, key_bias, prefix_k, prefix_v, sequences);
   const Array o_array("o", o), lse_array("lse", lse);
-  const Kernels& kernels = kernels_for(isa);
   check_threads(threads);
   Forward f{};
   operands.fill(f, sm_scale, causal, window);
+  const Kernels& kernels = kernels_for(isa, f.dtype);
   expect_shape(o_array, {f.batches, f.rows, f.heads_q, f.head_dim});
   expect_shape(lse_array, {f.batches, f.heads_q, f.rows});
   f.o = heads_tensor(o_array, f.dtype);
@@ -153,10 +153,10 @@ void backward(nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dkey_bias,
               int64_t window, int threads, const std::string& isa) {
   const Operands operands(q, k, v, key_bias, prefix_k, prefix_v, sequences);
   const Array d_o_array("do", d_o), o_array("o", o), lse_array("lse", lse);
-  const Kernels& kernels = kernels_for(isa);
   check_threads(threads);
   Backward g{};
   operands.fill(g, sm_scale, causal, window);
+  const Kernels& kernels = kernels_for(isa, g.dtype);
   const std::vector<int64_t> like_q{g.batches, g.rows, g.heads_q, g.head_dim};
   const std::vector<int64_t> like_k{g.batches, g.keys, g.heads_kv, g.head_dim};
   const std::vector<int64_t> like_lse{g.batches, g.heads_q, g.rows};

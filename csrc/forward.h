@@ -7,18 +7,20 @@ namespace atman::ATMAN_ISA {
 
 constexpr int64_t kForwardRows = 96;
 
+template <class W>
 struct ForwardBuffers {
-  float *k_panels, *v_rows, *bias_log2;
-  float *q, *o, *scores;
+  W *k_panels, *v_rows, *q, *p;
+  float *bias_log2, *o, *scores;
   // Per row: running maximum (base 2), factor of the last rescaling, per-lane sums of p.
   float *highest, *factor, *sums;
 
   ForwardBuffers(Arena& arena, int64_t keys, int64_t rows, int64_t head_dim) {
     const int64_t padded = padded_head_dim(head_dim), padded_rows = rows + kRowPadding;
-    k_panels = arena.take<float>(keys * head_dim);
-    v_rows = arena.take<float>(keys * padded);
+    k_panels = arena.take<W>(keys * words<W>(head_dim));
+    v_rows = arena.take<W>(words<W>(keys) * padded);
     bias_log2 = arena.take<float>(keys);
-    q = arena.take<float>(padded_rows * padded);
+    q = arena.take<W>(padded_rows * padded_words<W>(head_dim));
+    p = arena.take<W>(scratch_words<W>(padded_rows));
     o = arena.take<float>(padded_rows * padded);
     scores = arena.take<float>(padded_rows * kTileRow);
     highest = arena.take<float>(padded_rows + kLanes);
@@ -28,7 +30,8 @@ struct ForwardBuffers {
 };
 
 // Turns the scores of one strip into p relative to the new running maximum and updates the row statistics.
-inline void softmax_strip(int64_t row, int64_t rows, Range vectors, const ForwardBuffers& b) {
+template <class W>
+void softmax_strip(int64_t row, int64_t rows, Range vectors, const ForwardBuffers<W>& b) {
   alignas(64) float highest[kStrip + kLanes];
   for (int64_t i = 0; i < kStrip + kLanes; ++i) highest[i] = -kInfinity;
   for (int64_t i = 0; i < rows; ++i) {
@@ -61,15 +64,16 @@ inline void softmax_strip(int64_t row, int64_t rows, Range vectors, const Forwar
 }
 
 // Adds one key tile to the block's running o, highest and sums.
-inline void forward_tile(const Tile& tile, const float* k_panels, const float* v_rows, const float* bias_log2,
-                         float scale_log2, int64_t head_dim, const ForwardBuffers& b) {
+template <class W>
+void forward_tile(const Tile& tile, const W* k_panels, const W* v_rows, const float* bias_log2, float scale_log2,
+                  int64_t head_dim, const ForwardBuffers<W>& b) {
   const Range all = tile.vectors();
   if (all.empty()) return;
   const int64_t padded = padded_head_dim(head_dim);
   const Vec scale = broadcast(scale_log2);
   for (int64_t panel = all.begin / kTileVectors; panel * kTileVectors < all.end; ++panel) {
-    multiply_panel(tile, panel, b.q, padded, k_panels + panel * kPanel * head_dim, head_dim,
-                   [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
+    multiply_panel(tile, panel, b.q, padded_words<W>(head_dim), k_panels + panel * kPanel * words<W>(head_dim),
+                   head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
                      for (int j = 0; j < nv; ++j) {
                        const Vec bias = load(bias_log2 + (vector + j) * kLanes);
                        float* s = b.scores + row * kTileRow + (vector + j) * kLanes;
@@ -88,10 +92,10 @@ inline void forward_tile(const Tile& tile, const float* k_panels, const float* v
     }
     if (!vectors.empty()) softmax_strip(row, rows, vectors, b);
   }
-  accumulate({b.scores, kTileRow, 1}, v_rows, padded, b.o, padded, {0, tile.rows}, padded / kLanes, b.factor,
-             [&](int64_t first, int64_t last) {
+  accumulate(over_keys(b.scores, tile.rows, all, b.p), v_rows, padded, b.o, padded, {0, tile.rows}, padded / kLanes,
+             b.factor, [&](int64_t first, int64_t last) {
                const Range needed = tile.vectors(first, last);
-               return Range{needed.begin * kLanes, needed.end * kLanes};
+               return words<W>(Range{needed.begin * kLanes, needed.end * kLanes});
              });
 }
 
@@ -102,14 +106,15 @@ void forward_task(const Forward& f, const Task& task, Arena& arena, bool run) {
   const int64_t head_dim = f.head_dim, padded = padded_head_dim(head_dim);
   Range keys = visible.keys(task.row_begin, task.row_end - 1);
   keys.begin = round_down(keys.begin, kKeyTile);
-  const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kKeyTile);
+  const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kPanel);
   const int64_t block = minimum<int64_t>(kForwardRows, task.row_end - task.row_begin);
-  const ForwardBuffers b(arena, n_keys, block, head_dim);
+  using W = Packed<T>;
+  const ForwardBuffers<W> b(arena, n_keys, block, head_dim);
   if (!run) return;
 
   pack_panels<T>(KeyRows<T>(s, f.prefix_k, f.k, task.head_kv), keys, head_dim, b.k_panels);
-  pack_rows<T>(KeyRows<T>(s, f.prefix_v, f.v, task.head_kv), keys, n_keys - maximum<int64_t>(keys.end - keys.begin, 0),
-               head_dim, b.v_rows);
+  pack_deep_rows<T>(KeyRows<T>(s, f.prefix_v, f.v, task.head_kv), keys,
+                    n_keys - maximum<int64_t>(keys.end - keys.begin, 0), head_dim, b.v_rows);
   pack_bias(f, s, keys, b.bias_log2);
   fill(b.scores + block * kTileRow, kRowPadding * kTileRow, 0.0f);
   for (int64_t head = task.head_kv * f.group(); head < (task.head_kv + 1) * f.group(); ++head) {
@@ -123,8 +128,8 @@ void forward_task(const Forward& f, const Task& task, Arena& arena, bool run) {
       const Range seen = visible.keys(first, first + rows - 1);
       for (int64_t key = round_down(seen.begin, kKeyTile); key < seen.end; key += kKeyTile) {
         const int64_t at = key - keys.begin;
-        forward_tile({visible, first, rows, key}, b.k_panels + at * head_dim, b.v_rows + at * padded,
-                     b.bias_log2 + at, f.sm_scale * kLog2E, head_dim, b);
+        forward_tile({visible, first, rows, key}, b.k_panels + at * words<W>(head_dim),
+                     b.v_rows + words<W>(at) * padded, b.bias_log2 + at, f.sm_scale * kLog2E, head_dim, b);
       }
       for (int64_t i = 0; i < rows; ++i) {
         const float sum = sum_lanes(load(b.sums + i * kLanes));

@@ -12,16 +12,25 @@ struct Int {
   constexpr operator int() const { return N; }
 };
 
-// Element (i, k) of the left operand is data[i * row + k * step], so a transposed operand costs nothing.
+// Element (i, k) of the left operand is data[i * row + k * step], so a transposed operand costs nothing. Depths and
+// steps count words.
+template <class W>
 struct LeftOperand {
-  const float* data;
+  const W* data;
   int64_t row;
   int64_t step;
 };
 
 // acc[i][j] += sum_k a(i, k) b[k * b_step + lanes of j]
-template <int MR, int NV>
-ATMAN_INLINE void multiply(int64_t depth, LeftOperand a, const float* b, int64_t b_step, Vec (&acc)[MR][NV]) {
+template <int MR, int NV, class W>
+ATMAN_INLINE void multiply(int64_t depth, LeftOperand<W> a, const W* b, int64_t b_step, Vec (&acc)[MR][NV]) {
+  // A copy that nothing else sees: the compiler stores `acc` in every step where a later loop indexes it.
+  Vec sum[MR][NV];
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sum[i][j] = acc[i][j];
+  }
   for (int64_t k = 0; k < depth; ++k) {
     Vec right[NV];
 #pragma GCC unroll 4
@@ -30,10 +39,15 @@ ATMAN_INLINE void multiply(int64_t depth, LeftOperand a, const float* b, int64_t
     for (int i = 0; i < MR; ++i) {
       const Vec left = broadcast(a.data[i * a.row]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = fma(left, right[j], acc[i][j]);
+      for (int j = 0; j < NV; ++j) sum[i][j] = Word<W>::multiply_add(left, right[j], sum[i][j]);
     }
     a.data += a.step;
     b += b_step;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = sum[i][j];
   }
 }
 
@@ -68,9 +82,10 @@ ATMAN_INLINE void with_vectors(int64_t vectors, F&& f) {
   return f(Int<1>{});
 }
 
-// C = factor[row] * C + A B over `rows` x `vectors`; depth(first, last) is the range of k in which the rows have entries.
-template <class Depth>
-void accumulate(LeftOperand a, const float* b, int64_t b_step, float* c, int64_t c_row, Range rows, int64_t vectors,
+// C = factor[row] * C + A B over `rows` x `vectors`; depth(first, last) is the range of k in which the rows have
+// entries.
+template <class W, class Depth>
+void accumulate(LeftOperand<W> a, const W* b, int64_t b_step, float* c, int64_t c_row, Range rows, int64_t vectors,
                 const float* factor, Depth depth) {
   const int64_t pieces = (vectors + kTileVectors - 1) / kTileVectors;
   for (int64_t piece = 0, column = 0; piece < pieces; ++piece) {
@@ -98,7 +113,7 @@ void accumulate(LeftOperand a, const float* b, int64_t b_step, float* c, int64_t
               for (int j = 0; j < NV; ++j) acc[i][j] = mul(acc[i][j], scale);
             }
           }
-          const LeftOperand left{a.data + row * a.row + k.begin * a.step, a.row, a.step};
+          const LeftOperand<W> left{a.data + row * a.row + k.begin * a.step, a.row, a.step};
           multiply<MR, NV>(k.end - k.begin, left, b + k.begin * b_step + column * kLanes, b_step, acc);
 #pragma GCC unroll 12
           for (int i = 0; i < MR; ++i) {

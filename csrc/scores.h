@@ -42,9 +42,9 @@ struct Tile {
 };
 
 // finish(Int<MR>, Int<NV>, row, vector, acc) for every strip of rows and panel of the tile: acc = left panel.
-template <class Finish>
-ATMAN_INLINE void multiply_panel(const Tile& tile, int64_t panel, const float* left, int64_t left_row,
-                                 const float* panel_data, int64_t head_dim, Finish finish) {
+template <class W, class Finish>
+ATMAN_INLINE void multiply_panel(const Tile& tile, int64_t panel, const W* left, int64_t left_row, const W* panel_data,
+                                 int64_t head_dim, Finish finish) {
   for (int64_t row = 0; row < tile.rows; row += kStrip) {
     const Range needed = tile.strip_vectors(row);
     const int64_t first = panel * kTileVectors;
@@ -59,7 +59,7 @@ ATMAN_INLINE void multiply_panel(const Tile& tile, int64_t panel, const float* l
 #pragma GCC unroll 4
           for (int j = 0; j < NV; ++j) acc[i][j] = zero();
         }
-        multiply<MR, NV>(head_dim, {left + row * left_row, left_row, 1}, panel_data, kPanel, acc);
+        multiply<MR, NV, W>(words<W>(head_dim), {left + row * left_row, left_row, 1}, panel_data, kPanel, acc);
         finish(mr, nv, row, first, acc);
       };
       const int64_t height = tile.rows - row;
@@ -92,6 +92,45 @@ inline void clear_outside(Range all, Range computed, int64_t row, int64_t rows, 
       if (j < computed.begin || j >= computed.end) store(scores + row * kTileRow + j * kLanes, zero());
     }
   }
+}
+
+// The tile as the left operand of a product over its keys; `scratch` takes the words that are not the tile's floats.
+template <class W>
+LeftOperand<W> over_keys(const float* scores, int64_t rows, Range vectors, W* scratch) {
+  if constexpr (Word<W>::kNumbers == 1) {
+    return {scores, kTileRow, 1};
+  } else {
+    constexpr int64_t kRowWords = kTileRow / Word<W>::kNumbers;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = vectors.begin; j < vectors.end; ++j)
+        Word<W>::store_neighbours(scratch + row * kRowWords + j * kLanes / Word<W>::kNumbers,
+                                  load(scores + row * kTileRow + j * kLanes));
+    }
+    return {scratch, kRowWords, 1};
+  }
+}
+
+// The same of a product over its rows.
+template <class W>
+LeftOperand<W> over_rows(const float* scores, int64_t rows, Range vectors, W* scratch) {
+  if constexpr (Word<W>::kNumbers == 1) {
+    return {scores, 1, kTileRow};
+  } else {
+    for (int64_t row = 0; row < rows; row += Word<W>::kNumbers) {
+      for (int64_t j = vectors.begin; j < vectors.end; ++j) {
+        const float* upper = scores + row * kTileRow + j * kLanes;
+        store(scratch + row / Word<W>::kNumbers * kTileRow + j * kLanes,
+              Word<W>::interleave(load(upper), row + 1 < rows ? load(upper + kTileRow) : zero()));
+      }
+    }
+    return {scratch, 1, kTileRow};
+  }
+}
+
+// Words of the packed scores of `rows` rows: none where the scores are used as they are.
+template <class W>
+ATMAN_INLINE int64_t scratch_words(int64_t rows) {
+  return Word<W>::kNumbers == 1 ? 0 : words<W>(rows) * kTileRow;
 }
 
 }  // namespace atman::ATMAN_ISA

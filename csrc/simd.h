@@ -1,7 +1,9 @@
 // The vector type of the instruction set being compiled, and what is written once on top of it.
 #pragma once
 
-#if defined(ATMAN_SIMD_AVX512)
+#if defined(ATMAN_SIMD_AVX512_BF16)
+#include "simd_avx512_bf16.h"
+#elif defined(ATMAN_SIMD_AVX512)
 #include "simd_avx512.h"
 #elif defined(ATMAN_SIMD_AVX2)
 #include "simd_avx2.h"
@@ -10,6 +12,18 @@
 #endif
 
 namespace atman::ATMAN_ISA {
+
+// How products see an operand: 32-bit words, each of one or several numbers that follow each other along the depth.
+template <>
+struct Word<float> {
+  static constexpr int kNumbers = 1;
+
+  ATMAN_INLINE static Vec multiply_add(Vec left, Vec right, Vec sum) { return fma(left, right, sum); }
+  template <class T>
+  ATMAN_INLINE static Vec load_first(const T* p, int64_t n) {
+    return ATMAN_ISA::load_first(p, n);
+  }
+};
 
 // 2^x with a relative error below 2e-7; 0 below -126, so that no denormals arise; NaN stays NaN.
 ATMAN_INLINE Vec exp2(Vec x) {

@@ -17,6 +17,17 @@ struct BFloat {
   uint16_t bits;
 };
 
+template <class W>
+struct Word;
+
+// The words in which tensors of T are packed for the products.
+template <class T>
+struct PackedAs {
+  using type = float;
+};
+template <class T>
+using Packed = typename PackedAs<T>::type;
+
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;

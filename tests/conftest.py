@@ -1,8 +1,10 @@
-"""Settings that must precede the first import of Triton, and the skipping of tests that need a GPU."""
+"""Settings that must precede the first import of the package, and the skipping of tests that need a GPU."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,12 @@ import torch
 # Without a GPU the kernels are tested in Triton's interpreter, which has to be chosen before they are decorated.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# An extension built elsewhere, in the place of the package's own: `make sanitize`.
+if extension := os.environ.get("ATMAN_EXTENSION"):
+    spec = importlib.util.spec_from_file_location("atman_kernels._C", extension)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

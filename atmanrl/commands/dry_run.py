@@ -91,7 +91,7 @@ def _memory_and_time(config: ModelConfig, args: AtManGRPOConfig) -> list[str]:
     ]
     try:
         shape = DecoderShape.of(model)
-    except AttributeError:
+    except ValueError:
         return lines
     return [*lines, *_estimates(shape, args, _strategy(config))]
 

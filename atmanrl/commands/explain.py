@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -14,7 +15,7 @@ from atmanrl.config import MaskConfig
 from atmanrl.explanation import Example, explain, read_examples
 from atmanrl.generation import GenerationSettings
 from atmanrl.policy import load_policy
-from atmanrl.recipe import ModelConfig, RecipeError, build
+from atmanrl.recipe import ModelConfig, RecipeError, build, mask_preset
 from atmanrl.records import Run
 from atmanrl.report import print_run, write_page
 from atmanrl.saliency.estimators import make_estimator
@@ -92,12 +93,12 @@ def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
     Raises:
         RecipeError: for any other key, or a value the mask does not take.
     """
-    values = {}
+    values: dict[str, Any] = {}
     for key, text in overrides:
         section, _, name = key.partition(".")
         if section != "mask" or not name:
             raise RecipeError(f"unknown option --{key}; only --mask.* can be set besides the options of this command")
-        values[name] = yaml.safe_load(text)
+        values |= mask_preset(text, source="command line") if name == "preset" else {name: yaml.safe_load(text)}
     return build(MaskConfig, values, source="command line", prefix="mask.")
 
 

@@ -15,8 +15,6 @@ from atmanrl.errors import RunError
 from atmanrl.trainer import AtManGRPOTrainer
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-
-
 _LESS_MEMORY = {
     "generation": "generation_batch_size and max_completion_length set how much is sampled together; vLLM needs less",
     "saliency": "masks are split into batches that fit already; LoRA or fsdp2.yaml leave them more room",

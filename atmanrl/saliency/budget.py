@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.rollouts import Rollout
 from atmanrl.saliency.cost import DecoderShape, peak_bytes
+from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.packing import pack
 
 _Result = TypeVar("_Result")
 
 # Of the free memory, what the allocator loses to fragments and other processes may take meanwhile.
 _HEADROOM = 0.9
+# Autograd's gradients and temporaries come on top of what it keeps (measured: 1.05 to 1.1); on a CPU malloc also holds
+# much of what was freed (resident, measured: 1.6 to 1.8).
+_PEAK_PER_KEPT, _RESIDENT_PER_KEPT = 1.1, 1.8
 
 
 def rows_of(rollout: Rollout) -> int:
@@ -44,18 +51,44 @@ def split(rollouts: Sequence[Rollout], order: Sequence[int], budget: int) -> lis
     return groups
 
 
-def affordable_rows(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> int | None:
-    """Rows whose predicted peak fits the free memory of the model's device; None where that is unknown."""
+def affordable_rows(model: PreTrainedModel, rollouts: Sequence[Rollout], *, fast: bool = True) -> int | None:
+    """Rows whose predicted peak fits the free memory of the model's device; None where that is unknown.
+
+    Args:
+        fast: whether they take the fast path, whose peak follows from shapes.
+    """
     free = _free_bytes(model.device)
     if free is None:
         return None
     rows = sum(map(rows_of, rollouts))
     prompts = sum(map(len, {rollout.prompt_ids for rollout in rollouts}))
     answers = sum(len(rollout.answer_ids) + len(rollout.marker_ids) for rollout in rollouts)
-    needed = peak_bytes(
-        DecoderShape.of(model), model.dtype.itemsize, rows, answers, prompts, on_cpu=model.device.type == "cpu"
-    )
+    if fast:
+        needed = peak_bytes(
+            DecoderShape.of(model), model.dtype.itemsize, rows, answers, prompts, on_cpu=model.device.type == "cpu"
+        )
+    else:
+        kept = rows * kept_bytes_of(model, rollouts[0]) / rows_of(rollouts[0])
+        needed = int(kept * (_RESIDENT_PER_KEPT if model.device.type == "cpu" else _PEAK_PER_KEPT))
     return int((rows + prompts) * _HEADROOM * free / needed)
+
+
+def kept_bytes_of(model: PreTrainedModel, rollout: Rollout) -> int:
+    """Bytes that autograd through ``model`` keeps for the backward of one rollout, weights not counted: measured."""
+    batch = pack([rollout], answer_loss="all", device=model.device)
+    kept: dict[int, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    likelihood = ModelLikelihood(model, batch)
+    bias = torch.zeros(batch.n_rows, device=model.device, requires_grad=True)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        alive = likelihood(bias)
+    del alive
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
 def halving_on_out_of_memory(run: Callable[[int], _Result], budget: int) -> _Result:
@@ -70,6 +103,7 @@ def halving_on_out_of_memory(run: Callable[[int], _Result], budget: int) -> _Res
         if not _is_out_of_memory(error):
             raise
     # Outside the handler: its traceback would keep the failed run's tensors alive.
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return run(max(1, budget // 2))

@@ -14,7 +14,7 @@ _LOGITS_AT_A_TIME = 2**24
 
 
 class DecoderShape(NamedTuple):
-    """Sizes of a gated-MLP decoder: layers L, hidden h, q width, k and v width each, MLP width m, vocabulary V."""
+    """Sizes of a gated-MLP decoder: layers L, hidden h, heads, MLP width m, vocabulary V; norms of q and k heads."""
 
     layers: int
     hidden: int
@@ -23,11 +23,19 @@ class DecoderShape(NamedTuple):
     head_dim: int
     mlp: int
     vocabulary: int
+    head_norms: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> DecoderShape:
-        """The shape of a Llama-like model."""
-        config = model.config
+        """The shape of a Llama-like model.
+
+        Raises:
+            ValueError: if its layers have no gated MLP.
+        """
+        config = model.config.get_text_config(decoder=True)
+        names = {name.rpartition("layers.0.")[2] for name, _ in model.named_modules() if "layers.0." in name}
+        if "mlp.gate_proj" not in names:
+            raise ValueError(f"{type(model).__name__} has no gated MLP, whose operations and bytes are counted here")
         heads_q = config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
@@ -37,6 +45,7 @@ class DecoderShape(NamedTuple):
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads_q,
             mlp=config.intermediate_size,
             vocabulary=config.vocab_size,
+            head_norms="self_attn.q_norm" in names,
         )
 
     @property
@@ -92,7 +101,6 @@ def peak_bytes(
     prompt_rows: int,
     *,
     on_cpu: bool,
-    head_norms: bool = False,
 ) -> int:
     """Memory that the fast path needs at its peak on top of the weights.
 
@@ -100,11 +108,11 @@ def peak_bytes(
         shape: of the decoder; item: bytes of a weight.
         rows, loss_rows, prompt_rows: packed rows, those that predict a loss token, and rows of distinct prompts.
         on_cpu: row-wise parts run in blocks, and their products take no room.
-        head_norms: q and k are also kept before a norm of their own (Qwen3).
     """
     h, m, dq, dkv = shape.hidden, shape.mlp, shape.width_q, shape.width_kv
-    queries = 2 * h + 2 * m + (3 if head_norms else 2) * dq
-    keys = (3 if head_norms else 2) * dkv
+    # With norms of their own, q and k are also kept before them.
+    queries = 2 * h + 2 * m + (3 if shape.head_norms else 2) * dq
+    keys = (3 if shape.head_norms else 2) * dkv
     # Per query row a second rstd and the logsumexp, per row the first rstd, in float32.
     layer = rows * (item * (queries + keys) + 4 * (2 + shape.heads_q))
     last = loss_rows * (item * queries + 4 * (1 + shape.heads_q)) + rows * (item * keys + 4)

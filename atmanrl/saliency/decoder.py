@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from atman_kernels.hf import AtManAttention
 from atmanrl.config import Weights
 from atmanrl.saliency.cost import loss_rows_at_a_time
 from atmanrl.saliency.decoder_layer import FrozenLayer, Geometry
@@ -64,6 +65,7 @@ class FrozenDecoder:
             block=_CPU_BLOCK if embedded.device.type == "cpu" else max(1, batch.n_rows),
             pointwise=Pointwise.on(embedded.device),
         )
+        self._geometry = geometry
         prefixes = prompt_keys_and_values(model, batch)
         self.windows = [_window(module.self_attn) for module in decoder.layers]
         self.layers: list[FrozenLayer] = []
@@ -91,7 +93,9 @@ class FrozenDecoder:
     @property
     def kept_bytes(self) -> int:
         """Bytes of all activations that wait for the backward, the layers' attention outputs included."""
-        return sum(layer.kept_bytes for layer in self.layers)
+        around = (self.layers[0].x, self._geometry.cos, self._geometry.sin)
+        head = self.layers[-1].out.nbytes + 4 * len(self.layers[-1].out)
+        return sum(layer.kept_bytes for layer in self.layers) + sum(tensor.nbytes for tensor in around) + head
 
     def __call__(self, key_bias: Tensor) -> Tensor:
         if torch.is_grad_enabled() and key_bias.requires_grad:
@@ -186,17 +190,37 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     rotary = decoder.rotary_emb.rope_type
     if rotary not in _STATIC_ROTARY:
         return f"rotary embedding {rotary!r}"
-    for name, module in model.named_modules():
-        # Quantised layers, unknown adapters and hooks change what a projection computes.
-        if name.endswith(("_proj", "lm_head")) and (reason := why_not_a_projection(module)) is not None:
-            return f"{name} is {reason}"
-        if name.startswith("model.layers.") and _is_altered(module):
-            return f"{name} has hooks or a forward of its own"
+    if (reason := _why_altered(model)) is not None:
+        return reason
     parameters = [parameter for name, parameter in model.named_parameters() if ".lora_" not in name]
     if len({(p.device, p.dtype, type(p.data)) for p in parameters}) != 1:
         return "parameters of several devices, dtypes or tensor types"
     if any(p.numel() == 0 for p in parameters):
         return "sharded parameters"
+    return None
+
+
+def _why_altered(model: PreTrainedModel) -> str | None:
+    """What computes something else than the family's own modules do: quantised layers, hooks, replaced norms."""
+    inside_projection: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        # These two run as they are.
+        if name.startswith(("model.embed_tokens", "model.rotary_emb")):
+            continue
+        if _is_altered(module):
+            return f"{name or type(module).__name__} has hooks or a forward of its own"
+        if name.endswith(("_proj", "lm_head")):
+            if (reason := why_not_a_projection(module)) is not None:
+                return f"{name} is {reason}"
+            inside_projection += (f"{name}.",)
+        elif not name.startswith(inside_projection) and not name.endswith("act_fn"):
+            if type(module).__module__ != type(model).__module__ and type(module) not in (
+                nn.ModuleList,
+                AtManAttention,
+            ):
+                return f"{name} is a {type(module).__name__}"
+            if getattr(module, "variance_epsilon", model.config.rms_norm_eps) != model.config.rms_norm_eps:
+                return f"{name} has an epsilon of its own"
     return None
 
 

@@ -73,13 +73,15 @@ def optimize_masks(
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
     config = MaskConfig() if config is None else config
-    model = working_copy(model)
     if capture and model.device.type != "cuda":
         raise ValueError(f"capture replays CUDA graphs, but the model is on {model.device}")
     if record_every is not None and record_every < 1:
         raise ValueError(f"record_every must be at least 1, got {record_every}")
     if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+    rollouts = tuple(rollouts)
+    # Before anything that may fail on one rank alone: where weights are sharded, every rank takes part.
+    model = working_copy(model)
     for index, rollout in enumerate(rollouts):
         check_fits(model, rollout, index)
     reasons = [reason_to_skip(rollout) for rollout in rollouts]
@@ -94,8 +96,9 @@ def optimize_masks(
     if active:
         with frozen(model), _progress_bar(config.steps * len(active), progress) as show:
             make = likelihood or _default_likelihood(model, config)
-            if token_budget is None and likelihood is None and make is not ModelLikelihood:
-                token_budget = affordable_rows(model, [rollouts[index] for index in active])
+            if token_budget is None and likelihood is None:
+                fast = make is not ModelLikelihood
+                token_budget = affordable_rows(model, [rollouts[index] for index in active], fast=fast)
 
             def learn(group: list[int]) -> list[RolloutSaliency]:
                 finished = config.steps * len(learned)

@@ -48,6 +48,8 @@ class BatchOptimization:
         self._records: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in rollouts]
         self._results: dict[int, RolloutSaliency] = {}
         n_tokens = sum(len(rollout.cot_ids) for rollout in rollouts)
+        self._likelihood: AnswerLikelihood | None = None
+        self._replayed: Replayed | None = None
         self._mask = TrainableMask(n_tokens, config, device=device, dtype=dtype)
         self._pack(list(range(len(rollouts))))
         with torch.no_grad():
@@ -56,25 +58,28 @@ class BatchOptimization:
         self._initial: Tensor | None = None
 
     def run(self, advance: Callable[[int], None]) -> list[RolloutSaliency]:
-        """Do the steps; ``advance`` is called after each with the number of rollout-steps done."""
-        for number in range(self._config.steps):
-            self._one_step(number)
-            ended = len(self._rollouts) - len(self._members)
-            advance((number + 1) * len(self._members) + self._config.steps * ended)
-            if not self._members:
-                break
-        else:
-            with torch.no_grad():
-                final = self._losses_under(self._mask.bias())
-            self._check_finite(final, f"after {self._config.steps} steps")
-            self._finish(range(len(self._members)), self._config.steps, self._mask.values.detach(), final)
+        """Do the steps, once; ``advance`` is called after each with the number of rollout-steps done."""
+        try:
+            for number in range(self._config.steps):
+                self._one_step(number)
+                ended = len(self._rollouts) - len(self._members)
+                advance((number + 1) * len(self._members) + self._config.steps * ended)
+                if not self._members:
+                    break
+            else:
+                with torch.no_grad():
+                    final = self._losses_under(self._mask.bias())
+                self._check_finite(final, f"after {self._config.steps} steps")
+                self._finish(range(len(self._members)), self._config.steps, self._mask.values.detach(), final)
+        finally:
+            self._release()
         return [self._results[index] for index in range(len(self._rollouts))]
 
     def _one_step(self, number: int) -> None:
         recording = self._record_every is not None and number % self._record_every == 0
         looking = self._config.early_stop is not None and number > 0 and number % CHECK_EVERY == 0
         before = self._mask.values.detach().clone() if recording or looking else None
-        current = self._step()
+        current = self._update() if self._replayed is None else self._replayed()
         # Elsewhere the check would wait for the device; a NaN stays in H, so a later check finds it.
         if looking or self._device.type == "cpu":
             self._check_finite(current, f"at step {number}")
@@ -86,14 +91,21 @@ class BatchOptimization:
             self._end_early(number, before, current)
 
     def _pack(self, members: list[int]) -> None:
-        """Make ``members`` (indices of rollouts) the batch."""
+        """Make ``members`` (indices of rollouts) the batch, in the place of the one before."""
+        self._release()
         self._members = members
         rollouts = [self._rollouts[index] for index in members]
         self._batch = pack(rollouts, answer_loss=self._config.answer_loss, device=self._device)
         self._likelihood = self._make(self._batch)
-        self._step: Callable[[], Tensor] = Replayed(self._update) if self._capture else self._update
+        if self._capture:
+            self._replayed = Replayed(self._update)
+
+    def _release(self) -> None:
+        # A captured step refers to this object: left in place, the buffers would wait for the garbage collector.
+        self._likelihood = self._replayed = None
 
     def _losses_under(self, cot_bias: Tensor) -> Tensor:
+        assert self._likelihood is not None
         return self._batch.mean_per_rollout(self._likelihood(self._batch.key_bias(cot_bias)))
 
     def _update(self) -> Tensor:

@@ -113,11 +113,23 @@ def random_problem(
     return problem
 
 
-def necessary_per_step(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> int:
-    """Operations of one step that nothing can leave out; see :func:`atmanrl.saliency.cost.necessary_flops`."""
-    batch = pack(rollouts, answer_loss="value", device=torch.device("cpu"))
-    shape = DecoderShape.of(model)
-    return necessary_flops(shape, batch, [None] * shape.layers)
+def necessary_per_step(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> int | None:
+    """Operations of one step that nothing can leave out; see :func:`atmanrl.saliency.cost.necessary_flops`.
+
+    None for a model whose layers are not counted there.
+    """
+    try:
+        shape = DecoderShape.of(model)
+    except ValueError:
+        return None
+    return necessary_flops(shape, pack(rollouts, answer_loss="value", device=torch.device("cpu")), _windows(model))
+
+
+def _windows(model: PreTrainedModel) -> list[int | None]:
+    config = model.config.get_text_config(decoder=True)
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -130,23 +142,24 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def measure(
     model: PreTrainedModel, rollouts: Sequence[Rollout], arms: Sequence[str], *, steps: int
 ) -> Iterator[Measurement]:
-    """Run the named arms one after another: one step each to count and warm up, then ``steps`` timed ones.
+    """Run the named arms one after another: one step each to warm up, one to count, then ``steps`` timed ones.
+
+    A step is forward and backward of all rollouts' losses, without AdamW and what is done once per batch.
 
     Raises:
         ValueError: for an unknown arm.
     """
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown:
-        raise ValueError(f"unknown arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
+    check_arms(arms)
     bias = torch.full((sum(len(rollout.cot_ids) for rollout in rollouts),), -4.0, device=model.device)
     first: Tensor | None = None
     for name in arms:
-        reason = _why_not(name, model)
+        reason = _why_not(name, model, rollouts)
         if reason is not None:
             yield Measurement(name, skipped=reason)
             continue
         with frozen(model), _peak_memory(model.device) as peak:
             step = ARMS[name](model, rollouts)
+            step(bias)
             with FlopCounterMode(display=False) as counter:
                 gradient = step(bias)[1]
             seconds = min(_seconds(partial(step, bias), model.device) for _ in range(steps))
@@ -157,9 +170,19 @@ def measure(
         yield Measurement(name, seconds, flops, peak(), error)
 
 
-def _why_not(arm: str, model: PreTrainedModel) -> str | None:
+def check_arms(arms: Sequence[str]) -> None:
+    """Raises ValueError, naming the known arms, for an unknown one."""
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise ValueError(f"unknown arm {unknown[0]!r}; choose from {', '.join(ARMS)}")
+
+
+def _why_not(arm: str, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> str | None:
     if arm == "fast":
         return why_unsupported(model)
+    windows = [window for window in _windows(model) if window is not None]
+    if arm != "general" and windows and min(windows) < max(map(len, rollouts)):
+        return f"written for full attention, the model has a window of {min(windows)}"
     if arm == "flex" and model.device.type != "cuda":
         return "FlexAttention has no backward on this device"
     return None

@@ -25,6 +25,9 @@ CASES = [
     Case((33, 65, 17), heads=(2, 1), head_dim=32, prefix=((0, 40), (0, 140), (3, 0))),
     Case((30, 140), heads=(2, 1), lengths_k=(140, 64), window=33, bias="removed"),
     Case((64, 64), heads=(2, 1), head_dim=96, layout="permuted"),
+    # Decoding: few queries at the end of many keys, with and without a prefix.
+    Case((1, 2), heads=(4, 1), head_dim=128, lengths_k=(513, 64)),
+    Case((1, 2, 5), heads=(8, 2), head_dim=64, lengths_k=(1, 40, 300), prefix=((0, 200), (0, 200), (50, 77))),
 ]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -152,6 +155,28 @@ def test_dkey_bias_of_16_bit_inputs_is_nearly_as_exact_as_of_fp32(dtype: torch.d
     error_of_float = (run("cpu", case, as_float)["dkey_bias"] - exact).abs().max()
     error = (run("cpu", case, x)["dkey_bias"] - exact).abs().max()
     assert error <= 4 * error_of_float
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("lse_gradient", [False, True], ids=["o only", "o and lse"])
+@pytest.mark.parametrize("window", [None, 1], ids=["causal", "window 1"])
+def test_a_row_that_sees_a_single_key_sends_it_the_gradient_of_lse_alone(
+    window: int | None, lse_gradient: bool, dtype: torch.dtype
+) -> None:
+    """The first sequence has one key, of the second all but one are removed; window 1 leaves a row its own."""
+    case = Case((1, 300), heads=(4, 2), head_dim=24, window=window, lse_gradient=lse_gradient)
+    x = make_operands(case, dtype)
+    x.key_bias[1:120] = x.key_bias[121:] = -torch.inf
+    gradients = run("cpu", case, x)
+    expected = torch.zeros_like(gradients["dkey_bias"])
+    if lse_gradient:
+        expected[0] = x.dlse[:, 0].sum()
+        expected[120] = x.dlse[:, 120].sum() if window else x.dlse[:, 120:].sum()
+        torch.testing.assert_close(gradients["dkey_bias"], expected)
+    else:
+        assert not any(gradients[name].count_nonzero() for name in ("dq", "dk", "dkey_bias"))
+    assert_exact(case, "cpu", dtype)
+    torch.testing.assert_close(gradients["dv"][0, 0], x.do[0, :2].sum(0), rtol=1e-2, atol=1e-6)
 
 
 def test_operands_beyond_float_range_do_not_become_nan() -> None:

@@ -306,3 +306,39 @@ def test_wrong_arguments_are_named(changes: dict, message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         attention_statistics(**arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windowed": torch.empty(1, 1, 4)}, r"windowed must have shape \(1, 2, 4\), got \(1, 1, 4\)"),
+        ({"received_count": torch.empty(1, 4)}, "received_count must be int32"),
+        ({"distance": torch.empty(2, 2)}, r"distance must have shape \(1, 2\), got \(2, 2\)"),
+        ({"rows": torch.ones(1, 4)}, "rows must be uint8"),
+        ({"horizon": (3, 2)}, "window must be at least 1 and the horizon 0 <= low <= high"),
+    ],
+)
+def test_the_extension_refuses_arrays_it_would_overrun(changes: dict, message: str) -> None:
+    arguments = {
+        "distance": torch.empty(1, 2),
+        "windowed": torch.empty(1, 2, 4),
+        "received": torch.empty(1, 2, 4),
+        "received_count": torch.empty(1, 4, dtype=torch.int32),
+        "q": torch.zeros(1, 4, 2, 16),
+        "k": torch.zeros(1, 4, 1, 16),
+        "lse": torch.zeros(1, 2, 4),
+        "key_bias": None,
+        "prefix_k": None,
+        "rows": None,
+        "sequences": AttentionPlan((4,)).sequences,
+        "tiles_q": None,
+        "tiles_k": None,
+        "sm_scale": 1.0,
+        "attention_window": None,
+        "window": 10,
+        "horizon": (1, 2),
+        **changes,
+    }
+    with pytest.raises(ValueError, match=message):
+        _cpu.attention_statistics(**arguments)

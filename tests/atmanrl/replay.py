@@ -1,4 +1,4 @@
-"""A short training run on recorded completions, in one process or two; `test_distributed` runs it."""
+"""A short training run on recorded completions, in one process or two, or its rest; `test_distributed` runs it."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def shard_on_cpus() -> None:
 
 def main(recorded: Path, output: Path, mode: str) -> None:
     completions: dict[str, list[list[int]]] = json.loads(recorded.read_text())
-    if mode == "fsdp2":
+    if mode in ("fsdp2", "resumed"):
         shard_on_cpus()
     micro_batch = GROUP * QUERIES // 2
     args = AtManGRPOConfig(
-        output_dir=str(output / "run"),
+        output_dir=str(output / mode),
         per_device_train_batch_size=micro_batch,
         generation_batch_size=GROUP * QUERIES,
         gradient_accumulation_steps=2 if mode == "one" else 1,
@@ -68,7 +68,8 @@ def main(recorded: Path, output: Path, mode: str) -> None:
         optim="sgd",
         learning_rate=0.5,
         mask=MaskConfig(steps=5, lr=0.02),
-        save_strategy="no",
+        save_strategy="steps" if mode == "fsdp2" else "no",
+        save_steps=PASSES,
         report_to="none",
         use_cpu=True,
         bf16=False,
@@ -88,7 +89,8 @@ def main(recorded: Path, output: Path, mode: str) -> None:
 
     task = load_task(DataConfig(ledger=LedgerConfig(train_size=QUERIES * BATCHES, test_size=1)))
     trainer = Replay(model, args, task, tokenizer, rollout_func=replay)
-    trainer.train()
+    # Of the sharded run, its second batch again.
+    trainer.train(resume_from_checkpoint=str(output / "fsdp2" / f"checkpoint-{PASSES}") if mode == "resumed" else None)
     parameters = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()

@@ -23,11 +23,9 @@ from atmanrl.recipe import RECIPES, ModelConfig
 from tests.atmanrl.replay import BATCHES, GROUP, QUERIES
 
 ROOT = Path(__file__).parents[2]
-LAUNCHES = {
-    "one": [sys.executable],
-    "ddp": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "fsdp2": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-}
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# "resumed" goes on from the first checkpoint of "fsdp2".
+LAUNCHES = {"one": [sys.executable], "ddp": TWO, "fsdp2": TWO, "resumed": TWO}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     results = {}
     for mode, launch in LAUNCHES.items():
         command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
-        subprocess.run(command, env=environment, check=True, timeout=150, stdout=subprocess.DEVNULL)
+        subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
         results[mode] = torch.load(directory / f"{mode}.pt")
     return results
 
@@ -59,7 +57,8 @@ def test_two_processes_give_the_rewards_and_parameters_of_one(runs: dict[str, di
     # The second batch is scored by a policy that has been updated.
     torch.testing.assert_close(torch.tensor(two["rewards"]), rewards, atol=1e-5, rtol=0)
     start, _ = load_policy(ModelConfig("ledger"))
-    moved = max(float((one["parameters"][name] - p).abs().max()) for name, p in start.named_parameters())
+    differences = [one["parameters"][name] - p.detach() for name, p in start.named_parameters()]
+    moved = max(float(difference.abs().max()) for difference in differences)
     assert moved > 1e-3
     for name, parameter in one["parameters"].items():
         torch.testing.assert_close(two["parameters"][name], parameter, atol=1e-3 * moved, rtol=0, msg=name)
@@ -75,6 +74,14 @@ def test_two_processes_log_the_metrics_of_one(runs: dict[str, dict[str, Any]], m
     for line, expected in zip(runs[mode]["metrics"], runs["one"]["metrics"], strict=True):
         for name in (*ours, "reward", "frac_reward_zero_std", "completions/clipped_ratio"):
             assert line[name] == pytest.approx(expected[name], abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_resumed_sharded_run_ends_bit_for_bit_the_same(runs: dict[str, dict[str, Any]]) -> None:
+    whole, resumed = runs["fsdp2"], runs["resumed"]
+    assert resumed["rewards"] == whole["rewards"][1:]
+    for name, parameter in whole["parameters"].items():
+        assert torch.equal(resumed["parameters"][name], parameter), name
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from atmanrl.config import MaskConfig
+from atmanrl.config import MASK_PRESETS, MaskConfig
 from atmanrl.recipe import RecipeError, build, builtin_recipes, load_recipe, parse_overrides
 from atmanrl.trainer import AtManGRPOConfig
 
@@ -71,6 +71,22 @@ def test_overrides_reach_nested_fields_and_the_resolved_recipe_loads_again(recip
     again = tmp_path / "config.yaml"
     again.write_text(loaded.to_yaml(), encoding="utf-8")
     assert load_recipe(str(again)).to_yaml() == loaded.to_yaml()
+
+
+def test_a_preset_changes_what_the_recipe_says_and_single_fields_change_the_preset(
+    recipe: Path, tmp_path: Path
+) -> None:
+    def mask(path: Path, *arguments: str) -> MaskConfig:
+        loaded = load_recipe(str(path), parse_overrides(arguments))
+        return build(AtManGRPOConfig, {**loaded.training, "output_dir": str(tmp_path)}, source="x").mask
+
+    assert mask(recipe, "--mask.preset", "quarter") == MASK_PRESETS["quarter"]
+    assert mask(recipe, "--mask.preset", "quarter", "--mask.lr", "2e-3") == MaskConfig(steps=50, lr=2e-3)
+    derived = tmp_path / "derived.yaml"
+    derived.write_text("base: gsm8k\nmask: {preset: half, eps: 1e-7}\n", encoding="utf-8")
+    assert mask(derived, "--bf16", "false") == MaskConfig(steps=100, lr=2e-3, eps=1e-7)
+    with pytest.raises(RecipeError, match=r"mask.preset must be one of paper, half, .* got 'cheap'"):
+        load_recipe(str(recipe), [("mask.preset", "cheap")])
 
 
 @pytest.mark.parametrize(

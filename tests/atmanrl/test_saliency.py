@@ -196,6 +196,8 @@ def test_an_infinite_loss_names_its_rollout():
 def test_bad_configurations_say_which_value():
     for values, message in [
         ({"steps": -1}, "steps must not be negative, got -1"),
+        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"lr": float("inf")}, "lr must be positive and finite, got inf"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
         ({"init": 0.1, "upper": 0.2}, "init must be negative"),
         ({"answer_loss": "cot"}, "answer_loss must be one of .* got 'cot'"),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from atman_kernels.hf import AtManAttention
 from atmanrl import MaskConfig, Rollout, optimize_masks
 from atmanrl.saliency.cost import DecoderShape, necessary_flops
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
@@ -147,8 +148,23 @@ def test_models_that_the_fast_path_would_get_wrong_go_the_general_way():
     hooked = tiny_model()
     hooked(torch.tensor([[1, 2]]), output_hidden_states=True)
     assert why_unsupported(hooked) is None
-    hooked.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert why_unsupported(hooked) == "model.layers.0.mlp has hooks or a forward of its own"
+    for name in ("model.layers.0.mlp", "model.norm", "lm_head", "model"):
+        hook = hooked.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
+        assert why_unsupported(hooked) == f"{name} has hooks or a forward of its own"
+        hook.remove()
+
+
+def test_replaced_norms_go_the_general_way():
+    for name in ("model.norm", "model.layers.1.input_layernorm"):
+        model = tiny_model()
+        model.set_submodule(name, nn.LayerNorm(32))
+        assert why_unsupported(model) == f"{name} is a LayerNorm"
+        model = tiny_model()
+        model.get_submodule(name).variance_epsilon = 0.1
+        assert why_unsupported(model) == f"{name} has an epsilon of its own"
+    model = tiny_model()
+    model.model.layers[0].self_attn = AtManAttention(model.config, 0)
+    assert why_unsupported(model) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral window", "qwen3"])
@@ -193,3 +209,20 @@ def test_bytes_kept_for_the_backward_are_at_most_half_of_plain_autograds():
     with frozen(model):
         kept = FrozenDecoder(model, batch).kept_bytes
     assert kept <= plain / 2
+
+
+@pytest.mark.parametrize("family", ["llama tied", "qwen3"])
+def test_the_bytes_said_to_be_kept_are_those_alive_between_forward_and_backward(family):
+    model = tiny_model(family)
+    batch = pack([Rollout([1, 2], [3] * 400, [4, 5])] * 4, answer_loss="value", device=torch.device("cpu"))
+    bias = _random_bias(batch)
+    with frozen(model):
+        # Once before, so that nothing is made for the first time while it is watched.
+        FrozenDecoder(model, batch)(bias)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            decoder = FrozenDecoder(model, batch)
+            loss = decoder(bias)
+    alive = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    workspace = decoder._d_rows.nbytes
+    assert loss.requires_grad
+    assert decoder.kept_bytes == pytest.approx(alive - workspace, rel=0.03)

@@ -355,9 +355,9 @@ def test_the_loss_gets_the_credit_of_every_token_together_with_the_saliency_rewa
     losses = Losses()
     trainer = Advantages(model, args, longer, tokenizer, callbacks=[losses])
     own_forwards = []
-    original = trainer_module.series_of
+    original = trainer_module.attention_series
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "series_of", lambda *a: own_forwards.append(1) or original(*a))
+        patch.setattr(trainer_module, "attention_series", lambda *a, **k: own_forwards.append(1) or original(*a, **k))
         trainer.train()
     # A policy on "atman" shows its attention in the pass for the old log-probabilities.
     assert len(own_forwards) == (1 if implementation == "sdpa" else 0)

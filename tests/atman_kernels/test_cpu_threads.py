@@ -1,0 +1,103 @@
+"""The C++ kernel and threads: as many as PyTorch is told to use, its own ones, and Python goes on meanwhile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from atman_kernels import _cpu, attention, backend
+
+pytestmark = pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
+
+# Threads of the process: at the start, after calls with one thread, after a parallel operation of PyTorch with three,
+# and after calls with three.
+_COUNTING = """
+import os, torch
+from atman_kernels import attention, backend
+
+q = torch.randn(1, 600, 4, 16, requires_grad=True)
+counts = []
+
+def count():
+    counts.append(len(os.listdir("/proc/self/task")))
+
+def call():
+    with backend("cpu"):
+        o = attention(q, q, q)
+    torch.autograd.grad(o.sum(), q)
+    count()
+
+torch.set_num_threads(1)
+torch.autograd.grad(q.exp().sum(), q)
+count()
+call()
+torch.set_num_threads(3)
+torch.randn(1 << 20).exp()
+count()
+call()
+print(*counts)
+"""
+
+
+def test_calls_use_the_threads_that_pytorch_has_and_no_others() -> None:
+    done = subprocess.run([sys.executable, "-c", _COUNTING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    at_start, alone, pool, shared = map(int, done.stdout.split())
+    assert alone == at_start
+    assert pool == at_start + 2
+    assert shared == pool
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_call_asks_for_the_number_of_threads_that_pytorch_is_set_to(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> object:
+            kernel = getattr(_C, name)
+
+            def call(*arguments: object) -> object:
+                asked.append(arguments[-2])
+                return kernel(*arguments)
+
+            return call
+
+    _C = _cpu._C
+    monkeypatch.setattr(_cpu, "_C", Recorder())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q = torch.randn(1, 9, 1, 8, requires_grad=True)
+        with backend("cpu"):
+            torch.autograd.grad(attention(q, q, q).sum(), q)
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [threads, threads]
+
+
+def test_other_python_threads_run_during_a_call() -> None:
+    q = torch.randn(1, 3000, 8, 64)
+    call: list[float] = []
+
+    def compute() -> None:
+        with backend("cpu"):
+            call.append(time.perf_counter())
+            attention(q, q, q)
+            call.append(time.perf_counter())
+
+    worker = threading.Thread(target=compute)
+    worker.start()
+    seen = []
+    while worker.is_alive():
+        seen.append(time.perf_counter())
+        time.sleep(1e-3)
+    worker.join()
+    # A call that held the interpreter would be seen at its start and its end only.
+    assert sum(call[0] < moment < call[1] for moment in seen) >= 5
