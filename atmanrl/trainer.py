@@ -348,7 +348,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         return loss
 
     def _elsewhere(self) -> float:
-        return self.seconds["generation"] + self.seconds["saliency"] + self.seconds["credit"]
+        return sum(self.seconds.get(part, 0.0) for part in ("generation", "saliency", "credit"))
 
     # Own steps.
 
