@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo claim credit test quick check sanitize aarch64 bench gpu format clean
+.PHONY: setup demo claim credit test quick check docs fuzz test-latest package sanitize aarch64 bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -13,7 +13,7 @@ setup: $(INSTALLED)
 $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,docs]"
 	touch $@
 
 demo: setup
@@ -30,7 +30,7 @@ credit: setup
 	$(BIN)/python -m benchmarks.credit_report
 	$(BIN)/python -m benchmarks.tables
 
-test: check
+test: check docs
 	$(BIN)/pytest
 
 # The tests without those marked slow.
@@ -42,6 +42,32 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Ten thousand random cases of attention, 34 times those of make test, and others every time.
+fuzz: setup
+	ATMAN_FUZZ=34 $(BIN)/pytest -n 3 tests/atman_kernels/test_properties.py
+
+# The tests with the newest dependencies that the bounds in pyproject.toml allow, in an environment of its own. The build
+# of torch may be chosen: make test-latest TORCH=torch==2.13.0
+TORCH ?= torch
+test-latest:
+	$(PYTHON) -m venv build/latest
+	build/latest/bin/pip install --quiet --upgrade $(TORCH)
+	build/latest/bin/pip install --quiet --upgrade $(TORCH) -e ".[dev]"
+	build/latest/bin/pytest --ignore tests/test_packaging.py
+
+# A source distribution, a wheel built from it, and that wheel in an empty environment, where doctor tests the kernels.
+package: setup
+	rm -rf dist build/package
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/package
+	build/package/bin/pip install --quiet -c constraints.txt torch
+	build/package/bin/pip install --quiet -c constraints.txt dist/*.whl
+	cd build/package && bin/atmanrl doctor
+
+# The site, in build/site; a page without a menu entry, a broken link or an unknown object fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The tests of the C++ kernel on a build with the address and undefined-behaviour sanitizers, whose runtimes have to be
 # loaded before everything else.

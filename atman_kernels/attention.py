@@ -23,21 +23,25 @@ _checking_values = False
 
 
 @contextmanager
-def backend(name: Literal["triton", "cpu", "reference"]) -> Iterator[None]:
+def backend(name: Literal["triton", "cpu", "reference"], *, deterministic: bool = True) -> Iterator[None]:
     """Force one implementation for the calls inside the block, and for their backward wherever that runs.
 
     Process-wide, like ``torch.nn.attention.sdpa_kernel``; blocks nest.
 
     Args:
         name: "triton" (on CPU tensors only under TRITON_INTERPRET=1), "cpu" (the C++ kernel) or "reference".
+        deterministic: False lets "triton" use a backward of five matrix products instead of seven, whose dq is added up
+            in fp32 in an order that varies from run to run (Hopper and later); the others are always deterministic.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for any other name, or a backend that has no other backward.
     """
     if name not in ops.BACKENDS[1:]:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(map(repr, ops.BACKENDS[1:]))}")
+    if not deterministic and name != "triton":
+        raise ValueError(f'only "triton" has a backward that is not deterministic, not {name!r}')
     global _forced_backend
-    before, _forced_backend = _forced_backend, name
+    before, _forced_backend = _forced_backend, name if deterministic else ops.TRITON_FUSED
     try:
         yield
     finally:
@@ -252,7 +256,8 @@ def _call(
             raise ValueError("window needs causal=True: it counts keys back from a row's own position")
     if key_bias is not None and checks_values(key_bias):
         _check_bias_values(key_bias)
-    prefix_k, prefix_v = (None, None) if prefix is None else prefix[:2]
+    # Kernels read D with unit stride; copied here, a prefix is copied once for forward and backward.
+    prefix_k, prefix_v = (None, None) if prefix is None else (_unit_stride(prefix.k), _unit_stride(prefix.v))
     o, lse = ops.attention_forward(
         q, k, v, key_bias, prefix_k, prefix_v, plan.sequences, plan.tiles_q, plan.tiles_k,
         1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale),
@@ -304,6 +309,10 @@ def check_layout(
 def forced_backend() -> str:
     """What :func:`backend` forces at the moment; "" where the device decides."""
     return _forced_backend
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def checks_values(tensor: Tensor) -> bool:

@@ -25,6 +25,8 @@ from atman_kernels import reference
 
 # Names of the forced backends; "" lets the device decide.
 BACKENDS = ("", "triton", "cpu", "reference")
+# "triton" with a backward that is faster where memory allows it, and not deterministic.
+TRITON_FUSED = "triton_fused"
 
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_k, Tensor? prefix_v, "
@@ -50,7 +52,7 @@ def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
     # Only the reference computes in double precision.
     if backend == "reference" or (backend == "" and q.dtype == torch.float64):
         return None
-    if backend == "triton" or (backend == "" and q.is_cuda):
+    if backend in ("triton", TRITON_FUSED) or (backend == "" and q.is_cuda):
         from atman_kernels import _triton
 
         _triton.require_runnable(q.device, q.dtype)
@@ -125,9 +127,10 @@ def _backward(
     dkey_bias = k.new_empty(k.shape[:2], dtype=torch.float32) if need_dkey_bias else None
     if dkey_bias is not None and not covers:
         dkey_bias.zero_()
+    variant = {"fused": True} if backend == TRITON_FUSED else {}
     kernels.attention_backward(
         dq, dk, dv, dkey_bias, do, dlse, o, lse,
-        q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds,
+        q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds, **variant,
     )  # fmt: skip
     absent = q.new_empty(0)
     return (

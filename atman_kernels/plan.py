@@ -53,7 +53,8 @@ class AttentionPlan:
             visible keys come first, and of a sequence the tiles with the most.
         tiles_k: (m, 2) int32 the same of key tiles, by visible rows: sequence index (-1: idle), first key.
         batch: batch rows of the tensors; 1 for a packed batch.
-        total_q, total_k: rows and keys of the tensors, per batch row.
+        total_q: rows of the tensors, per batch row.
+        total_k: keys of the tensors, per batch row.
         prefix_end: one past the last prefix key in use; None where it is known on the device only.
         covers: whether every row and key of the tensors belongs to a sequence.
 

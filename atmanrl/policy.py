@@ -37,7 +37,7 @@ def load_policy(
         device: where the weights go; None: to the GPU where there is one.
 
     Raises:
-        InputError: where ``config.name`` is neither a directory nor a model of the hub.
+        InputError: where ``config.name`` is neither a directory nor a model of the hub, or has no safetensors.
     """
     name = source_of(config)
     dtype = getattr(torch, config.dtype)
@@ -47,6 +47,7 @@ def load_policy(
             name,
             revision=config.revision,
             dtype=dtype,
+            use_safetensors=True,
             attn_implementation=attention_of(config, half=autocast or dtype in (torch.bfloat16, torch.float16)),
         )
     except OSError as error:

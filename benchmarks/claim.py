@@ -26,7 +26,7 @@ from atmanrl.recipe import ModelConfig, load_recipe
 from atmanrl.records import RESTORED, Run, write_text_atomically
 from atmanrl.scoring import DELETION, with_deletion_effects
 from atmanrl.summary import summarize
-from benchmarks.timing import RESULTS, commit
+from benchmarks.device import RESULTS, commit
 
 ARMS = {
     "outcome": {"saliency_weight": "0"},

@@ -49,10 +49,11 @@ def attention_forward(
     from atman_kernels._triton import forward, launch
 
     with torch.cuda.device_of(q):
-        forward.forward_launch(
+        for each in forward.forward_launches(
             launch.device_family(q.device),
-            o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, sm_scale, causal, window,
-        ).run()  # fmt: skip
+            o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, sm_scale, causal, window,
+        ):  # fmt: skip
+            each.run()
 
 
 def attention_backward(
@@ -76,15 +77,16 @@ def attention_backward(
     sm_scale: float,
     causal: bool,
     window: int | None,
+    fused: bool = False,
 ) -> None:
-    """Fill those of the contiguous outputs that are not None; see ``atman_kernels.ops``."""
+    """Fill those of the contiguous outputs that are not None; see ``atman_kernels.ops`` and ``backward`` for fused."""
     from atman_kernels._triton import backward, launch
 
     with torch.cuda.device_of(q):
         for each in backward.backward_launches(
             launch.device_family(q.device),
             dq, dk, dv, dkey_bias, do, dlse, o, lse, q, k, v, key_bias, prefix_k, prefix_v,
-            sequences, tiles_q, tiles_k, sm_scale, causal, window,
+            sequences, tiles_q, tiles_k, sm_scale, causal, window, fused=fused,
         ):  # fmt: skip
             each.run()
 

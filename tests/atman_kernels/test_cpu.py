@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from atman_kernels import _cpu, attention, backend
 from tests.atman_kernels.grid import Case, Operands, assert_exact, make_operands, run
@@ -47,37 +45,6 @@ def test_every_instruction_set_is_as_exact_as_pytorch(
 ) -> None:
     monkeypatch.setattr(_cpu, "_isa", isa)
     assert_exact(case, "cpu", dtype)
-
-
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=4),
-    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (6, 2)]),
-    head_dim=st.integers(1, 70) | st.sampled_from([80, 96, 128, 256]),
-    causal=st.booleans(),
-    window=st.none() | st.integers(1, 150),
-    bias=st.sampled_from(["absent", "finite", "removed"]),
-    prefix_length=st.none() | st.integers(0, 150),
-    isa=st.sampled_from(_cpu.isas() or [""]),
-    dtype=st.sampled_from(list(DTYPES.values())),
-)
-def test_any_shape_is_as_exact_as_pytorch(
-    lengths: list[tuple[int, int]],
-    heads: tuple[int, int],
-    head_dim: int,
-    causal: bool,
-    window: int | None,
-    bias: str,
-    prefix_length: int | None,
-    isa: str,
-    dtype: torch.dtype,
-) -> None:
-    lengths_q, lengths_k = zip(*lengths, strict=True)
-    prefix = () if prefix_length is None else tuple((i, prefix_length) for i in range(len(lengths)))
-    case = Case(lengths_q, heads, head_dim, bias, causal, window if causal else None, lengths_k, prefix)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cpu, "_isa", isa)
-        assert_exact(case, "cpu", dtype)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""Every command in README and docs is accepted by the program it calls, and says so where it needs a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from atmanrl.cli import _parser
+from atmanrl.commands.explain import mask_config
+from atmanrl.recipe import build, builtin_recipes, load_recipe, parse_overrides
+from atmanrl.trainer import AtManGRPOConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("atmanrl", "make", "python", "accelerate", "pip")
+# Recipes whose model trains on a CPU.
+SMALL = ("ledger", "ledger_outcome")
+
+
+class Command(NamedTuple):
+    """One command of a page; ``inline``: it may leave required options out; ``block``: with the paragraph before it."""
+
+    page: str
+    text: str
+    inline: bool
+    block: str
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.text}"
+
+
+def commands_of(page: Path) -> list[Command]:
+    """Commands in the page's shell blocks, and those in inline code that have at least one argument."""
+    found = []
+    paragraphs = re.split(r"\n(?:[ \t]*\n)+", page.read_text(encoding="utf-8"))
+    python = False
+    for before, paragraph in zip(["", *paragraphs], paragraphs, strict=False):
+        python = python or paragraph.startswith("```python")
+        shell = not python and (paragraph.startswith(("    ", "```")) or "\n    " in paragraph)
+        if python and paragraph.rstrip().endswith("```"):
+            python = False
+        block = f"{before}\n{paragraph}"
+        lines = [line.strip() for line in paragraph.splitlines()] if shell else []
+        for line in lines:
+            # What follows two spaces or more and is no option describes the command.
+            text = re.split(r"\s#|\s{2,}(?![\s-])", line)[0]
+            if text.split(" ")[0] in PROGRAMS and "|" not in line:
+                found.append(Command(page.name, re.sub(r"[\[\]]", "", text), False, block))
+        for text in re.findall(r"`([^`\n]+ [^`\n]+)`", "" if shell or python else paragraph):
+            if text.split(" ")[0] in PROGRAMS:
+                found.append(Command(page.name, text, True, block))
+    return found
+
+
+COMMANDS = [command for page in PAGES for command in commands_of(page)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_documented_command_is_accepted(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, *arguments = shlex.split(command.text.replace("$L/", "atmanrl/recipes/accelerate/"))
+    if program == "accelerate":
+        # Eight processes, as the launch configurations have.
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        module = arguments.index("-m")
+        assert (ROOT / arguments[arguments.index("--config_file") + 1]).is_file()
+        program, *arguments = arguments[module + 1 :]
+    if program == "atmanrl":
+        check_atmanrl(arguments, command.inline, tmp_path)
+    elif program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert re.search(rf"^{re.escape(arguments[0])}:", makefile, re.MULTILINE), f"no target {arguments[0]}"
+    elif program == "python":
+        check_module(arguments)
+    else:
+        check_pip(arguments)
+
+
+def check_atmanrl(arguments: list[str], inline: bool, tmp_path: Path) -> None:
+    parser = _parser()
+    if inline:
+        require_nothing(parser)
+    try:
+        known, rest = parser.parse_known_args(arguments)
+    except SystemExit:
+        pytest.fail("the command line is refused")
+    overrides = parse_overrides(rest)
+    if known.command == "explain":
+        mask_config(overrides)
+    elif known.command in ("train", "evaluate"):
+        config = known.config if known.config in builtin_recipes() else "ledger"
+        recipe = load_recipe(config, overrides)
+        training = {**recipe.training, "output_dir": str(tmp_path), "bf16": False}
+        build(AtManGRPOConfig, training, source=recipe.source)
+    else:
+        assert not rest
+
+
+def require_nothing(parser: argparse.ArgumentParser) -> None:
+    """Let every option and positional argument of the subcommands be left out."""
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for subparser in commands.choices.values():
+        for action in (*subparser._actions, *subparser._mutually_exclusive_groups):
+            action.required = False
+
+
+def check_module(arguments: list[str]) -> None:
+    assert arguments[0] == "-m", "a documented script is a module"
+    spec = importlib.util.find_spec(arguments[1])
+    assert spec is not None, f"no module {arguments[1]}"
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    assert "__main__" in source
+    for option in re.findall(r"--[\w-]+", " ".join(arguments)):
+        assert f'"{option}"' in source, f"{arguments[1]} has no {option}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    assert arguments[0] == "install"
+    if "-c" in arguments:
+        assert (ROOT / arguments[arguments.index("-c") + 1]).is_file()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra in re.findall(r"\[([\w,-]+)\]", " ".join(arguments)):
+        assert set(extra.split(",")) <= set(project["optional-dependencies"]), f"no extra {extra}"
+
+
+def test_a_command_that_trains_a_large_model_says_that_it_needs_a_gpu() -> None:
+    large = set(builtin_recipes()) - set(SMALL)
+    for command in COMMANDS:
+        recipe = re.search(r"--config (\w+)", command.text)
+        if recipe is not None and recipe[1] in large and "--dry-run" not in command.text:
+            assert "GPU" in command.block, command
+
+
+def test_the_pages_have_commands_of_every_kind() -> None:
+    assert {command.text.split(" ")[0] for command in COMMANDS} == set(PROGRAMS)
+    assert len(COMMANDS) > 40
+
+
+def test_the_makefiles_targets_do_not_shadow_files() -> None:
+    phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert phony is not None
+    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(phony[1].split()) == sorted(targets)
