@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo claim test quick check docs fuzz test-latest package sanitize aarch64 bench gpu format clean
+.PHONY: setup demo claim credit test quick check docs fuzz test-latest package sanitize aarch64 bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -23,6 +23,12 @@ demo: setup
 claim: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.claim
 	$(BIN)/python -m benchmarks.claim_report
+
+# Ways to assign credit to tokens, on two versions of the built-in task; goes on where it was stopped.
+credit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.credit
+	$(BIN)/python -m benchmarks.credit_report
+	$(BIN)/python -m benchmarks.tables
 
 test: check docs
 	$(BIN)/pytest

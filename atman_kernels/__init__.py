@@ -2,5 +2,15 @@
 
 from atman_kernels.attention import attention, attention_varlen, backend, debug_checks
 from atman_kernels.plan import AttentionPlan, SharedPrefix
+from atman_kernels.statistics import AttentionStatistics, attention_statistics
 
-__all__ = ["AttentionPlan", "SharedPrefix", "attention", "attention_varlen", "backend", "debug_checks"]
+__all__ = [
+    "AttentionPlan",
+    "AttentionStatistics",
+    "SharedPrefix",
+    "attention",
+    "attention_statistics",
+    "attention_varlen",
+    "backend",
+    "debug_checks",
+]

@@ -120,6 +120,37 @@ def attention_backward(
     )  # fmt: skip
 
 
+def attention_statistics(
+    distance: Tensor | None,
+    windowed: Tensor,
+    received: Tensor,
+    received_count: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    rows: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    attention_window: int | None,
+    window: int,
+    horizon: tuple[int, int],
+) -> None:
+    """Write the outputs that are not None; arguments as in ``atman_kernels.statistics_ops``, rows as uint8.
+
+    Raises:
+        ValueError: the tensors disagree in shape or dtype, or a sequence lies outside of them.
+        MemoryError: no memory for the packed keys.
+    """
+    _C.attention_statistics(
+        distance, windowed, received, received_count, q, k, lse, key_bias, prefix_k, rows, sequences, sm_scale,
+        -1 if attention_window is None else attention_window, window, *horizon, torch.get_num_threads(), _isa,
+    )  # fmt: skip
+
+
 _HOW_TO_BUILD = "install the package (pip install .) or build it in place (see CONTRIBUTING.md)"
 
 

@@ -23,21 +23,25 @@ _checking_values = False
 
 
 @contextmanager
-def backend(name: Literal["triton", "cpu", "reference"]) -> Iterator[None]:
+def backend(name: Literal["triton", "cpu", "reference"], *, deterministic: bool = True) -> Iterator[None]:
     """Force one implementation for the calls inside the block, and for their backward wherever that runs.
 
     Process-wide, like ``torch.nn.attention.sdpa_kernel``; blocks nest.
 
     Args:
         name: "triton" (on CPU tensors only under TRITON_INTERPRET=1), "cpu" (the C++ kernel) or "reference".
+        deterministic: False lets "triton" use a backward of five matrix products instead of seven, whose dq is added up
+            in fp32 in an order that varies from run to run (Hopper and later); the others are always deterministic.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: for any other name, or a backend that has no other backward.
     """
     if name not in ops.BACKENDS[1:]:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(map(repr, ops.BACKENDS[1:]))}")
+    if not deterministic and name != "triton":
+        raise ValueError(f'only "triton" has a backward that is not deterministic, not {name!r}')
     global _forced_backend
-    before, _forced_backend = _forced_backend, name
+    before, _forced_backend = _forced_backend, name if deterministic else ops.TRITON_FUSED
     try:
         yield
     finally:
@@ -199,27 +203,7 @@ def attention_varlen(
             outside its keys; prefix keys that require a gradient. Values of GPU tensors are checked inside
             :func:`debug_checks` only.
     """
-    _check_operands(q, k, v, key_bias, rank=3)
-    if isinstance(cu_seqlens_q, AttentionPlan):
-        if plan is not None:
-            raise ValueError("a plan was given twice: as cu_seqlens_q and as plan")
-        cu_seqlens_q, plan = None, cu_seqlens_q
-    if prefix is not None:
-        _check_prefix(prefix, k)
-    if plan is None:
-        if cu_seqlens_q is None:
-            raise ValueError("attention_varlen needs cu_seqlens_q or plan")
-        plan = _plan_of_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], prefix, q.device)
-    else:
-        if cu_seqlens_q is not None or cu_seqlens_k is not None:
-            raise ValueError("give a plan or cu_seqlens, not both")
-        _check_plan(plan, 1, q.shape[0], k.shape[0], q.device)
-        if prefix is not None and prefix.start is not None and checks_values(plan.sequences):
-            _check_ranges(plan, prefix)
-    if prefix is not None and plan.prefix_end is not None and plan.prefix_end > prefix.k.shape[0]:
-        raise ValueError(f"a prefix range ends at key {plan.prefix_end}, but the prefix has {prefix.k.shape[0]} keys")
-    if prefix is None and plan.prefix_end:
-        raise ValueError("the plan has prefix ranges, but no prefix was given")
+    plan = check_layout(q, k, v, key_bias, cu_seqlens_q, cu_seqlens_k, plan, prefix, "attention_varlen")
     bias = None if key_bias is None else key_bias[None]
     o, lse = _call(q[None], k[None], v[None], bias, prefix, plan, causal=causal, sm_scale=sm_scale, window=window)
     # Not o[0]: the backward of an index fills and copies a tensor of zeros.
@@ -280,6 +264,51 @@ def _call(
         causal, -1 if window is None else window, plan.covers, _forced_backend,
     )  # fmt: skip
     return o, lse
+
+
+def check_layout(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    cu_seqlens_q: Tensor | AttentionPlan | None,
+    cu_seqlens_k: Tensor | None,
+    plan: AttentionPlan | None,
+    prefix: SharedPrefix | None,
+    caller: str,
+) -> AttentionPlan:
+    """The plan of a packed call, once its operands were checked against it; arguments as in :func:`attention_varlen`.
+
+    Raises:
+        ValueError: as :func:`attention_varlen`; ``caller`` is the function that the message names.
+    """
+    _check_operands(q, k, v, key_bias, rank=3)
+    if isinstance(cu_seqlens_q, AttentionPlan):
+        if plan is not None:
+            raise ValueError("a plan was given twice: as cu_seqlens_q and as plan")
+        cu_seqlens_q, plan = None, cu_seqlens_q
+    if prefix is not None:
+        _check_prefix(prefix, k)
+    if plan is None:
+        if cu_seqlens_q is None:
+            raise ValueError(f"{caller} needs cu_seqlens_q or plan")
+        plan = _plan_of_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], prefix, q.device)
+    else:
+        if cu_seqlens_q is not None or cu_seqlens_k is not None:
+            raise ValueError("give a plan or cu_seqlens, not both")
+        _check_plan(plan, 1, q.shape[0], k.shape[0], q.device)
+        if prefix is not None and prefix.start is not None and checks_values(plan.sequences):
+            _check_ranges(plan, prefix)
+    if prefix is not None and plan.prefix_end is not None and plan.prefix_end > prefix.k.shape[0]:
+        raise ValueError(f"a prefix range ends at key {plan.prefix_end}, but the prefix has {prefix.k.shape[0]} keys")
+    if prefix is None and plan.prefix_end:
+        raise ValueError("the plan has prefix ranges, but no prefix was given")
+    return plan
+
+
+def forced_backend() -> str:
+    """What :func:`backend` forces at the moment; "" where the device decides."""
+    return _forced_backend
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -25,17 +25,20 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from atman_kernels.attention import attention_rows, attention_varlen, checks_values
+from atman_kernels.observation import AttentionCall, observing, show
 from atman_kernels.plan import AttentionPlan, SharedPrefix
 from atman_kernels.row_mask import RowMask, lay_out, read_mask_function, row_mask_of, unsupported
 
 __all__ = [
     "AtManAttention",
+    "AttentionCall",
     "AttentionRecorder",
     "KeyValueRecord",
     "LayerPrefixes",
     "RowMask",
     "atman_attention",
     "atman_mask",
+    "observing",
 ]
 
 
@@ -166,15 +169,16 @@ def atman_attention(
     if query.shape[2] == 1 and all(extra is None for extra in extras):
         return _decode(module, query, key, value, attention_mask, scaling)
     q, k, v = (rearrange(x, "b h t d -> b t h d") for x in _autocast(query, key, value))
+    layer_idx = cast(int, module.layer_idx)
     if attention_plan is not None:
-        prefix = None if shared_prefix is None else _prefix_of(shared_prefix, cast(int, module.layer_idx))
-        o, lse = _packed(q, k, v, key_bias, attention_plan, prefix, scaling, sliding_window)
+        prefix = None if shared_prefix is None else _prefix_of(shared_prefix, layer_idx)
+        o, lse = _packed(layer_idx, q, k, v, key_bias, attention_plan, prefix, scaling, sliding_window)
     elif shared_prefix is not None:
         raise ValueError("shared_prefix needs attention_plan, which states the keys that each sequence sees of it")
     else:
-        o, lse = _padded(q, k, v, key_bias, row_mask_of(attention_mask, q, k, sliding_window), scaling)
+        o, lse = _padded(layer_idx, q, k, v, key_bias, row_mask_of(attention_mask, q, k, sliding_window), scaling)
     if capture is not None:
-        capture.record(cast(int, module.layer_idx), q, k, v, lse)
+        capture.record(layer_idx, q, k, v, lse)
     return o, None
 
 
@@ -216,6 +220,7 @@ def _decode(
 
 
 def _packed(
+    layer_idx: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -240,10 +245,13 @@ def _packed(
         window=window,
         return_lse=True,
     )
-    return o[None], lse[None]
+    o, lse = o[None], lse[None]
+    show(AttentionCall(layer_idx, q, k, lse, plan, key_bias, prefix, scaling, window))
+    return o, lse
 
 
 def _padded(
+    layer_idx: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -258,7 +266,9 @@ def _padded(
     if mask.valid is not None:
         finite = torch.zeros((), device=k.device) if key_bias is None else key_bias
         key_bias = torch.where(mask.valid, finite, -torch.inf)
-    return attention_rows(q, k, v, key_bias, plan=plan, sm_scale=scaling, window=mask.window)
+    o, lse = attention_rows(q, k, v, key_bias, plan=plan, sm_scale=scaling, window=mask.window)
+    show(AttentionCall(layer_idx, q, k, lse, plan, key_bias, None, scaling, mask.window))
+    return o, lse
 
 
 def _bias_of_keys(key_bias: Tensor, mask: RowMask, k: Tensor) -> Tensor:

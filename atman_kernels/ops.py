@@ -25,6 +25,8 @@ from atman_kernels import reference
 
 # Names of the forced backends; "" lets the device decide.
 BACKENDS = ("", "triton", "cpu", "reference")
+# "triton" with a backward that is faster where memory allows it, and not deterministic.
+TRITON_FUSED = "triton_fused"
 
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_k, Tensor? prefix_v, "
@@ -45,12 +47,12 @@ attention_forward = torch.ops.atman_kernels.attention_forward.default
 attention_backward = torch.ops.atman_kernels.attention_backward.default
 
 
-def _kernels(backend: str, q: Tensor) -> ModuleType | None:
+def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
     """The module that computes for this device and forced backend; None stands for the reference."""
     # Only the reference computes in double precision.
     if backend == "reference" or (backend == "" and q.dtype == torch.float64):
         return None
-    if backend == "triton" or (backend == "" and q.is_cuda):
+    if backend in ("triton", TRITON_FUSED) or (backend == "" and q.is_cuda):
         from atman_kernels import _triton
 
         _triton.require_runnable(q.device, q.dtype)
@@ -76,11 +78,11 @@ def _forward(
     covers: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    kernels = _kernels(backend, q)
+    kernels = kernels_for(backend, q)
     bounds = (sm_scale, causal, None if window < 0 else window)
     if kernels is None:
         return reference.attention_forward(q, k, v, key_bias, prefix_k, prefix_v, sequences, *bounds)
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     o = _allocate(q, covers)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     if not covers:
@@ -113,21 +115,22 @@ def _backward(
     need_dv: bool,
     need_dkey_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _kernels(backend, q)
+    kernels = kernels_for(backend, q)
     bounds = (sm_scale, causal, None if window < 0 else window)
     needed = (need_dq, need_dk, need_dv, need_dkey_bias)
     if kernels is None:
         all_four = reference.attention_backward(do, dlse, q, k, v, key_bias, prefix_k, prefix_v, sequences, *bounds)
         found = [g if need else g.new_empty(0) for g, need in zip(all_four, needed, strict=True)]
         return found[0], found[1], found[2], found[3]
-    do, q, k, v = (_unit_stride(x) for x in (do, q, k, v))
+    do, q, k, v = (unit_stride(x) for x in (do, q, k, v))
     dq, dk, dv = (_allocate(x, covers) if need else None for x, need in zip((q, k, v), needed[:3], strict=True))
     dkey_bias = k.new_empty(k.shape[:2], dtype=torch.float32) if need_dkey_bias else None
     if dkey_bias is not None and not covers:
         dkey_bias.zero_()
+    variant = {"fused": True} if backend == TRITON_FUSED else {}
     kernels.attention_backward(
         dq, dk, dv, dkey_bias, do, dlse, o, lse,
-        q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds,
+        q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds, **variant,
     )  # fmt: skip
     absent = q.new_empty(0)
     return (
@@ -138,7 +141,8 @@ def _backward(
     )
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """``x``, or a copy where its last axis is strided."""
     # Not contiguous(): it leaves the strides of empty tensors, and those of an axis of length 1, as they are.
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 

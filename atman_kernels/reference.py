@@ -18,7 +18,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-__all__ = ["attention", "attention_backward", "attention_forward", "visible_keys"]
+__all__ = ["attention", "attention_backward", "attention_forward", "attention_statistics", "visible_keys"]
 
 
 def attention(
@@ -175,6 +175,61 @@ def attention_backward(
         dv[span.batch, span.keys] = dv_i[0, n_prefix:]
         dkey_bias[span.batch, span.keys] = reduce(ds[..., n_prefix:], "1 h g q k -> k", "sum")
     return dq, dk, dv, dkey_bias
+
+
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    rows: Tensor | None,
+    sequences: Tensor,
+    sm_scale: float,
+    attention_window: int | None,
+    window: int,
+    horizon: tuple[int, int],
+    need_distance: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row and column sums of the attention map, from the map itself; see ``atman_kernels.statistics_ops``.
+
+    With p = exp(scores - lse) and d the distance from a row back to a key::
+
+        distance = mean over chosen rows of sum_v p d;  windowed_distance = sum_v p min(d, window)
+        received[v] = mean over chosen rows with low <= d <= high of p
+    """
+    heads_q, heads_kv = q.shape[2], k.shape[2]
+    n_seq = sequences.shape[0]
+    dtype = _softmax_dtype(q.dtype)
+    distance = torch.zeros(n_seq if need_distance else 0, heads_q, dtype=dtype, device=q.device)
+    windowed = torch.zeros(lse.shape, dtype=dtype, device=q.device)
+    received = torch.zeros(k.shape[0], heads_q, k.shape[1], dtype=dtype, device=q.device)
+    received_count = torch.zeros(k.shape[:2], dtype=torch.int32, device=q.device)
+    low, high = horizon
+    for i, span in enumerate(_spans(sequences)):
+        n_prefix = span.prefix.stop - span.prefix.start
+        q_i, k_i = q[span.batch, None, span.queries], _with_prefix(prefix_k, k, span)
+        n_rows, n_keys = q_i.shape[1], k_i.shape[1]
+        visible = visible_keys(
+            n_rows, n_keys - n_prefix, n_prefix, causal=True, window=attention_window, device=q.device
+        )
+        scores = _scores(_group_heads(q_i, heads_kv), k_i, _bias_with_prefix(key_bias, span), sm_scale, visible)
+        scores = rearrange(scores, "1 h g q k -> (h g) q k")
+        lse_i = lse[span.batch, :, span.queries, None]
+        p = torch.exp(scores - lse_i.masked_fill(lse_i == -torch.inf, torch.inf))
+        d = torch.arange(n_rows, device=q.device)[:, None] + (n_keys - n_rows) - torch.arange(n_keys, device=q.device)
+        chosen = torch.ones(n_rows, dtype=torch.bool, device=q.device)
+        if rows is not None:
+            chosen = rows[span.batch, span.queries]
+        if need_distance and chosen.any():
+            distance[i] = (p * d).sum(-1)[:, chosen].mean(-1)
+        windowed[span.batch, :, span.queries] = (p * d.clamp(max=window)).sum(-1)
+        counted = chosen[:, None] & (d >= low) & (d <= high)
+        count = counted.sum(0)
+        mean = (p * counted).sum(1) / count.clamp(min=1)
+        received[span.batch, :, span.keys] = mean[:, n_prefix:]
+        received_count[span.batch, span.keys] = count[n_prefix:].to(torch.int32)
+    return distance, windowed, received, received_count
 
 
 def _group_heads(x: Tensor, heads_kv: int) -> Tensor:

@@ -9,12 +9,15 @@ if TYPE_CHECKING:
     from atmanrl.rewards import saliency_reward
     from atmanrl.rollouts import Rollout
     from atmanrl.saliency import optimize_masks
+    from atmanrl.saliency.estimators import ESTIMATORS, estimate_saliency
 
-__all__ = ["MaskConfig", "Rollout", "optimize_masks", "saliency_reward"]
+__all__ = ["ESTIMATORS", "MaskConfig", "Rollout", "estimate_saliency", "optimize_masks", "saliency_reward"]
 
 _HOMES = {
+    "ESTIMATORS": "atmanrl.saliency.estimators",
     "MaskConfig": "atmanrl.config",
     "Rollout": "atmanrl.rollouts",
+    "estimate_saliency": "atmanrl.saliency.estimators",
     "optimize_masks": "atmanrl.saliency",
     "saliency_reward": "atmanrl.rewards",
 }

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 checkpoints=known.checkpoints,
                 output=known.output,
                 faithfulness=known.faithfulness,
+                initial_model=known.initial_model,
             )
         if known.command == "explain":
             return _explain(known, parse_overrides(rest))
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from atmanrl.commands.explain import explain_command
 
+    if known.statistics:
+        return _statistics(known, overrides)
     return explain_command(
         ModelConfig(known.model, known.revision, known.dtype),
         overrides,
@@ -88,8 +91,25 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         temperature=known.temperature,
         seed=known.seed,
         color=known.color,
+        estimator=known.estimator,
         deletion=known.deletion,
         record_every=known.record_every,
+    )
+
+
+def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    from atmanrl.commands.explain import examples_of, generation_of
+    from atmanrl.commands.statistics import statistics_command
+
+    return statistics_command(
+        ModelConfig(known.model, known.revision, known.dtype),
+        examples_of(known.input, known.prompt, known.completion, known.answer),
+        overrides,
+        plot=known.plot,
+        json=known.json,
+        generation=generation_of(known.max_new_tokens, known.temperature),
+        seed=known.seed,
+        color=known.color,
     )
 
 
@@ -186,6 +206,11 @@ def _add_evaluate(commands: Any) -> None:
         action="store_true",
         help="also cut, hide and replace parts of every chain of thought and see what becomes of the answer",
     )
+    evaluate.add_argument(
+        "--initial-model",
+        metavar="MODEL",
+        help="with --faithfulness: also let this model read every checkpoint's chains of thought",
+    )
 
 
 def _add_explain(commands: Any) -> None:
@@ -213,12 +238,26 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of written completions")
     explain.add_argument("--temperature", type=float, default=0.0, help="of written completions; 0 is greedy")
     explain.add_argument("--seed", type=int, default=0)
+    explain.add_argument(
+        "--estimator",
+        default="mask",
+        metavar="NAME",
+        help="what scores the tokens: mask (the paper's), best, sparse-mask, integrated, gradient, leave-one-out, "
+        "atman, atman-concept, attention or random",
+    )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")
     explain.add_argument("--csv", type=Path, metavar="FILE", help="write a row per token")
     explain.add_argument(
         "--deletion", action="store_true", help="also hide each token in turn: how much the answer's loss rises"
     )
+    explain.add_argument(
+        "--statistics",
+        action="store_true",
+        help="instead: which tokens attention treats as boundaries and as anchors (WAAD, FAI), how they couple, what "
+        "replaced tokens change; --series.window and --series.horizon can be set",
+    )
+    explain.add_argument("--plot", type=Path, metavar="FILE", help="with --statistics: picture of the first completion")
     explain.add_argument(
         "--record-every", type=int, metavar="STEPS", help="also record the course of masks and losses, for the page"
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 AnswerLoss = Literal["value", "all"]
 Weights = Literal["model", "float8"]
+CreditStrategy = Literal["none", "local", "global", "coupled", "random", "entropy", "saliency"]
+CreditSign = Literal["both", "positive"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,84 @@ class MaskConfig:
             raise ValueError(f"early_stop must lie in (0, 1] or be None, got {self.early_stop}")
         if self.weights not in get_args(Weights):
             raise ValueError(f"weights must be one of {get_args(Weights)}, got {self.weights!r}")
+
+
+@dataclass(frozen=True)
+class SeriesConfig:
+    """Which heads WAAD and FAI are averaged over, and their windows; defaults are those of arXiv 2510.13554 (v2).
+
+    Attributes:
+        layers: number of evenly spaced layers from the first to the last third of the model.
+        head_share: share of those layers' heads in each of the two sets, of lowest and of highest mean distance.
+        window: W of WAAD, in tokens.
+        horizon: first and last distance, in tokens, of the later rows that FAI averages.
+
+    Raises:
+        ValueError: for a value outside its range, with the value.
+    """
+
+    layers: int = 5
+    head_share: float = 0.3
+    window: int = 10
+    horizon: tuple[int, int] = (10, 100)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "horizon", tuple(self.horizon))
+        if self.layers < 1 or self.window < 1:
+            raise ValueError(f"layers and window must be at least 1, got {self.layers} and {self.window}")
+        if not 0 < self.head_share <= 0.5:
+            raise ValueError(f"head_share must lie in (0, 0.5], got {self.head_share}")
+        if len(self.horizon) != 2 or not 0 <= self.horizon[0] <= self.horizon[1]:
+            raise ValueError(f"horizon must be two numbers 0 <= low <= high, got {self.horizon}")
+
+
+@dataclass(frozen=True)
+class CreditConfig:
+    """How the advantage of a rollout is spread over its tokens: gamma_t per token; defaults as in arXiv 2510.13554.
+
+    Where the paper leaves a choice open, the default is this project's (docs/credit.md).
+
+    Attributes:
+        strategy: "none"; "local" (local-chunk), "global" (global-anchor) or "coupled" of the paper; its control arms
+            "random" and "entropy"; or "saliency", from the mask of this project.
+        gain: gamma of a chosen token (the paper's gamma_amp); 1 chooses nothing.
+        share: share of a rollout's tokens that is chosen.
+        alpha: share of a locally dominated token's bonus that goes to the token that introduces it.
+        lookback: tokens before a token among which its introduction is sought.
+        waad_quantile: a token is locally dominated only if its WAAD is at most this quantile of the rollout's.
+        delta_quantile: and if the largest change of WAAD shortly before it is at least this quantile.
+        floor: least gamma of the "saliency" strategy.
+        sign: "both", or "positive": negative advantages are left as they are.
+        series: of the statistics behind local, global and coupled.
+
+    Raises:
+        ValueError: for a value outside its range, with the value.
+    """
+
+    strategy: CreditStrategy = "none"
+    gain: float = 1.5
+    share: float = 0.4
+    alpha: float = 0.5
+    lookback: int = 3
+    waad_quantile: float = 0.5
+    delta_quantile: float = 0.5
+    floor: float = 0.5
+    sign: CreditSign = "both"
+    series: SeriesConfig = field(default_factory=SeriesConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.series, Mapping):
+            object.__setattr__(self, "series", SeriesConfig(**self.series))
+        for name, choices in (("strategy", CreditStrategy), ("sign", CreditSign)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        if not 0 < self.gain < math.inf:
+            raise ValueError(f"gain must be positive and finite, got {self.gain}")
+        for name in ("share", "alpha", "waad_quantile", "delta_quantile", "floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.lookback < 1:
+            raise ValueError(f"lookback must be at least 1, got {self.lookback}")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task
 from atmanrl.generation import GenerationSettings, generate
-from atmanrl.recording import Completion, record
+from atmanrl.recording import Completion, record, score_name
 from atmanrl.records import Run
+from atmanrl.saliency.estimators import make_estimator
 
 
 def evaluate(
@@ -26,6 +27,7 @@ def evaluate(
     label: str,
     generation: GenerationSettings | None = None,
     mask: MaskConfig | None = None,
+    estimator: str = "mask",
     saliency: bool = True,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
@@ -43,7 +45,8 @@ def evaluate(
         label: what a reader calls this run.
         generation: how completions are drawn; see `GenerationSettings` for the defaults.
         mask: how masks are optimised; the paper's numbers where None.
-        saliency: whether masks are optimised at all.
+        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
+        saliency: whether they are scored at all.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
         progress: show progress bars on stderr.
@@ -55,7 +58,7 @@ def evaluate(
     if not rows:
         raise ValueError(f"no rows of task {task.name!r} to evaluate on")
     generation = generation or GenerationSettings()
-    mask = mask or MaskConfig()
+    scorer = make_estimator(estimator, mask=mask)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     sampled = generate(model, tokenizer, prompts, generation, seed=seed, progress=progress)
     completions = [
@@ -71,15 +74,16 @@ def evaluate(
         for i, row in enumerate(rows)
         for sample, ids in enumerate(sampled[i])
     ]
-    records = record(model, tokenizer, completions, mask=mask if saliency else None, progress=progress)
+    records = record(model, tokenizer, completions, estimator=scorer if saliency else None, progress=progress)
     return Run(
         label=label,
         rollouts=tuple(records),
+        score=score_name(scorer.name),
         settings={
             **(settings or {}),
             "task": task.name,
             "generation": asdict(generation),
-            "mask": asdict(mask) if saliency else None,
+            "mask": asdict(mask or MaskConfig()) if saliency and scorer.name == "mask" else None,
             "seed": seed,
         },
     )

@@ -14,8 +14,9 @@ from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
 from atmanrl.data.sources import json_rows
 from atmanrl.generation import GenerationSettings, context_length, generate
-from atmanrl.recording import Completion, record
+from atmanrl.recording import Completion, record, score_name
 from atmanrl.records import Run
+from atmanrl.saliency.estimators import make_estimator
 
 # Tried in this order: the announcements that cannot be mistaken first, a lone number last.
 _FORMATS = (LEDGER_ANSWER, MMLU_ANSWER, GSM8K_ANSWER.with_mode("flexible"))
@@ -98,6 +99,7 @@ def explain(
     label: str = "explained",
     generation: GenerationSettings | None = None,
     mask: MaskConfig | None = None,
+    estimator: str = "mask",
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     record_every: int | None = None,
@@ -112,6 +114,7 @@ def explain(
         label: what a reader calls this run.
         generation: how missing completions are drawn, one per prompt; where None greedily, up to the context's end.
         mask: how masks are optimised; the paper's numbers where None.
+        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
         record_every: keep each mask and its loss every so many steps (`RolloutRecord.trajectory`).
@@ -121,9 +124,39 @@ def explain(
         ValueError: for an example whose answer is not in its completion or that exceeds the model's context, with its
             place; for no examples.
     """
+    scorer = make_estimator(estimator, mask=mask, record_every=record_every)
+    prompts, completion_ids, generation = completed(
+        model, tokenizer, examples, generation=generation, seed=seed, progress=progress
+    )
+    completions = [
+        Completion(example.name, prompt, ids, _answer_format(example, str(tokenizer.decode(ids))), example.expected)
+        for example, prompt, ids in zip(examples, prompts, completion_ids, strict=True)
+    ]
+    records = record(model, tokenizer, completions, estimator=scorer, progress=progress)
+    generated = {"generation": asdict(generation), "seed": seed} if generation else {}
+    masked = {"mask": asdict(mask or MaskConfig())} if scorer.name == "mask" else {}
+    return Run(label, tuple(records), score_name(scorer.name), {**(settings or {}), **generated, **masked})
+
+
+def completed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    generation: GenerationSettings | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[list[list[int]], list[list[int]], GenerationSettings | None]:
+    """Token ids of the examples' prompts and completions, and how those that were missing were written.
+
+    Args:
+        generation: how missing completions are drawn; where None greedily, up to the context's end.
+
+    Raises:
+        ValueError: for no examples; for one that is empty or exceeds the model's context, with its place.
+    """
     if not examples:
         raise ValueError("no prompts to explain")
-    mask = mask or MaskConfig()
     prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
     completion_ids = [
         None if example.completion is None else tokenizer.encode(example.completion, add_special_tokens=False)
@@ -136,15 +169,7 @@ def explain(
         written = generate(model, tokenizer, [prompts[i] for i in missing], generation, seed=seed, progress=progress)
         for i, samples in zip(missing, written, strict=True):
             completion_ids[i] = samples[0]
-    completions = [
-        Completion(
-            example.name, prompt, ids or [], _answer_format(example, str(tokenizer.decode(ids or []))), example.expected
-        )
-        for example, prompt, ids in zip(examples, prompts, completion_ids, strict=True)
-    ]
-    records = record(model, tokenizer, completions, mask=mask, record_every=record_every, progress=progress)
-    generated = {"generation": asdict(generation), "seed": seed} if generation else {}
-    return Run(label, tuple(records), settings={**(settings or {}), **generated, "mask": asdict(mask)})
+    return prompts, [ids or [] for ids in completion_ids], generation
 
 
 def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> GenerationSettings:

@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 
 FRACTIONS = tuple(i / 10 for i in range(11))
 RANDOM_DRAWS = 5
+MISTAKES = 5
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,46 @@ def filler_substitution(
     return outcomes(model, [Variant(rollout) for rollout in replaced], rows=rows)
 
 
+def added_mistakes(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    places: Sequence[Sequence[int]],
+    substitutes: Sequence[int],
+    *,
+    draws: int = MISTAKES,
+    seed: int = 0,
+    rows: int = ROWS,
+) -> list[list[Outcome]]:
+    """The original answer after one token of the chain of thought became another, the rest kept, for several draws.
+
+    Lanham et al. 2023 let the model go on from the mistake, which it may then repair; here what follows stays, so that
+    nothing is sampled.
+
+    Args:
+        model, rows: see `answer_log_probabilities`.
+        rollouts: with an answer.
+        places: per rollout, the chain-of-thought tokens that may be changed.
+        substitutes: token ids to draw from; a token is never replaced by itself.
+        draws: mistakes per rollout, each alone.
+        seed: of the draws.
+
+    Returns:
+        per rollout its ``draws`` outcomes; none where it has no place, or no substitute differs.
+    """
+    rng = np.random.default_rng(seed)
+    variants: list[Variant] = []
+    counts = []
+    for rollout, own in zip(rollouts, places, strict=True):
+        possible = [place for place in own if any(token != rollout.cot_ids[place] for token in substitutes)]
+        for _ in range(draws if possible else 0):
+            place = possible[rng.integers(len(possible))]
+            others = [token for token in substitutes if token != rollout.cot_ids[place]]
+            variants.append(Variant(_replaced(rollout, place, others[rng.integers(len(others))])))
+        counts.append(draws if possible else 0)
+    found = iter(outcomes(model, variants, rows=rows))
+    return [[next(found) for _ in range(count)] for count in counts]
+
+
 def substitution(
     model: PreTrainedModel, rollout: Rollout, replacements: Sequence[tuple[int, int]], *, rows: int = ROWS
 ) -> list[Outcome]:
@@ -207,9 +248,12 @@ def substitution(
     for position, token in replacements:
         if not 0 <= position < len(rollout.cot_ids):
             raise ValueError(f"position {position} lies outside the {len(rollout.cot_ids)} chain-of-thought tokens")
-        ids = (*rollout.cot_ids[:position], token, *rollout.cot_ids[position + 1 :])
-        variants.append(Variant(replace(rollout, cot_ids=ids)))
+        variants.append(Variant(_replaced(rollout, position, token)))
     return outcomes(model, variants, rows=rows)
+
+
+def _replaced(rollout: Rollout, place: int, token: int) -> Rollout:
+    return replace(rollout, cot_ids=(*rollout.cot_ids[:place], token, *rollout.cot_ids[place + 1 :]))
 
 
 def _top(order: NDArray[np.int64], count: int) -> Mask:

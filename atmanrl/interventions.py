@@ -96,29 +96,6 @@ def outcomes(model: PreTrainedModel, variants: Iterable[Variant], *, rows: int =
     return results
 
 
-def deletion_effects(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], *, rows: int = ROWS
-) -> list[NDArray[np.float64]]:
-    """Rise of the answer's mean NLL (nats) when one chain-of-thought token is hidden, for each token in turn.
-
-    The leave-one-out reference that other saliency is scored against: T forwards for T tokens.
-
-    Returns:
-        (T,) float64 per rollout.
-    """
-    variants = [
-        Variant(rollout, hidden)
-        for rollout in rollouts
-        for hidden in [None, *np.eye(len(rollout.cot_ids), dtype=np.bool_)]
-    ]
-    nll = iter([outcome.nll for outcome in outcomes(model, variants, rows=rows)])
-    effects = []
-    for rollout in rollouts:
-        base = next(nll)
-        effects.append(np.array([next(nll) - base for _ in rollout.cot_ids], dtype=np.float64))
-    return effects
-
-
 def _check(variant: Variant) -> None:
     length = len(variant.rollout.cot_ids)
     if not variant.rollout.answer_ids:

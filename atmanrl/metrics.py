@@ -6,9 +6,10 @@ that a process with few values does not weigh as much as one with many.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
-from atmanrl.saliency import SaliencyResult
+from atmanrl.saliency.estimators import TokenScores
 
 Values = Mapping[str, Sequence[float]]
 
@@ -20,16 +21,18 @@ def log_values(log_metric: Callable[[str, float], None], values: Values) -> None
             log_metric(name, float(value))
 
 
-def mask_metrics(masks: SaliencyResult) -> dict[str, list[float]]:
-    """The masks' losses (nats per answer token) and what they restored.
+def mask_metrics(masks: Sequence[TokenScores]) -> dict[str, list[float]]:
+    """The masks' losses (nats per answer token), where the estimator sees them, and what they restored.
 
-    ``mask/restored_mass`` has sum_v (1 - H_v / init) of each rollout, ``mask/restored`` the value of every token. A
+    ``mask/restored_mass`` has sum_v (1 - H_v / init) of each rollout, or another estimator's
+    `TokenScores.restored`, ``mask/restored`` the value of every token. A
     reward that is a mean per token also rises when unsalient tokens go; the mass does not.
     """
-    return {
-        "mask/loss_initial": [item.loss_initial for item in masks],
-        "mask/loss_final": [item.loss_final for item in masks],
-        "mask/loss_unmasked": [item.loss_unmasked for item in masks],
+    losses = {
+        f"mask/{name}": [value for item in masks if not math.isnan(value := getattr(item, name))]
+        for name in ("loss_initial", "loss_final", "loss_unmasked")
+    }
+    return losses | {
         "mask/restored_mass": [float(item.restored.sum()) for item in masks],
         "mask/restored": [value for item in masks for value in item.restored.tolist()],
     }
@@ -46,7 +49,7 @@ def tokens_per_class(classes: Sequence[Sequence[str]], names: Sequence[str]) -> 
 
 
 def restored_per_class(
-    masks: SaliencyResult, classes: Sequence[Sequence[str]], names: Sequence[str]
+    masks: Sequence[TokenScores], classes: Sequence[Sequence[str]], names: Sequence[str]
 ) -> dict[str, list[float]]:
     """``mask/restored/<class>``: 1 - H / init of each of the class's tokens."""
     restored: dict[str, list[float]] = {f"mask/restored/{name}": [] for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,10 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.answers import AnswerFormat
 from atmanrl.chat import end_of_turn_ids
-from atmanrl.config import MaskConfig
 from atmanrl.records import RESTORED, MaskLoss, RolloutRecord, TokenSpan, Trajectory
 from atmanrl.rollouts import CompletionSplit, Rollout, split_completion
-from atmanrl.saliency import RolloutSaliency, optimize_masks
+from atmanrl.saliency.estimators import Estimator, TokenScores, estimate_saliency
 
 # A character takes at most four bytes, and so at most four tokens.
 _LONGEST_CHARACTER = 4
@@ -46,41 +46,45 @@ def record(
     tokenizer: PreTrainedTokenizerBase,
     completions: Sequence[Completion],
     *,
-    mask: MaskConfig | None,
-    mask_batch: int = 64,
-    record_every: int | None = None,
+    estimator: Estimator | None,
+    batch: int = 64,
     progress: bool = False,
 ) -> list[RolloutRecord]:
-    """Split completions into chain of thought, marker and answer, and optimise their masks.
+    """Split completions into chain of thought, marker and answer, and score their tokens.
 
     Args:
-        model: the model whose answers are explained, frozen while masks are optimised.
+        model: the model whose answers are explained, frozen while tokens are scored.
         tokenizer: its tokenizer.
         completions: what to record.
-        mask: how masks are optimised; None records no saliency.
-        mask_batch: rollouts per call of `optimize_masks`; a mask does not depend on its companions.
-        record_every: keep each mask and its loss every so many steps; never where None.
+        estimator: scores the tokens; None records no saliency.
+        batch: rollouts per call of `estimate_saliency`; scores do not depend on the companions.
         progress: show progress bars on stderr.
     """
     ends = end_of_turn_ids(tokenizer, model.generation_config.eos_token_id)
     splits = [
         split_completion(item.completion_ids, tokenizer, item.answer_format, end_ids=ends) for item in completions
     ]
-    reasons = ["saliency not asked for" if mask is None else _reason_to_skip(split) for split in splits]
+    reasons = ["saliency not asked for" if estimator is None else _reason_to_skip(split) for split in splits]
     rollouts = {
         i: Rollout(tuple(item.prompt_ids), split.cot_ids, split.answer_ids, split.marker_ids)
         for i, (item, split) in enumerate(zip(completions, splits, strict=True))
         if reasons[i] is None
     }
-    saliency: dict[int, RolloutSaliency] = {}
+    saliency: dict[int, TokenScores] = {}
     order = list(rollouts)
-    for start in range(0, len(order), mask_batch):
-        batch = order[start : start + mask_batch]
-        result = optimize_masks(model, [rollouts[i] for i in batch], mask, progress=progress, record_every=record_every)
-        saliency.update(zip(batch, result, strict=True))
+    for start in range(0, len(order), batch):
+        assert estimator is not None
+        members = order[start : start + batch]
+        result = estimate_saliency(model, [rollouts[i] for i in members], estimator, progress=progress)
+        saliency.update(zip(members, result, strict=True))
     return [
         record_one(tokenizer, item, splits[i], saliency.get(i), reasons[i], ends) for i, item in enumerate(completions)
     ]
+
+
+def score_name(estimator: str) -> str:
+    """What an estimator's scores are called in a record: ``RESTORED`` for the mask's, else its own name."""
+    return RESTORED if estimator == "mask" else estimator
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
@@ -108,7 +112,7 @@ def record_one(
     tokenizer: PreTrainedTokenizerBase,
     item: Completion,
     split: CompletionSplit,
-    saliency: RolloutSaliency | None,
+    saliency: TokenScores | None,
     skipped: str | None,
     ends: Collection[int],
 ) -> RolloutRecord:
@@ -116,8 +120,8 @@ def record_one(
 
     Args:
         tokenizer: the one it was written with.
-        item: the completion; split: its parts; saliency: its mask.
-        skipped: why there is no mask.
+        item: the completion; split: its parts; saliency: its scores.
+        skipped: why there are none.
         ends: ids of the end-of-turn tokens.
     """
     prompt = _span(tokenizer, item.prompt_ids)
@@ -156,16 +160,17 @@ def _span(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> TokenSpan:
     return TokenSpan(tuple(ids), token_texts(tokenizer, ids))
 
 
-def _scores(saliency: RolloutSaliency | None) -> Mapping[str, tuple[float, ...]]:
+def _scores(saliency: TokenScores | None) -> Mapping[str, tuple[float, ...]]:
     if saliency is None:
         return {}
-    return {RESTORED: _decimals(saliency.restored)}
+    return {score_name(saliency.estimator): _decimals(saliency.scores)}
 
 
-def _loss(saliency: RolloutSaliency | None) -> MaskLoss | None:
+def _loss(saliency: TokenScores | None) -> MaskLoss | None:
     if saliency is None:
         return None
-    return MaskLoss(saliency.loss_initial, saliency.loss_final, saliency.loss_unmasked)
+    losses = saliency.loss_initial, saliency.loss_final, saliency.loss_unmasked
+    return MaskLoss(*losses) if all(map(math.isfinite, losses)) else None
 
 
 def _other_parser(item: Completion, split: CompletionSplit) -> dict[str, float]:
@@ -176,15 +181,14 @@ def _other_parser(item: Completion, split: CompletionSplit) -> dict[str, float]:
     return {"accuracy_flexible": float(flexible.accepts(split.text, item.expected))}
 
 
-def _trajectory(saliency: RolloutSaliency | None) -> Trajectory | None:
-    if saliency is None or saliency.trajectory is None:
+def _trajectory(saliency: TokenScores | None) -> Trajectory | None:
+    if saliency is None or saliency.course is None:
         return None
-    course = saliency.trajectory
-    restored = 1 - course.masks / saliency.init
+    course = saliency.course
     return Trajectory(
         steps=tuple(course.steps.tolist()),
         loss=_decimals(course.losses),
-        restored=tuple(_decimals(row) for row in restored),
+        restored=tuple(_decimals(row) for row in course.scores),
     )
 
 

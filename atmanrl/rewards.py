@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from atmanrl.saliency.result import RolloutSaliency
+from atmanrl.rollouts import Rollout
 
 Direction = Literal["restored", "printed"]
 Reduction = Literal["causal", "tokens"]
 
 
+class Salient(Protocol):
+    """A rollout with numbers per chain-of-thought token: of a mask, or of any other estimator."""
+
+    @property
+    def rollout(self) -> Rollout: ...
+
+    @property
+    def restored(self) -> Tensor: ...
+
+    @property
+    def normalized(self) -> Tensor: ...
+
+    @property
+    def skipped(self) -> str | None: ...
+
+
 def saliency_reward(
-    result: Sequence[RolloutSaliency], direction: Direction = "restored", reduction: Reduction = "causal"
+    result: Sequence[Salient], direction: Direction = "restored", reduction: Reduction = "causal"
 ) -> Tensor:
     """R_sal = weighted mean over a rollout's CoT tokens of 1 - H / init ("restored") or of H / init ("printed").
 
     Args:
-        result: what :func:`atmanrl.optimize_masks` returned, n rollouts.
+        result: what :func:`atmanrl.optimize_masks` or :func:`atmanrl.estimate_saliency` returned, n rollouts.
         direction: "restored" rewards tokens that the answer needed re-enabled, as the paper's prose says; "printed"
             rewards those it did not, as its Eqs. 3-5 are printed.
         reduction: "causal" weights CoT token i = 0..T-1 by T + K + N - i (K marker and N answer tokens), the number
@@ -42,7 +58,7 @@ def saliency_reward(
     return torch.tensor([_reward(item, direction, reduction) for item in result], dtype=torch.float32)
 
 
-def _reward(item: RolloutSaliency, direction: Direction, reduction: Reduction) -> float:
+def _reward(item: Salient, direction: Direction, reduction: Reduction) -> float:
     if item.skipped is not None:
         return 0.0
     values = (item.restored if direction == "restored" else item.normalized).double()
@@ -52,7 +68,7 @@ def _reward(item: RolloutSaliency, direction: Direction, reduction: Reduction) -
     return float((weights * values).sum() / weights.sum())
 
 
-def causal_weights(item: RolloutSaliency) -> Tensor:
+def causal_weights(item: Salient) -> Tensor:
     """(T,) float64: the rows that see each CoT token's column, T + K + N - i for token i."""
     rows = len(item.rollout.completion_ids)
-    return rows - torch.arange(len(item.mask), dtype=torch.float64)
+    return rows - torch.arange(len(item.rollout.cot_ids), dtype=torch.float64)

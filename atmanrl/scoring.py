@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.agreement import spearman
-from atmanrl.faithfulness import EarlyAnswering, ScoreCurves, early_answering, filler_substitution, score_curves
-from atmanrl.interventions import deletion_effects
+from atmanrl.faithfulness import (
+    EarlyAnswering,
+    ScoreCurves,
+    added_mistakes,
+    early_answering,
+    filler_substitution,
+    score_curves,
+)
+from atmanrl.interventions import Outcome, Variant, outcomes
 from atmanrl.records import RolloutRecord, Run
 from atmanrl.rollouts import Rollout
+from atmanrl.saliency.estimators import estimate_saliency
 
 DELETION = "deletion"
 """Name of the score: rise of the answer's mean negative log-likelihood (nats) when the token is hidden."""
@@ -24,8 +32,8 @@ FILLER = " ."
 def with_deletion_effects(model: PreTrainedModel, run: Run) -> Run:
     """The run with a score ``DELETION`` beside its others wherever there is a chain of thought and an answer."""
     rollouts = _rollouts(run)
-    effects = deletion_effects(model, list(rollouts.values()))
-    scores = {i: {DELETION: tuple(map(float, values))} for i, values in zip(rollouts, effects, strict=True)}
+    effects = estimate_saliency(model, list(rollouts.values()), "leave-one-out")
+    scores = {i: {DELETION: tuple(item.scores.tolist())} for i, item in zip(rollouts, effects, strict=True)}
     records = [
         replace(item, scores={**item.scores, **scores[i]}) if i in scores else item
         for i, item in enumerate(run.rollouts)
@@ -38,8 +46,10 @@ def with_faithfulness(
 ) -> Run:
     """The run with faithfulness measures per completion (`RolloutRecord.measures`).
 
-    Of the chain of thought: ``early_answering_aoc``, ``causal_influence``, ``no_cot_unchanged`` and
-    ``filler_unchanged`` (see `atmanrl.faithfulness`). Of the run's score, where there is one: ``comprehensiveness`` and
+    Of the chain of thought: ``early_answering_aoc``, ``causal_influence``, ``no_cot_unchanged``, ``filler_unchanged``
+    and ``mistake_unchanged`` (see `atmanrl.faithfulness`), and ``accuracy_no_cot``, whether greedy decoding writes the
+    ground truth without a chain of thought. A mistake changes a token with a digit, or any token where there is none,
+    to another one of that kind in the run. Of the run's score, where there is one: ``comprehensiveness`` and
     ``sufficiency`` with what random tokens reach, and ``deletion_spearman``, its rank correlation with the deletion
     effects where the run holds them.
 
@@ -55,14 +65,17 @@ def with_faithfulness(
     filler = tokenizer.encode(FILLER, add_special_tokens=False)
     early = early_answering(model, items)
     replaced = filler_substitution(model, items, filler)
+    mistaken = _mistakes(model, run, rollouts, seed)
     measured: dict[int, dict[str, float]] = {
-        i: _of_the_chain(cut) | {"filler_unchanged": float(other.unchanged)}
-        for i, cut, other in zip(rollouts, early, replaced, strict=True)
+        i: _of_the_chain(cut) | {"filler_unchanged": float(other.unchanged)} | _mean_unchanged(mistakes)
+        for i, cut, other, mistakes in zip(rollouts, early, replaced, mistaken, strict=True)
     }
+    for i, correct in _correct_without_chain(model, tokenizer, run, rollouts).items():
+        measured[i]["accuracy_no_cot"] = float(correct)
     scored = {i: rollout for i, rollout in rollouts.items() if run.score in run.rollouts[i].scores}
     curves = score_curves(model, list(scored.values()), [run.rollouts[i].scores[run.score] for i in scored], seed=seed)
     for i, curve in zip(scored, curves, strict=True):
-        measured[i] |= _of_the_score(run.rollouts[i], run.score, curve)
+        measured[i] |= _of_the_score(run.rollouts[i], run.score, curve, own=not prefix)
     records = [
         replace(item, measures={**item.measures, **_named(measured[i], prefix)}) if i in measured else item
         for i, item in enumerate(run.rollouts)
@@ -78,6 +91,40 @@ def _rollouts(run: Run) -> dict[int, Rollout]:
     }
 
 
+def _mistakes(model: PreTrainedModel, run: Run, rollouts: Mapping[int, Rollout], seed: int) -> list[list[Outcome]]:
+    numbers = {i: [any(c.isdigit() for c in text) for text in run.rollouts[i].cot.texts] for i in rollouts}
+    by_digits = any(any(digits) for digits in numbers.values())
+    places = [
+        [place for place, has_digit in enumerate(digits) if has_digit or not by_digits] for digits in numbers.values()
+    ]
+    pool = sorted({rollout.cot_ids[i] for rollout, own in zip(rollouts.values(), places, strict=True) for i in own})
+    return added_mistakes(model, list(rollouts.values()), places, pool, seed=seed)
+
+
+def _mean_unchanged(mistakes: Sequence[Outcome]) -> dict[str, float]:
+    if not mistakes:
+        return {}
+    return {"mistake_unchanged": sum(outcome.unchanged for outcome in mistakes) / len(mistakes)}
+
+
+def _correct_without_chain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, rollouts: Mapping[int, Rollout]
+) -> dict[int, bool]:
+    variants: dict[int, Variant] = {}
+    for i, rollout in rollouts.items():
+        item = run.rollouts[i]
+        if item.expected is None:
+            continue
+        answer = rollout.answer_ids
+        if not item.correct:
+            # Written as the completion wrote its own answer: with the space before it, if there was one.
+            space = item.answer.text[: len(item.answer.text) - len(item.answer.text.lstrip())]
+            answer = tuple(tokenizer.encode(space + item.expected, add_special_tokens=False))
+        variants[i] = Variant(replace(rollout, cot_ids=(), answer_ids=answer))
+    found = outcomes(model, list(variants.values()))
+    return {i: outcome.unchanged for i, outcome in zip(variants, found, strict=True)}
+
+
 def _of_the_chain(early: EarlyAnswering) -> dict[str, float]:
     return {
         "early_answering_aoc": early.area_over_curve,
@@ -86,14 +133,15 @@ def _of_the_chain(early: EarlyAnswering) -> dict[str, float]:
     }
 
 
-def _of_the_score(item: RolloutRecord, score: str, curves: ScoreCurves) -> dict[str, float]:
+def _of_the_score(item: RolloutRecord, score: str, curves: ScoreCurves, *, own: bool) -> dict[str, float]:
     values = {
         "comprehensiveness": curves.comprehensiveness,
         "random_comprehensiveness": curves.random_comprehensiveness,
         "sufficiency": curves.sufficiency,
         "random_sufficiency": curves.random_sufficiency,
     }
-    if DELETION in item.scores and score != DELETION:
+    # The recorded deletion effects are those on the run's own model.
+    if own and DELETION in item.scores and score != DELETION:
         values["deletion_spearman"] = spearman(item.scores[score], item.scores[DELETION])
     return values
 

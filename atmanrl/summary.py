@@ -172,7 +172,7 @@ def metrics(
             metric(f"{score}_precision", f"precision@k of {score}", "", _recovery, score=score, measure=precision_at_k),
         ]
     for name in measures:
-        unit = "%" if name.startswith("accuracy") or name.endswith("_unchanged") else ""
+        unit = "%" if "accuracy" in name or name.endswith("_unchanged") else ""
         rows.append(metric(name, name.replace("_", " "), unit, _measure, name=name))
     return rows
 

@@ -24,17 +24,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig
 
+from atman_kernels.hf import observing
+from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series, layers_of
 from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
-from atmanrl.config import MaskConfig
+from atmanrl.config import CreditConfig, MaskConfig
+from atmanrl.credit_assignment import NEEDS_SERIES, READ_FROM_ATTENTION, gammas, weighted_advantages
 from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
-from atmanrl.recording import Completion, record_one
+from atmanrl.recording import Completion, record_one, score_name
 from atmanrl.records import Run
 from atmanrl.resumable import ResumableGRPOTrainer
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
-from atmanrl.saliency import NonFiniteLossError, RolloutSaliency, SaliencyResult, optimize_masks, working_copy
+from atmanrl.saliency import NonFiniteLossError, working_copy
+from atmanrl.saliency.estimators import Estimator, TokenScores, estimate_saliency, make_estimator
 
 Target = Literal["predicted", "correct"]
 
@@ -56,6 +60,9 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         reduction: see :func:`atmanrl.saliency_reward`.
         target: which answer the mask's loss teacher-forces: the rollout's own ("predicted") or the gold ("correct").
         mask: how masks are optimised.
+        saliency_estimator: what scores the tokens, "mask" (the paper's) or another of `atmanrl.ESTIMATORS`, or "best";
+            R_sal then averages `TokenScores.restored`.
+        credit_assignment: how a rollout's advantage is spread over its tokens; by default evenly.
         log_saliency: compute and log the saliency also where ``saliency_weight`` is 0; it changes no number of the run.
         skip_non_finite: leave a rollout with a NaN or infinite loss, mask or reward out instead of stopping.
         page_steps: optimiser steps between two pages of sampled rollouts coloured by saliency; 0 for none.
@@ -67,6 +74,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     reduction: str = "causal"
     target: str = "predicted"
     mask: MaskConfig = field(default_factory=MaskConfig)
+    saliency_estimator: str = "mask"
+    credit_assignment: CreditConfig = field(default_factory=CreditConfig)
     log_saliency: bool = False
     skip_non_finite: bool = False
     page_steps: int = 50
@@ -90,11 +99,18 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         if isinstance(self.mask, Mapping):
             self.mask = MaskConfig(**self.mask)
+        if isinstance(self.credit_assignment, Mapping):
+            self.credit_assignment = CreditConfig(**self.credit_assignment)
         for name, choices in (("direction", Direction), ("reduction", Reduction), ("target", Target)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
+        self.estimator()
         if self.reward_weights is not None:
             raise ValueError(f"reward_weights {self.reward_weights}: the one free weight is saliency_weight")
+        if self.credit_assignment.strategy != "none" and self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel computes with one advantage per rollout; credit_assignment needs its own"
+            )
         if self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end is not supported: checkpoints are rotated by age alone")
         if self.bf16 is None and not self.fp16:
@@ -114,9 +130,17 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
             arithmetic.check_save_steps(int(self.save_steps))
         self.arithmetic = arithmetic
 
+    def estimator(self) -> Estimator:
+        """What scores the tokens.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        return make_estimator(self.saliency_estimator, mask=self.mask)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        return {**super().to_dict(), "mask": asdict(self.mask)}
+        return {**super().to_dict(), "mask": asdict(self.mask), "credit_assignment": asdict(self.credit_assignment)}
 
 
 class NonFiniteError(FloatingPointError):
@@ -135,7 +159,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         **kwargs: passed to ``trl.GRPOTrainer`` (``peft_config``, ``optimizers``, ``rollout_func``).
 
     Attributes:
-        seconds: spent by this process so far on "generation", "saliency" and "update".
+        seconds: spent by this process so far on "generation", "saliency", "credit" and "update".
         part: the one that is under way.
         watch: called with the name of each part as it begins.
     """
@@ -157,10 +181,11 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         self._rows: list[dict[str, Any]] = []
         self._completion_ids: list[list[int]] = []
         self._splits: list[CompletionSplit] = []
-        self._masks: dict[int, RolloutSaliency] = {}
+        self._masks: dict[int, TokenScores] = {}
+        self._collector: SeriesCollector | None = None
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
-        if args.saliency_weight or args.log_saliency:
+        if args.saliency_weight or args.log_saliency or args.credit_assignment.strategy == "saliency":
             reward_funcs.append(self.saliency)
             args.reward_weights.append(args.saliency_weight)
         super().__init__(
@@ -198,14 +223,14 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         return [0.0 if is_correct else -1.0 for is_correct in correct]
 
     def saliency(self, answer: list[str], log_metric: Any, **columns: Any) -> list[float]:
-        """R_sal of every rollout, all masks optimised in one call on the live policy; 0 where nothing can be."""
+        """R_sal of every rollout, all scored in one call on the live policy; 0 where nothing can be."""
         rollouts = self._rollouts(answer)
         rewards = torch.zeros(len(rollouts))
         active = [i for i, rollout in enumerate(rollouts) if rollout.cot_ids and rollout.answer_ids]
         # TRL leaves a rollout whose rewards are all NaN out of its group; one whose mask failed must get there.
         rewards[active] = torch.nan
         with self._clock("saliency"):
-            active, masks = self._optimize_masks(rollouts, active)
+            active, masks = self._scores(rollouts, active)
         self._masks = dict(zip(active, masks, strict=True))
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
         classes = self._classes()
@@ -233,7 +258,12 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             reason = None if mask is not None else "no mask was optimised"
             records.append(record_one(self.processing_class, completion, self._splits[i], mask, reason, self._end_ids))
         settings = {"mask": asdict(self.args.mask), "task": self.task.name}
-        return Run(label=f"step {self.state.global_step}", rollouts=tuple(records), settings=settings)
+        return Run(
+            label=f"step {self.state.global_step}",
+            rollouts=tuple(records),
+            score=score_name(self.args.estimator().name),
+            settings=settings,
+        )
 
     # The seams in TRL's trainer.
 
@@ -261,6 +291,37 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             rewards[broken] = torch.nan
         return rewards
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._collector = None
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.args.credit_assignment.strategy != "none":
+            with self._clock("credit"):
+                output["advantages"] = self._assign_credit(output)
+        return output
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **kwargs: Any
+    ) -> Any:
+        plain = partial(super()._get_per_token_logps_and_entropies, model, input_ids, attention_mask, logits_to_keep)
+        policy = self.accelerator.unwrap_model(self.model)
+        # The old log-probabilities, where the policy itself attends through "atman": its statistics come along.
+        looks_on = (
+            self.args.credit_assignment.strategy in READ_FROM_ATTENTION
+            and model is self.model
+            and not torch.is_grad_enabled()
+            and policy.config._attn_implementation == "atman"
+        )
+        if not looks_on:
+            return plain(*rest, **kwargs)
+        response = attention_mask.bool()
+        response[:, :-logits_to_keep] = False
+        size = kwargs.get("batch_size") or (rest[0] if rest and rest[0] else len(input_ids))
+        collector = SeriesCollector(layers_of(policy), response.split(size), self.args.credit_assignment.series)
+        with observing(collector):
+            found = plain(*rest, **kwargs)
+        self._collector = collector
+        return found
+
     def _compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
         loss: Tensor = super()._compute_loss(model, inputs)
         if bool(loss.isfinite()):
@@ -280,12 +341,14 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         return torch.stack([0.0 * parameter.sum() for parameter in model.parameters() if parameter.requires_grad]).sum()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        before = self.seconds["generation"] + self.seconds["saliency"]
+        before = self._elsewhere()
         start = time.perf_counter()
         loss: Tensor = super().training_step(*args, **kwargs)
-        elsewhere = self.seconds["generation"] + self.seconds["saliency"] - before
-        self.seconds["update"] += time.perf_counter() - start - elsewhere
+        self.seconds["update"] += time.perf_counter() - start - (self._elsewhere() - before)
         return loss
+
+    def _elsewhere(self) -> float:
+        return self.seconds["generation"] + self.seconds["saliency"] + self.seconds["credit"]
 
     # Own steps.
 
@@ -311,20 +374,48 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             for prompt_ids, completion_ids, gold in zip(self._prompt_ids, self._completion_ids, answer, strict=True)
         ]
 
-    def _optimize_masks(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], SaliencyResult]:
-        """Masks of the ``active`` rollouts, in one call; those left out for a non-finite loss are missing from both."""
+    def _scores(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], list[TokenScores]]:
+        """Scores of the ``active`` rollouts, in one call; those left out as non-finite are missing from both."""
         with self.accelerator.autocast():
             # Once, however often the loop runs: gathering a sharded policy takes every process.
             model = working_copy(self.accelerator.unwrap_model(self.model))
         while True:
             try:
-                return active, optimize_masks(model, [rollouts[i] for i in active], self.args.mask, progress=False)
+                scored = estimate_saliency(model, [rollouts[i] for i in active], self.args.estimator(), progress=False)
+                return active, scored
             except NonFiniteLossError as error:
                 index = active[error.rollout]
                 rollout = rollouts[index]
                 described = self._describe(rollout.prompt_ids, rollout.completion_ids)
                 self._on_non_finite(f"mask ({error})", [described])
                 active = [i for i in active if i != index]
+
+    def _assign_credit(self, output: Mapping[str, Tensor]) -> Tensor:
+        """(B, T) advantages gamma_t A of the completions' tokens; TRL's loss takes them in place of (B,)."""
+        config, n_tokens = self.args.credit_assignment, output["completion_ids"].shape[1]
+        lengths = [len(ids) for ids in self._completion_ids]
+        series: list[RolloutSeries] | None = None
+        if self._collector is not None:
+            series = self._collector.series(lengths)
+        elif config.strategy in NEEDS_SERIES:
+            with self.accelerator.autocast():
+                # Gathering a sharded policy takes every process.
+                model = working_copy(self.accelerator.unwrap_model(self.model))
+            series = attention_series(
+                model, self._prompt_ids, self._completion_ids, config.series, entropy=config.strategy == "entropy"
+            )
+        found = gammas(
+            config,
+            lengths,
+            series=series,
+            restored={i: mask.restored for i, mask in self._masks.items()},
+            seed=self.args.seed + self.state.global_step,
+        )
+        values = torch.cat(found)
+        own = self._metrics["train" if self.model.training else "eval"]
+        own["credit/gamma_mean"].append(float(values.mean()))
+        own["credit/gamma_std"].append(float(values.std(correction=0)))
+        return weighted_advantages(output["advantages"], found, n_tokens, config.sign)
 
     def _classes(self) -> list[list[str]]:
         """The class of each chain-of-thought token of the batch; nothing per rollout where the task knows none."""

@@ -15,6 +15,7 @@ import datetime
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from atmanrl.recipe import ModelConfig, load_recipe
 from atmanrl.records import RESTORED, Run, write_text_atomically
 from atmanrl.scoring import DELETION, with_deletion_effects
 from atmanrl.summary import summarize
-from benchmarks.timing import RESULTS, commit
+from benchmarks.device import RESULTS, commit
 
 ARMS = {
     "outcome": {"saliency_weight": "0"},
@@ -67,23 +68,29 @@ def errors(run: Run) -> dict[str, float]:
     }
 
 
+def train_and_measure(
+    name: str, options: Mapping[str, str], work: Path, measured: Callable[[Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """What ``measured`` finds in the directory of a Ledger run with these options; kept in the work directory."""
+    path, directory = work / f"{name}.json", work / name
+    if not path.is_file():
+        arguments = [part for key, value in options.items() for part in (f"--{key}", value)]
+        arguments += ["--output_dir", str(directory), "--overwrite"]
+        print(f"== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", "atmanrl", "train", "--config", "ledger", *arguments], check=True)
+        write_text_atomically(path, json.dumps(measured(directory), indent=1) + "\n")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
 def run_one(arm: str, seed: int, work: Path) -> dict[str, Any]:
     """Train one arm with one seed and measure it, unless the work directory holds the result."""
-    path = work / f"{arm}-{seed}.json"
-    if path.is_file():
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
-    directory = work / f"{arm}-{seed}"
-    options = {**SETTING, **ARMS[arm], "seed": str(seed), "output_dir": str(directory)}
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    print(f"== {arm}, seed {seed}", flush=True)
-    subprocess.run(
-        [sys.executable, "-m", "atmanrl", "train", "--config", "ledger", "--overwrite", *arguments], check=True
-    )
-    metrics = measure(Run.load(directory / "after.json"), str(directory / "model"))
-    content = {"arm": arm, "seed": seed, "commit": commit(), "metrics": metrics}
-    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
-    return content
+
+    def measured(directory: Path) -> dict[str, Any]:
+        metrics = measure(Run.load(directory / "after.json"), str(directory / "model"))
+        return {"arm": arm, "seed": seed, "metrics": metrics}
+
+    return train_and_measure(f"{arm}-{seed}", {**SETTING, **ARMS[arm], "seed": str(seed)}, work, measured)
 
 
 def start(work: Path) -> dict[str, float]:

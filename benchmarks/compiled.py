@@ -36,12 +36,17 @@ _BRANCH = re.compile(r"\bBRA(?:\.\w+)* (?:`\(\S+\)|!?U?P\d+, )*\s*(0x[0-9a-f]+)"
 
 
 class Counts(NamedTuple):
-    """Static cost of one compiled kernel; ``main_loops`` lists the non-matrix instructions of each matrix loop."""
+    """Static cost of one compiled kernel.
+
+    ``main_loops`` lists the non-matrix instructions of each matrix loop. ``matrix_waits`` counts where warps wait for
+    asynchronous matrix instructions: with as many waits as instructions the assembler has serialised them.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     matrix_instructions: int
+    matrix_waits: int
     main_loops: tuple[int, ...]
 
 
@@ -72,6 +77,7 @@ def count(compiled: Any) -> Counts:
             spill_bytes=4 * (int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])),
             shared_bytes=compiled.metadata.shared,
             matrix_instructions=len(re.findall(r"\bv_mfma_", assembly)),
+            matrix_waits=0,
             main_loops=(),
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -86,6 +92,7 @@ def count(compiled: Any) -> Counts:
         spill_bytes=int(fields["STACK"]) + int(fields["LOCAL"]),
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=sum(1 for _, text in instructions if _MATRIX.search(text)),
+        matrix_waits=sum(1 for _, text in instructions if "WARPGROUP.DEPBAR" in text),
         main_loops=_main_loops(instructions),
     )
 
@@ -96,6 +103,8 @@ def _main_loops(instructions: list[tuple[int, str]]) -> tuple[int, ...]:
         branch = _BRANCH.search(text)
         if branch and int(branch[1], 16) < address:
             loops.append((int(branch[1], 16), address))
+    # Waits that outlast their first try stand at the end of the kernel and branch back into the middle of a loop.
+    loops = [loop for loop in loops if not any(first < loop[0] <= last < loop[1] for first, last in loops)]
     with_matrix = []
     for first, last in loops:
         body = [text for address, text in instructions if first <= address <= last]

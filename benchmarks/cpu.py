@@ -24,8 +24,8 @@ import torch
 
 from atman_kernels import _cpu
 from benchmarks.cases import AttentionCase, Inputs, make_inputs
+from benchmarks.device import commit, results_file, save
 from benchmarks.peers import PEERS
-from benchmarks.timing import commit, results_file, save
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BF16_LENGTHS = (1024, 4096)

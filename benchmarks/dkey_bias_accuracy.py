@@ -1,17 +1,22 @@
 """Measures how exact dkey_bias is with each form of delta: python -m benchmarks.dkey_bias_accuracy [--length 8192].
 
-The backward is computed in plain PyTorch from 16-bit q, k, v, do, head by head and in blocks of rows, with every
-intermediate but those under test in fp32. Errors are max |error| over the keys against float64, and the sum of the
-gradient over the sequence, which is zero without rounding, both relative to the largest |dkey_bias|.
+Keeps what it measures in results/dkey_bias_accuracy.json, from which docs/math.md quotes. The backward is computed in
+plain PyTorch from 16-bit q, k, v, do, head by head and in blocks of rows, with every intermediate but those under test
+in fp32. Errors are max |error| over the keys against float64, and the sum of the gradient over the sequence, which is
+zero without rounding, both relative to the largest |dkey_bias|.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from benchmarks.device import RESULTS, save
 
 FORMS = (
     "float32 throughout",
@@ -56,25 +61,36 @@ def gradient(scores: Tensor, dp: Tensor, v: Tensor, do: Tensor, form: str, dtype
     return (p * (dp32 - delta[:, None])).sum(0)
 
 
+def measure(length: int, heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, list[float]]:
+    """{form: [max error, |sum|]}, both relative to the largest exact |dkey_bias|."""
+    total = {form: torch.zeros(length, dtype=torch.float64) for form in ("float64", *FORMS)}
+    for head in range(heads):
+        for end, *block in row_blocks(length, head_dim, dtype, seed=head):
+            for form, column in total.items():
+                column[:end] += gradient(*block, form, dtype).double()
+    exact = total.pop("float64")
+    scale = exact.abs().max()
+    return {
+        form: [float(f"{x / scale:.1e}") for x in ((column - exact).abs().max(), column.sum().abs())]
+        for form, column in total.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--head_dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--output", type=Path, default=RESULTS / "dkey_bias_accuracy.json")
     arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype)
-    total = {form: torch.zeros(arguments.length, dtype=torch.float64) for form in ("float64", *FORMS)}
-    for head in range(arguments.heads):
-        for end, *block in row_blocks(arguments.length, arguments.head_dim, dtype, seed=head):
-            for form, column in total.items():
-                column[:end] += gradient(*block, form, dtype).double()
-    exact = total.pop("float64")
-    scale = exact.abs().max()
-    print(f"s = {arguments.length}, {arguments.heads} heads of {arguments.head_dim}, {arguments.dtype}")
-    print(f"{'':36}{'max error':>12}{'sum':>12}")
-    for form, column in total.items():
-        print(f"{form:36}{(column - exact).abs().max() / scale:12.1e}{column.sum().abs() / scale:12.1e}")
+    name = f"s = {arguments.length}, {arguments.heads} heads of {arguments.head_dim}, {arguments.dtype}"
+    found = measure(arguments.length, arguments.heads, arguments.head_dim, getattr(torch, arguments.dtype))
+    content = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    save(arguments.output, {**content, name: found})
+    print(f"{name}\n{'':36}{'max error':>12}{'sum':>12}")
+    for form, (error, total) in found.items():
+        print(f"{form:36}{error:12.1e}{total:12.1e}")
 
 
 if __name__ == "__main__":

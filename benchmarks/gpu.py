@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, in one command within ten minutes: tests, tuning, benchmarks, tables.
+"""Everything that needs a GPU, in one command within ten minutes: checks, tuning, benchmarks, tables.
 
-    python -m benchmarks.gpu [--seconds 600]
+    python -m benchmarks.gpu [--seconds 570]
+    python -m benchmarks.gpu --rehearse DIR          every step on a CPU, with tiny shapes in Triton's interpreter
 
-Runs from a source tree with torch and triton installed, without network and without the compiled extension. Each stage
-keeps its results as it goes, and a later call goes on where the last one stopped.
+Runs from a source tree with torch and triton installed, without network, test framework or compiled extension. Each
+stage keeps its results as it goes, and a later call goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,86 +23,103 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.timing import RESULTS, provenance, results_file, save
+from benchmarks.device import Device, add_device_options, results_file, save
 
 ROOT = Path(__file__).parent.parent
+SECONDS = 570.0
+# What a stage that watches its own time needs to end in order.
+MARGIN = 15.0
 
 
 class Stage(NamedTuple):
-    """A command, the share of the whole time it may take, and what it needs installed."""
+    """A command, the share of the whole time it may take, and what it needs installed.
+
+    ``timed``: it takes --seconds, and may have more to do when it has returned.
+    """
 
     name: str
     command: tuple[str, ...]
     share: float
+    timed: bool = True
     needs: str = "torch"
 
 
-def stages() -> list[Stage]:
-    """The stages in order; seconds are appended to those that stop by themselves."""
-    tests = ("-m", "pytest", "-q", "-m", "gpu or not slow", "-p", "no:cacheprovider")
-    files = [str(path) for pattern in ("test_triton*.py", "test_attention_all_backends.py", "test_gpu*.py")
-             for path in sorted((ROOT / "tests" / "atman_kernels").glob(pattern))]  # fmt: skip
-    found = [Stage("tests", (sys.executable, *tests, *files), 0.35, needs="pytest")]
+def stages(device: Device) -> list[Stage]:
+    """The stages in order: what cannot be known without a GPU first, slow tools and whole training steps last."""
+    module = (sys.executable, "-m")
+    found = [
+        Stage("checks", (*module, "benchmarks.checks"), 0.3),
+        Stage("benchmarks of the committed block sizes", (*module, "benchmarks.timing"), 0.25),
+        Stage("tuning", (*module, "benchmarks.tune"), 0.2),
+        Stage("tables", (*module, "benchmarks.tables"), 0.05, timed=False),
+    ]
+    small = "import torch; from tests.atman_kernels.gpu_checks import small_ragged_step as step; step({}, {!r})"
+    small = small.format(device.dtype, device.name)
+    if device.rehearsal is not None:
+        found[-1] = found[-1]._replace(command=(*found[-1].command, "--check"))
+        found.append(Stage("sanitizer's case", (sys.executable, "-c", small), 0.1, timed=False))
+        return found
     if sanitizer := shutil.which("compute-sanitizer"):
-        small = ("-c", "from benchmarks.gpu import smallest_case; smallest_case()")
-        found.append(Stage("sanitizer", (sanitizer, "--error-exitcode", "1", sys.executable, *small), 0.1))
-    found.append(Stage("tuning", (sys.executable, "-m", "benchmarks.tune", "--seconds"), 0.2))
-    update = (sys.executable, "-m", "benchmarks.update")
-    found.append(Stage("update", update, 0.4, needs="trl"))
-    found.append(Stage("update, LoRA", (*update, "--lora", "16"), 0.3, needs="trl"))
-    found.append(Stage("benchmarks", (sys.executable, "-m", "benchmarks.timing", "--seconds"), 0.4))
-    found.append(Stage("tables", (sys.executable, "-m", "benchmarks.tables"), 0.05))
+        command = (sanitizer, "--error-exitcode", "1", sys.executable, "-c", small)
+        found.append(Stage("sanitizer", command, 0.1, timed=False))
+    update = (*module, "benchmarks.update")
+    found.append(Stage("update", update, 0.4, timed=False, needs="trl"))
+    found.append(Stage("update, LoRA", (*update, "--lora", "16"), 0.3, timed=False, needs="trl"))
     return found
 
 
-def smallest_case() -> None:
-    """Forward and backward over ragged sequences with a prefix, for tools that slow a kernel down a thousandfold."""
-    from benchmarks.cases import AttentionCase, make_inputs
-    from benchmarks.peers import PEERS
-
-    case = AttentionCase("small", (70, 1, 33), heads=(2, 1), head_dim=64, prefix=9)
-    x = make_inputs(case, torch.bfloat16, "cuda")
-    torch.autograd.grad(PEERS["atman"](case, x)(), x.differentiable, x.do)
-    torch.cuda.synchronize()
+def run_stage(stage: Stage, seconds: float, device: Device) -> str:
+    """Run one stage for at most ``seconds``: "passed" or how it ended."""
+    command = list(stage.command)
+    if stage.timed:
+        command += ["--seconds", str(max(seconds - MARGIN, 1.0))]
+        if device.rehearsal is not None:
+            command += ["--rehearse", str(device.rehearsal)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    if device.rehearsal is not None:
+        environment["TRITON_INTERPRET"] = "1"
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            # With the processes it started, which would keep the GPU busy.
+            os.killpg(process.pid, signal.SIGKILL)
+            return f"cut off after {seconds:.0f} s"
+    return "passed" if code == 0 else f"exit status {code}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=570, help="time for all stages together")
+    add_device_options(parser)
+    parser.set_defaults(seconds=SECONDS)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    device = Device(arguments.rehearse)
+    if device.rehearsal is None and not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA GPU; what it measures stays not yet measured", file=sys.stderr)
         return 1
     deadline = time.monotonic() + arguments.seconds
-    facts = provenance()
-    path = results_file("stages", facts)
+    facts = device.provenance()
+    path = results_file("stages", facts, device.results)
     content = json.loads(path.read_text()) if path.exists() else {**facts, "stages": {}}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    for stage in stages():
+    for stage in stages(device):
         if importlib.util.find_spec(stage.needs) is None:
             content["stages"][stage.name] = f"left out: {stage.needs} is not installed"
             continue
-        if content["stages"].get(stage.name) == "passed":
+        # What may have more to do is called again: it returns at once where it has not.
+        if content["stages"].get(stage.name) == "passed" and not stage.timed and stage.name != "tables":
             continue
         seconds = min(stage.share * arguments.seconds, deadline - time.monotonic())
-        if seconds <= 5:
+        if seconds <= MARGIN:
             print("stopped in time; run again to go on")
             break
-        timed = stage.command[-1] == "--seconds"
-        command = (*stage.command, str(0.9 * seconds)) if timed else stage.command
         print(f"== {stage.name}, at most {seconds:.0f} s", flush=True)
-        try:
-            code = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(seconds, 30)).returncode
-            # Stages that stop by themselves may have more to do; the others are done once they pass.
-            content["stages"][stage.name] = "passed" if code == 0 and not timed else f"exit status {code}"
-        except subprocess.TimeoutExpired:
-            content["stages"][stage.name] = f"cut off after {seconds:.0f} s"
+        content["stages"][stage.name] = run_stage(stage, seconds, device)
         save(path, content)
     for name, outcome in content["stages"].items():
         print(f"{name}: {outcome}")
-    print(f"results are in {RESULTS}")
-    return 0 if content["stages"].get("tests") == "passed" else 1
+    print(f"results are in {device.results}")
+    return 0 if content["stages"].get("checks") == "passed" else 1
 
 
 if __name__ == "__main__":

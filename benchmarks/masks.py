@@ -29,7 +29,7 @@ from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
 from atmanrl.saliency.throughput import matrix_rate, measure, necessary_per_step, random_model, random_problem
 from benchmarks.cpu import processor
-from benchmarks.timing import commit, results_file, save
+from benchmarks.device import commit, results_file, save
 
 PROBLEM: dict[str, Any] = {"queries": 8, "rollouts": 8, "prompt": 150, "cot": (150, 250), "answer": 8}
 PEERS = ("general", "sdpa-by-8", "paper", "paper-answer-logits", "sdpa", "flex")

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from atman_kernels import attention_varlen
+from atman_kernels import attention_varlen, backend
 from benchmarks.cases import AttentionCase, Inputs
 
 Attention = Callable[[], Tensor]
@@ -33,6 +33,17 @@ def atman(case: AttentionCase, x: Inputs) -> Attention:
     """Our kernels with the bias."""
     plan = case.plan(str(x.q.device))
     return lambda: attention_varlen(x.q, x.k, x.v, x.key_bias, plan=plan, prefix=x.prefix)
+
+
+def atman_fused(case: AttentionCase, x: Inputs) -> Attention:
+    """Our kernels with the bias and the fused backward, which is not deterministic."""
+    plan = case.plan(str(x.q.device))
+
+    def run() -> Tensor:
+        with backend("triton", deterministic=False):
+            return attention_varlen(x.q, x.k, x.v, x.key_bias, plan=plan, prefix=x.prefix)
+
+    return run
 
 
 def atman_unbiased(case: AttentionCase, x: Inputs) -> Attention:
@@ -152,6 +163,7 @@ PEERS: dict[str, Callable[[AttentionCase, Inputs], Attention]] = {
     peer.__name__: peer
     for peer in (
         atman,
+        atman_fused,
         atman_unbiased,
         sdpa_flash_unbiased,
         sdpa_cudnn_unbiased,

@@ -31,7 +31,7 @@ from atmanrl.data.ledger.generator import sample_chain, sample_examples
 from atmanrl.data.ledger.vocabulary import ANSWER
 from atmanrl.saliency import SaliencyResult
 from benchmarks.cpu import processor
-from benchmarks.timing import commit, results_file, save
+from benchmarks.device import commit, results_file, save
 
 PROMPTS, CHAINS = 8, 8
 # Below this loss under the initial mask there is nothing to restore, and a mask is rounding noise.

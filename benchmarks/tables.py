@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import credit_report
 from benchmarks.cases import attention_cases
+from benchmarks.estimator_tables import estimator_tables, search_tables
 from benchmarks.peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,14 +85,15 @@ def _cpu_table(dtype: str, rows: list[dict[str, Any]]) -> str:
 
 
 def compiled_table(content: dict[str, Any]) -> str:
-    """Markdown of the static counts of the biased bf16 kernels at head_dim 64, 128 and 256."""
+    """Markdown of the static counts of the bf16 kernels at head_dim 64 to 256, without a bias and fused as well."""
     lines = [
         "| kernel | registers | spills, B | shared, B | matrix instructions | others in the main loop |",
         "|---" * 6 + "|",
     ]
     for name, row in content["kernels"].items():
         target, dtype, *rest = name.split()
-        if dtype == "bfloat16" and len(rest) == 3 and target in ("sm_80", "sm_90"):
+        shown = len(rest) == 3 or rest[2] in ("unbiased", "fused")
+        if dtype == "bfloat16" and shown and target in ("sm_80", "sm_90", "sm_100"):
             loop = row["main_loops"][0] if row["main_loops"] else "-"
             cells = (row["registers"], row["spill_bytes"], row["shared_bytes"], row["matrix_instructions"], loop)
             lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
@@ -173,7 +176,7 @@ def benchmarks_page() -> str:
     """The generated part of docs/benchmarks.md."""
     compiled = json.loads((RESULTS / "compiled_kernels.json").read_text())
     static = f"### Compiled kernels, Triton {compiled['triton']}\n\n{compiled_table(compiled)}"
-    return f"{cpu_tables(_results('cpu'))}\n{attention_tables(_results('attention'))}\n{static}"
+    return f"{cpu_tables(_results('cpu'))}\n{attention_tables(_results('attention*'))}\n{static}"
 
 
 def scaling_page() -> str:
@@ -182,7 +185,18 @@ def scaling_page() -> str:
     return f"{mask_tables(_results('masks'))}\n### Presets\n\n{presets}"
 
 
-PAGES = {"benchmarks.md": benchmarks_page, "scaling.md": scaling_page}
+def estimators_page() -> str:
+    """The generated part of docs/estimators.md."""
+    rated, searched = (_results(kind) for kind in ("estimators", "estimator_search"))
+    return f"{estimator_tables(rated)}\n### What was tried\n\n{search_tables(searched)}"
+
+
+PAGES = {
+    "benchmarks.md": benchmarks_page,
+    "scaling.md": scaling_page,
+    "credit.md": credit_report.page,
+    "estimators.md": estimators_page,
+}
 
 
 def main() -> int:

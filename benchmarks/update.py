@@ -33,7 +33,7 @@ from atmanrl.recipe import LoraSettings, ModelConfig
 from atmanrl.rollouts import CompletionSplit
 from atmanrl.saliency.throughput import SHAPES
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
-from benchmarks.timing import commit, provenance, results_file, save
+from benchmarks.device import Device, commit, results_file, save
 
 MEMORY = 80e9
 ANSWER = 4
@@ -158,7 +158,11 @@ def main() -> int:
             return 1
         # A larger GPU must not make room for what 80 GB do not hold.
         torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / torch.cuda.mem_get_info()[1]))
-    facts = provenance() if device.type == "cuda" else {"device": platform.processor() or "cpu", "commit": commit()}
+    facts = (
+        Device().provenance()
+        if device.type == "cuda"
+        else {"device": platform.processor() or "cpu", "commit": commit()}
+    )
     sizes = {name: getattr(arguments, name) for name in ("queries", "prompt", "completion", "mask_steps", "lora")}
     measured = {**facts, "shape": arguments.shape, **run(SHAPES[arguments.shape], device, **sizes)}
     for name in ("seconds", "peak_gb"):

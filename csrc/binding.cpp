@@ -10,6 +10,7 @@
 #include "array.h"
 #include "attention.h"
 #include "isa.h"
+#include "statistics.h"
 
 namespace nb = nanobind;
 
@@ -184,6 +185,53 @@ void backward(nb::handle dq, nb::handle dk, nb::handle dv, nb::handle dkey_bias,
   attention_backward(g, bias_gradient, kernels, threads);
 }
 
+void statistics(nb::handle distance, nb::handle windowed, nb::handle received, nb::handle received_count, nb::handle q,
+                nb::handle k, nb::handle lse, nb::handle key_bias, nb::handle prefix_k, nb::handle rows,
+                nb::handle sequences, double sm_scale, int64_t attention_window, int64_t window, int64_t low,
+                int64_t high, int threads, const std::string& isa) {
+  const Operands operands(q, k, k, key_bias, prefix_k, prefix_k, sequences);
+  const Array windowed_array("windowed", windowed), received_array("received", received);
+  const Array count_array("received_count", received_count), lse_array("lse", lse);
+  const Kernels& kernels = kernels_for(isa);
+  check_threads(threads);
+  Statistics p{};
+  operands.fill(p, sm_scale, true, attention_window);
+  if (window < 1 || low < 0 || high < low)
+    throw nb::value_error("window must be at least 1 and the horizon 0 <= low <= high");
+  const std::vector<int64_t> like_lse{p.batches, p.heads_q, p.rows};
+  expect_shape(lse_array, like_lse);
+  expect_shape(windowed_array, like_lse);
+  expect_shape(received_array, {p.batches, p.heads_q, p.keys});
+  p.lse = float_tensor(lse_array);
+  p.received = float_tensor(received_array);
+  p.low = low, p.high = high;
+  const nb::dlpack::dtype int32{static_cast<uint8_t>(nb::dlpack::dtype_code::Int), 32, 1};
+  expect_shape(count_array, {p.batches, p.keys});
+  if (count_array.dtype != int32) count_array.reject("must be int32");
+  if (p.keys > 1 && count_array.stride[1] != 1) count_array.reject("must have a unit stride along its keys");
+  p.stride_count = count_array.stride[0];
+  std::optional<Array> distance_array, rows_array;
+  float* distance_data = nullptr;
+  if (!distance.is_none()) {
+    expect_shape(distance_array.emplace("distance", distance), {p.n_seq, p.heads_q});
+    if (float_dtype(*distance_array) != Dtype::f32) distance_array->reject("must be float32");
+    if (p.n_seq > 1 && distance_array->stride[0] != p.heads_q) distance_array->reject("must be contiguous");
+    distance_data = static_cast<float*>(distance_array->data);
+  }
+  if (!rows.is_none()) {
+    expect_shape(rows_array.emplace("rows", rows), {p.batches, p.rows});
+    const nb::dlpack::dtype uint8{static_cast<uint8_t>(nb::dlpack::dtype_code::UInt), 8, 1};
+    if (rows_array->dtype != uint8) rows_array->reject("must be uint8");
+    if (p.rows > 1 && rows_array->stride[1] != 1) rows_array->reject("must have a unit stride along its rows");
+    p.rows_chosen = static_cast<const uint8_t*>(rows_array->data);
+    p.stride_chosen = rows_array->stride[0];
+  }
+  const Scalars windowed_sums = float_tensor(windowed_array);
+  nb::gil_scoped_release release;
+  attention_statistics(p, windowed_sums, distance_data, static_cast<int32_t*>(count_array.data), window, kernels,
+                       threads);
+}
+
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
   for (const Isa& isa : available_isas()) names.emplace_back(isa.name);
@@ -204,5 +252,10 @@ NB_MODULE(_C, m) {
         nb::arg("k"), nb::arg("v"), nb::arg("key_bias").none(), nb::arg("prefix_k").none(), nb::arg("prefix_v").none(),
         nb::arg("sequences"), nb::arg("sm_scale"), nb::arg("causal"), nb::arg("window"), nb::arg("threads"),
         nb::arg("isa") = "", "Writes the gradients that are not None.");
+  m.def("attention_statistics", &atman::statistics, nb::arg("distance").none(), nb::arg("windowed"),
+        nb::arg("received"), nb::arg("received_count"), nb::arg("q"), nb::arg("k"), nb::arg("lse"),
+        nb::arg("key_bias").none(), nb::arg("prefix_k").none(), nb::arg("rows").none(), nb::arg("sequences"),
+        nb::arg("sm_scale"), nb::arg("attention_window"), nb::arg("window"), nb::arg("low"), nb::arg("high"),
+        nb::arg("threads"), nb::arg("isa") = "", "Writes the statistics that are not None; attention_window -1: none.");
   m.def("isas", &atman::isa_names, "Instruction sets this processor runs, best first.");
 }

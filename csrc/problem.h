@@ -82,6 +82,24 @@ struct Backward : Problem {
   bool need_dkey_bias;
 };
 
+// Statistics of the attention map p = exp(scores - lse): of rows, sum_v p d over the distance d back to a key, or, with
+// `reach`, sum_v p min(d, reach); of own keys, the mean p over the chosen rows `low` to `high` positions later.
+struct Statistics : Problem {
+  Scalars lse;
+  // Nonzero where a row is chosen; without data all are.
+  const uint8_t* rows_chosen;
+  int64_t stride_chosen;
+  int64_t reach, low, high;
+  // Outputs: per row and head; per own key and head; per own key, in the layout of `received` without its heads.
+  Scalars row_sums, received;
+  const int32_t* received_count;
+  int64_t stride_count;
+
+  ATMAN_SHARED bool is_chosen(int64_t batch, int64_t row) const {
+    return rows_chosen == nullptr || rows_chosen[batch * stride_chosen + row] != 0;
+  }
+};
+
 // Rows [row_begin, row_end) and keys [key_begin, key_end) of one sequence and key/value head, for all heads of its
 // group. Keys count through the prefix: key 0 is the first prefix key.
 struct Task {
@@ -121,6 +139,8 @@ struct Kernels {
   void (*backward)(const Backward&, const Task&, Arena&, bool run);
   // dq of a sequence and key/value head = the sum of `count` partial results.
   void (*sum_dq)(const Backward&, const Task&, const float* partials, int64_t count);
+  void (*row_statistics)(const Statistics&, const Task&, Arena&, bool run);
+  void (*column_statistics)(const Statistics&, const Task&, Arena&, bool run);
 };
 
 }  // namespace atman

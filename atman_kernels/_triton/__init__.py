@@ -49,10 +49,11 @@ def attention_forward(
     from atman_kernels._triton import forward, launch
 
     with torch.cuda.device_of(q):
-        forward.forward_launch(
+        for each in forward.forward_launches(
             launch.device_family(q.device),
-            o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, sm_scale, causal, window,
-        ).run()  # fmt: skip
+            o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, sm_scale, causal, window,
+        ):  # fmt: skip
+            each.run()
 
 
 def attention_backward(
@@ -76,14 +77,46 @@ def attention_backward(
     sm_scale: float,
     causal: bool,
     window: int | None,
+    fused: bool = False,
 ) -> None:
-    """Fill those of the contiguous outputs that are not None; see ``atman_kernels.ops``."""
+    """Fill those of the contiguous outputs that are not None; see ``atman_kernels.ops`` and ``backward`` for fused."""
     from atman_kernels._triton import backward, launch
 
     with torch.cuda.device_of(q):
         for each in backward.backward_launches(
             launch.device_family(q.device),
             dq, dk, dv, dkey_bias, do, dlse, o, lse, q, k, v, key_bias, prefix_k, prefix_v,
-            sequences, tiles_q, tiles_k, sm_scale, causal, window,
+            sequences, tiles_q, tiles_k, sm_scale, causal, window, fused=fused,
+        ):  # fmt: skip
+            each.run()
+
+
+def attention_statistics(
+    distance: Tensor | None,
+    windowed: Tensor,
+    received: Tensor,
+    received_count: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    prefix_k: Tensor | None,
+    rows: Tensor | None,
+    sequences: Tensor,
+    tiles_q: Tensor,
+    tiles_k: Tensor,
+    sm_scale: float,
+    attention_window: int | None,
+    window: int,
+    horizon: tuple[int, int],
+) -> None:
+    """Fill the contiguous outputs that are not None; see ``atman_kernels.statistics_ops``."""
+    from atman_kernels._triton import launch, statistics
+
+    with torch.cuda.device_of(q):
+        for each in statistics.statistics_launches(
+            launch.device_family(q.device),
+            distance, windowed, received, received_count, q, k, lse, key_bias, prefix_k, rows,
+            sequences, tiles_q, tiles_k, sm_scale, attention_window, window, horizon,
         ):  # fmt: skip
             each.run()

@@ -1,4 +1,4 @@
-"""Backward, deterministic and without atomics: query-owned, then key-owned programs, then a sum over heads.
+"""Backward: query-owned, then key-owned programs, then a sum over heads; deterministic and without atomics by default.
 
 With s the scores, p = exp(s - lse), dp = do v^T and r = delta - dlse::
 
@@ -6,19 +6,26 @@ With s the scores, p = exp(s - lse), dp = do v^T and r = delta - dlse::
 
 The query kernel starts from delta = sum_d do o, whose rounding of o a long sum of ds would expose in ``dkey_bias``. It
 therefore also sums its ds over each row: that sum is the error of delta, and the key kernel gets the corrected value.
+
+The split costs seven matrix products. ``fused`` computes five: the key kernel also multiplies ds by k and adds the tile
+to an fp32 sum of dq in the memory system. The order of these additions varies from run to run, and delta keeps the
+rounding of o, for which same-dtype PyTorch has the same error.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from atman_kernels._triton.backward_keys import backward_keys_kernel, sum_heads_kernel
+from atman_kernels._triton.backward_keys import backward_keys_kernel, scale_dq_kernel, sum_heads_kernel
 from atman_kernels._triton.backward_queries import backward_queries_kernel
-from atman_kernels._triton.forward import attention_operands
 from atman_kernels._triton.launch import Launch, strides_of
+from atman_kernels._triton.operands import attention_operands, streamed_operands, tile_descriptor
 from atman_kernels._triton.tiles import (
     ROW_ALIGNMENT,
+    aligned_size,
     block_sizes,
+    padded_head_dim,
 )
 from atman_kernels.plan import TILE
 
@@ -26,10 +33,46 @@ from atman_kernels.plan import TILE
 def _row_scratch(lse: Tensor, n_seq: int) -> tuple[Tensor, Tensor]:
     """Two fp32 (B, Hq, T') with room for every sequence to start at a multiple of ROW_ALIGNMENT."""
     batch, heads, n_rows = lse.shape
-    alignment = ROW_ALIGNMENT.value
-    padded = (-(-n_rows // alignment) + n_seq) * alignment
-    first, second = lse.new_empty((2, batch, heads, padded)).unbind(0)
+    first, second = lse.new_empty((2, batch, heads, aligned_size(n_rows, n_seq))).unbind(0)
     return first, second
+
+
+def _require_reductions(family: str, dq_sum: Tensor) -> None:
+    if tile_descriptor(family, dq_sum, [1, 1, 1, padded_head_dim(dq_sum.shape[3])]) is None:
+        raise RuntimeError(
+            "the fused backward adds to dq through a tensor descriptor, which needs compute capability 9 or higher and"
+            f" rows of a multiple of 16 bytes; got {family} and head_dim {dq_sum.shape[3]} in {dq_sum.dtype}"
+        )
+
+
+def _scale_dq_launch(dq: Tensor, dq_sum: Tensor, sequences: Tensor, tiles_q: Tensor, sm_scale: float) -> Launch:
+    heads_q, head_dim = dq.shape[2:]
+    arguments = {
+        "dq_ptr": dq,
+        "dq_sum_ptr": dq_sum,
+        "sequences_ptr": sequences,
+        "tiles_ptr": tiles_q,
+        **strides_of("dq", dq, "bth"),
+        "sm_scale": sm_scale,
+        "HEADS_Q": heads_q,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": TILE,
+        "BLOCK_D": padded_head_dim(head_dim),
+    }
+    return Launch(scale_dq_kernel, tiles_q.shape[0] * heads_q, arguments, 8, 1)
+
+
+def _sum_heads_launch(dkey_bias: Tensor, partial: Tensor, sequences: Tensor, tiles_k: Tensor) -> Launch:
+    arguments = {
+        "dkey_bias_ptr": dkey_bias,
+        "partial_ptr": partial,
+        "sequences_ptr": sequences,
+        "tiles_ptr": tiles_k,
+        **strides_of("g", partial, "hb"),
+        "HEADS_KV": partial.shape[0],
+        "BLOCK_N": TILE,
+    }
+    return Launch(sum_heads_kernel, tiles_k.shape[0], arguments, 4, 1)
 
 
 def backward_launches(
@@ -54,10 +97,20 @@ def backward_launches(
     sm_scale: float,
     causal: bool,
     window: int | None,
+    *,
+    fused: bool = False,
 ) -> list[Launch]:
     """The launches, in order, that fill those of the contiguous gradients that are not None.
 
-    Scratch memory is fp32 and linear in the sequence: (B, Hq, Tq) for r and for lse, (Hkv, B, Tk) for dkey_bias.
+    Scratch memory is fp32 and linear in the sequence: (B, Hq, Tq) for r and for lse, (B, Tk) for the aligned bias,
+    (Hkv, B, Tk) for dkey_bias; fused, for 16-bit inputs, the sum of dq as well.
+
+    Args:
+        family: device family, a key of the block-size table.
+        fused: five products and reduce-adds instead of seven products, where dq and another gradient are asked for.
+
+    Raises:
+        RuntimeError: if ``fused`` and the device has no bulk copy engine, or head_dim is not a multiple of 8 (16-bit).
     """
     heads_q, heads_kv, head_dim = q.shape[2], k.shape[2], q.shape[3]
     o, lse = o.contiguous(), lse.contiguous()
@@ -67,10 +120,25 @@ def backward_launches(
     common |= strides_of("do", do, "bth")
     common |= {f"stride_r{axis}": row_term.stride(i) // ROW_ALIGNMENT.value for i, axis in enumerate("bh")}
 
+    only_dq = dk is None and dv is None and dkey_bias is None
+    fused = fused and dq is not None and not only_dq
+    dq_sum = dq
+    if fused and dq.dtype != torch.float32:
+        dq_sum = torch.empty_like(dq, dtype=torch.float32)
+    if fused:
+        _require_reductions(family, dq_sum)
+
     blocks = block_sizes(family, "backward_queries", head_dim, q.dtype)
+    # Without either the kernel computes the terms of its rows and visits no keys; fused, it visits those of the prefix.
+    streams_keys = not fused and (dq is not None or dkey_bias is not None)
+    streamed, launches = streamed_operands(
+        family, blocks.block_n, k, v, key_bias if streams_keys else None, prefix_k, prefix_v,
+        sequences, tiles_k, sm_scale,
+    )  # fmt: skip
     arguments = {
         **common,
-        "dq_ptr": o if dq is None else dq,
+        **streamed,
+        "dq_ptr": o if dq is None else dq_sum,
         "dlse_ptr": lse if dlse is None else dlse.contiguous(),
         "o_ptr": o,
         "lse_ptr": lse,
@@ -79,22 +147,31 @@ def backward_launches(
         **strides_of("l", lse, "bh"),
         "HAS_DLSE": dlse is not None,
         "NEED_DQ": dq is not None,
-        "EXACT_DELTA": dkey_bias is not None,
+        "EXACT_DELTA": dkey_bias is not None and not fused,
+        "PREFIX_ONLY": fused,
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
     }
     programs = tiles_q.shape[0] * (TILE // blocks.block_m) * heads_q
-    launches = [Launch(backward_queries_kernel, programs, arguments, blocks.num_warps, blocks.num_stages)]
-    if dk is None and dv is None and dkey_bias is None:
+    launches.append(Launch(backward_queries_kernel, programs, arguments, blocks.num_warps, blocks.num_stages))
+    if only_dq:
         return launches
 
     heads_sum = dkey_bias
     if dkey_bias is not None and heads_kv > 1:
         heads_sum = dkey_bias.new_empty((heads_kv, *dkey_bias.shape))
     partial = lse if heads_sum is None else heads_sum.view(heads_kv, *k.shape[:2])
-    blocks = block_sizes(family, "backward_keys", head_dim, q.dtype)
+    dq_desc = None
+    blocks = block_sizes(family, "backward_fused" if fused else "backward_keys", head_dim, q.dtype)
+    if fused:
+        dq_desc = tile_descriptor(family, dq_sum, [1, blocks.block_m, 1, padded_head_dim(head_dim)])
     arguments = {
         **common,
+        "dq_sum_desc": dq_desc,
+        "dq_sum_ptr": dq_sum if fused else q,
+        **strides_of("dq", dq_sum if fused else None, "bth"),
+        "FUSE_DQ": fused,
+        "INTERPRETED": family == "interpreter",
         "dk_ptr": k if dk is None else dk,
         "dv_ptr": v if dv is None else dv,
         "dkey_bias_ptr": partial,
@@ -110,15 +187,8 @@ def backward_launches(
     programs = tiles_k.shape[0] * (TILE // blocks.block_n) * heads_kv
     launches.append(Launch(backward_keys_kernel, programs, arguments, blocks.num_warps, blocks.num_stages))
 
+    if fused:
+        launches.append(_scale_dq_launch(dq, dq_sum, sequences, tiles_q, sm_scale))
     if dkey_bias is not None and heads_kv > 1:
-        arguments = {
-            "dkey_bias_ptr": dkey_bias,
-            "partial_ptr": partial,
-            "sequences_ptr": sequences,
-            "tiles_ptr": tiles_k,
-            **strides_of("g", partial, "hb"),
-            "HEADS_KV": heads_kv,
-            "BLOCK_N": TILE,
-        }
-        launches.append(Launch(sum_heads_kernel, tiles_k.shape[0], arguments, 4, 1))
+        launches.append(_sum_heads_launch(dkey_bias, partial, sequences, tiles_k))
     return launches

@@ -1,4 +1,7 @@
-"""Backward, key-owned: dk, dv and a kv head's part of dkey_bias of one tile of keys; then the heads are summed."""
+"""Backward, key-owned: dk, dv and a kv head's part of dkey_bias of one tile of keys; then the heads are summed.
+
+Fused, it also adds its part of dq, in fp32, to a scratch that all programs share (see ``backward``).
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,29 @@ from atman_kernels._triton.tiles import (
 )
 
 
+@triton.jit
+def _add_rows(
+    desc, base_ptr, x, batch, start, head, row, n_rows, stride_t, HEAD_DIM: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """Add a (BLOCK_M, BLOCK_D) tile to rows of a shared fp32 tensor, through the bulk copy engine.
+
+    Rows past the end of the sequence are those of the next one; what is added to them is zero. The interpreter knows no
+    descriptor reductions and runs one program at a time, so it may load, add and store.
+    """
+    BLOCK_M: tl.constexpr = x.shape[0]
+    BLOCK_D: tl.constexpr = x.shape[1]
+    if INTERPRETED:
+        rows = load_rows(base_ptr, row, n_rows, stride_t, True, BLOCK_M, HEAD_DIM, BLOCK_D)
+        store_rows(base_ptr, rows + x, row, n_rows, stride_t, BLOCK_M, HEAD_DIM, BLOCK_D)
+    else:
+        tile = x.reshape(1, BLOCK_M, 1, BLOCK_D)
+        desc.atomic_add([batch.to(tl.int32), (start + row).to(tl.int32), head.to(tl.int32), 0], tile)
+
+
 @triton.jit(do_not_specialize=["stride_rb", "stride_rh", "stride_bb", "stride_gh", "stride_gb", "window"])
 def backward_keys_kernel(
+    dq_sum_desc,
+    dq_sum_ptr,
     dk_ptr,
     dv_ptr,
     dkey_bias_ptr,
@@ -40,6 +64,9 @@ def backward_keys_kernel(
     prefix_v_ptr,
     sequences_ptr,
     tiles_ptr,
+    stride_dqb,
+    stride_dqt,
+    stride_dqh,
     stride_dob,
     stride_dot,
     stride_doh,
@@ -74,6 +101,8 @@ def backward_keys_kernel(
     HAS_PREFIX: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    FUSE_DQ: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     NEED_DK: tl.constexpr,
     NEED_DV: tl.constexpr,
     NEED_DKEY_BIAS: tl.constexpr,
@@ -119,6 +148,9 @@ def backward_keys_kernel(
     begin, full_begin, full_end, end = query_bounds(
         first, last_key, shift, n_rows, window, IS_CAUSAL, HAS_WINDOW, BLOCK_M
     )
+    if FUSE_DQ:
+        # dq sums over keys: those past the end, whose exp(0 - lse) may overflow, must be masked and not only zero.
+        full_end = tl.where(first + BLOCK_N > n_keys, full_begin, full_end)
     for MASKED in tl.static_range(2):
         n_tiles = count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_M)
         for tile in range(GROUP * n_tiles):
@@ -144,13 +176,30 @@ def backward_keys_kernel(
             do = load_rows(do_base + member * stride_doh, start, n_rows, stride_dot, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
             if NEED_DV:
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            if NEED_DK or NEED_DKEY_BIAS:
+            if FUSE_DQ or NEED_DK or NEED_DKEY_BIAS:
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                 ds = p * (dp - row_term[None, :])
                 if NEED_DKEY_BIAS:
                     dkey_bias += tl.sum(ds, 1)
                 if NEED_DK:
                     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                if FUSE_DQ:
+                    dq = tl.trans(tl.dot(tl.trans(k), ds.to(k.dtype), input_precision=PRECISION))
+                    head_q = head + member
+                    dq_base = dq_sum_ptr + batch * stride_dqb + q_start * stride_dqt + head_q * stride_dqh
+                    _add_rows(
+                        dq_sum_desc,
+                        dq_base,
+                        dq,
+                        batch,
+                        q_start,
+                        head_q,
+                        start,
+                        n_rows,
+                        stride_dqt,
+                        HEAD_DIM,
+                        INTERPRETED,
+                    )
 
     grad_offset = batch * stride_dkb + k_start * stride_dkt + head_kv * stride_dkh
     if NEED_DK:
@@ -160,6 +209,34 @@ def backward_keys_kernel(
     if NEED_DKEY_BIAS:
         partial_ptrs = dkey_bias_ptr + head_kv * stride_gh + batch * stride_gb + k_start + keys
         tl.store(partial_ptrs, dkey_bias, mask=keys < n_keys)
+
+
+@triton.jit
+def scale_dq_kernel(
+    dq_ptr,
+    dq_sum_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    stride_dqb,
+    stride_dqt,
+    stride_dqh,
+    sm_scale,
+    HEADS_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dq of a tile of rows of one head from the fused kernel's fp32 sum, which is laid out alike."""
+    head, sequence, first = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M)
+    if sequence < 0:
+        return
+    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
+    n_rows = tl.load(row_ptr + Q_LENGTH)
+    batch = tl.load(row_ptr + BATCH).to(tl.int64)
+    q_start = tl.load(row_ptr + Q_START).to(tl.int64)
+    offset = batch * stride_dqb + q_start * stride_dqt + head.to(tl.int64) * stride_dqh
+    dq = load_rows(dq_sum_ptr + offset, first, n_rows, stride_dqt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr + offset, dq * sm_scale, first, n_rows, stride_dqt, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["stride_gh", "stride_gb"])

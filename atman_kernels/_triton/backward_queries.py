@@ -16,9 +16,11 @@ from atman_kernels._triton.tiles import (
     Q_START,
     SEQUENCE_COLUMNS,
     aligned_rows,
+    attention_scores,
     count_tiles,
     is_visible,
     key_bounds,
+    load_keys,
     load_rows,
     locate_tile,
     store_rows,
@@ -39,13 +41,22 @@ def _accumulate_dq(
     k_base,
     v_base,
     bias_base,
+    k_desc,
+    v_desc,
+    bias_desc,
+    batch,
+    k_start,
+    head_kv,
+    bias_start,
     stride_kt,
     stride_vt,
     stride_bt,
     n_keys,
     sm_scale,
+    to_log2,
     window,
     HAS_KEY_BIAS: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     NEED_DQ: tl.constexpr,
@@ -65,20 +76,22 @@ def _accumulate_dq(
     for MASKED in tl.static_range(2):
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
-            k = load_rows(k_base, start, n_keys, stride_kt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            v = load_rows(v_base, start, n_keys, stride_vt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * sm_scale
-            if HAS_KEY_BIAS:
-                bias_ptrs = bias_base + (start + offs_n) * stride_bt
-                bias = tl.load(bias_ptrs, mask=start + offs_n < n_keys, other=0.0) if MASKED else tl.load(bias_ptrs)
-                scores += bias[None, :]
+            k = load_keys(
+                k_desc, k_base, batch, k_start, head_kv, start, n_keys, stride_kt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D
+            )
+            v = load_keys(
+                v_desc, v_base, batch, k_start, head_kv, start, n_keys, stride_vt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D
+            )
+            scores = attention_scores(
+                q, k, bias_desc, bias_base, bias_start, start, n_keys, stride_bt, sm_scale,
+                HAS_KEY_BIAS, SCALE_FIRST, MASKED, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
             if MASKED:
                 seen = is_visible(
                     row_position[:, None], (start + offs_n)[None, :], n_keys, window, IS_CAUSAL, HAS_WINDOW
                 )
                 scores = tl.where(seen, scores, float("-inf"))
-            # One fused multiply-add per score, whether or not there is a bias.
-            p = tl.exp2(scores * LOG2_E - lse_log2[:, None])
+            p = tl.exp2(scores * to_log2 - lse_log2[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - row_term[:, None])
             if EXACT_DELTA:
@@ -88,7 +101,7 @@ def _accumulate_dq(
     return dq, ds_sum
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_rh", "stride_bb", "window"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_rh", "stride_ab", "stride_bb", "window"])
 def backward_queries_kernel(
     dq_ptr,
     row_term_ptr,
@@ -103,8 +116,14 @@ def backward_queries_kernel(
     key_bias_ptr,
     prefix_k_ptr,
     prefix_v_ptr,
+    k_desc,
+    v_desc,
+    bias_desc,
+    prefix_k_desc,
+    prefix_v_desc,
     sequences_ptr,
     tiles_ptr,
+    stride_ab,
     stride_dob,
     stride_dot,
     stride_doh,
@@ -138,16 +157,21 @@ def backward_queries_kernel(
     HAS_KEY_BIAS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
     HAS_DLSE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     NEED_DQ: tl.constexpr,
     EXACT_DELTA: tl.constexpr,
+    PREFIX_ONLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write r = delta - dlse and the log2 lse (+inf for none) of a tile of rows and, if needed, their dq (as o)."""
+    """Write r = delta - dlse and the log2 lse (+inf for none) of a tile of rows and, if needed, their dq (as o).
+
+    PREFIX_ONLY leaves own keys to the fused key-owned kernel, which adds to this dq; it is then without sm_scale.
+    """
     head, sequence, first = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M)
     if sequence < 0:
         return
@@ -161,6 +185,7 @@ def backward_queries_kernel(
     n_keys = tl.load(row_ptr + K_LENGTH)
     head_kv = (head // GROUP).to(tl.int64)
     head = head.to(tl.int64)
+    to_log2 = LOG2_E if SCALE_FIRST else sm_scale * LOG2_E
 
     rows = first + tl.arange(0, BLOCK_M)
     row_offset = batch * stride_lb + head * stride_lh + q_start
@@ -201,13 +226,22 @@ def backward_queries_kernel(
                 prefix_k_ptr + prefix_start * stride_pkt + head_kv * stride_pkh,
                 prefix_v_ptr + prefix_start * stride_pvt + head_kv * stride_pvh,
                 key_bias_ptr,
+                prefix_k_desc,
+                prefix_v_desc,
+                bias_desc,
+                tl.cast(0, tl.int64),
+                prefix_start,
+                head_kv,
+                0,
                 stride_pkt,
                 stride_pvt,
                 stride_bt,
                 n_prefix,
                 sm_scale,
+                to_log2,
                 window,
                 False,
+                SCALE_FIRST,
                 IS_CAUSAL,
                 HAS_WINDOW,
                 NEED_DQ,
@@ -218,38 +252,49 @@ def backward_queries_kernel(
                 BLOCK_D,
                 PRECISION,
             )
-        dq, ds_sum = _accumulate_dq(
-            dq,
-            ds_sum,
-            q,
-            do,
-            lse_log2,
-            row_term,
-            first_position,
-            last_position,
-            k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh,
-            v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh,
-            key_bias_ptr + batch * stride_bb + k_start * stride_bt,
-            stride_kt,
-            stride_vt,
-            stride_bt,
-            n_keys,
-            sm_scale,
-            window,
-            HAS_KEY_BIAS,
-            IS_CAUSAL,
-            HAS_WINDOW,
-            NEED_DQ,
-            EXACT_DELTA,
-            HEAD_DIM,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            PRECISION,
-        )
+        if not PREFIX_ONLY:
+            dq, ds_sum = _accumulate_dq(
+                dq,
+                ds_sum,
+                q,
+                do,
+                lse_log2,
+                row_term,
+                first_position,
+                last_position,
+                k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh,
+                v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh,
+                key_bias_ptr + batch * stride_bb + k_start * stride_bt,
+                k_desc,
+                v_desc,
+                bias_desc,
+                batch,
+                k_start,
+                head_kv,
+                aligned_rows(batch, 0, k_start, sequence, stride_ab, 0).to(tl.int32),
+                stride_kt,
+                stride_vt,
+                stride_bt,
+                n_keys,
+                sm_scale,
+                to_log2,
+                window,
+                HAS_KEY_BIAS,
+                SCALE_FIRST,
+                IS_CAUSAL,
+                HAS_WINDOW,
+                NEED_DQ,
+                EXACT_DELTA,
+                HEAD_DIM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+            dq *= sm_scale
         if NEED_DQ:
             dq_base = dq_ptr + batch * stride_ob + q_start * stride_ot + head * stride_oh
-            store_rows(dq_base, dq * sm_scale, first, n_rows, stride_ot, BLOCK_M, HEAD_DIM, BLOCK_D)
+            store_rows(dq_base, dq, first, n_rows, stride_ot, BLOCK_M, HEAD_DIM, BLOCK_D)
         if EXACT_DELTA:
             # sum_v p (dp - r) = (delta_exact - r), of which dlse is meant and the rest is the error of delta.
             row_term += ds_sum

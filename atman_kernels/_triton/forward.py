@@ -1,8 +1,9 @@
 """Forward: one program owns a tile of query rows of one head and streams the keys it sees.
 
-Without a bias the running maximum is that of the bare products q k^T, and sm_scale log2(e) is applied together with the
-subtraction of the maximum, in one fused multiply-add per score; that needs sm_scale > 0. With a bias (SCALE_FIRST) a
-score is sm_scale q k^T + key_bias, one more multiply-add, and log2(e) is applied with the maximum.
+The running maximum is that of q k^T + key_bias / sm_scale, the bias being where the product's accumulator starts (see
+``operands``), and sm_scale log2(e) is applied together with the subtraction of the maximum, in one fused multiply-add
+per score; that needs sm_scale > 0. Elsewhere (SCALE_FIRST) a score is sm_scale q k^T + key_bias, one more multiply-add,
+and log2(e) is applied with the maximum.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atman_kernels._triton.launch import Launch, dot_precision, strides_of
+from atman_kernels._triton.launch import Launch, strides_of
+from atman_kernels._triton.operands import attention_operands, streamed_operands
 from atman_kernels._triton.tiles import (
     BATCH,
     K_LENGTH,
@@ -23,13 +25,15 @@ from atman_kernels._triton.tiles import (
     Q_LENGTH,
     Q_START,
     SEQUENCE_COLUMNS,
+    aligned_rows,
+    attention_scores,
     block_sizes,
     count_tiles,
     is_visible,
     key_bounds,
+    load_keys,
     load_rows,
     locate_tile,
-    padded_head_dim,
     store_rows,
     tile_start,
 )
@@ -51,6 +55,13 @@ def _attend(
     k_base,
     v_base,
     bias_base,
+    k_desc,
+    v_desc,
+    bias_desc,
+    batch,
+    k_start,
+    head_kv,
+    bias_start,
     stride_kt,
     stride_vt,
     stride_bt,
@@ -77,14 +88,13 @@ def _attend(
     for MASKED in tl.static_range(2):
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
-            k = load_rows(k_base, start, n_keys, stride_kt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if SCALE_FIRST:
-                scores *= sm_scale
-            if HAS_KEY_BIAS:
-                bias_ptrs = bias_base + (start + offs_n) * stride_bt
-                bias = tl.load(bias_ptrs, mask=start + offs_n < n_keys, other=0.0) if MASKED else tl.load(bias_ptrs)
-                scores += bias[None, :]
+            k = load_keys(
+                k_desc, k_base, batch, k_start, head_kv, start, n_keys, stride_kt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D
+            )
+            scores = attention_scores(
+                q, k, bias_desc, bias_base, bias_start, start, n_keys, stride_bt, sm_scale,
+                HAS_KEY_BIAS, SCALE_FIRST, MASKED, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
             if MASKED:
                 seen = is_visible(
                     row_position[:, None], (start + offs_n)[None, :], n_keys, window, IS_CAUSAL, HAS_WINDOW
@@ -94,13 +104,15 @@ def _attend(
             p = tl.exp2(scores * to_log2 - (new_max * to_log2)[:, None])
             rescale = tl.exp2((row_max - new_max) * to_log2)
             row_sum = row_sum * rescale + tl.sum(p, 1)
-            v = load_rows(v_base, start, n_keys, stride_vt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v = load_keys(
+                v_desc, v_base, batch, k_start, head_kv, start, n_keys, stride_vt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D
+            )
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
             row_max = new_max
     return acc, row_sum, row_max
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_bb", "window"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_ab", "stride_bb", "window"])
 def forward_kernel(
     o_ptr,
     lse_ptr,
@@ -110,8 +122,14 @@ def forward_kernel(
     key_bias_ptr,
     prefix_k_ptr,
     prefix_v_ptr,
+    k_desc,
+    v_desc,
+    bias_desc,
+    prefix_k_desc,
+    prefix_v_desc,
     sequences_ptr,
     tiles_ptr,
+    stride_ab,
     stride_ob,
     stride_ot,
     stride_oh,
@@ -183,6 +201,13 @@ def forward_kernel(
             prefix_k_ptr + prefix_start * stride_pkt + head_kv * stride_pkh,
             prefix_v_ptr + prefix_start * stride_pvt + head_kv * stride_pvh,
             key_bias_ptr,
+            prefix_k_desc,
+            prefix_v_desc,
+            bias_desc,
+            tl.cast(0, tl.int64),
+            prefix_start,
+            head_kv,
+            0,
             stride_pkt,
             stride_pvt,
             stride_bt,
@@ -210,6 +235,13 @@ def forward_kernel(
         k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh,
         v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh,
         key_bias_ptr + batch * stride_bb + k_start * stride_bt,
+        k_desc,
+        v_desc,
+        bias_desc,
+        batch,
+        k_start,
+        head_kv,
+        aligned_rows(batch, 0, k_start, sequence, stride_ab, 0).to(tl.int32),
         stride_kt,
         stride_vt,
         stride_bt,
@@ -238,7 +270,7 @@ def forward_kernel(
     store_rows(o_base, acc / row_sum[:, None], first, n_rows, stride_ot, BLOCK_M, HEAD_DIM, BLOCK_D)
 
 
-def forward_launch(
+def forward_launches(
     family: str,
     o: Tensor,
     lse: Tensor,
@@ -250,13 +282,19 @@ def forward_launch(
     prefix_v: Tensor | None,
     sequences: Tensor,
     tiles_q: Tensor,
+    tiles_k: Tensor,
     sm_scale: float,
     causal: bool,
     window: int | None,
-) -> Launch:
-    """The launch that fills ``o`` (B, Tq, Hq, D) and ``lse`` (B, Hq, Tq) for a device family."""
-    head_dim = q.shape[3]
-    blocks = block_sizes(family, "forward", head_dim, q.dtype)
+) -> list[Launch]:
+    """The launches that fill ``o`` (B, Tq, Hq, D) and ``lse`` (B, Hq, Tq) for a device family.
+
+    Scratch memory: fp32 (B, Tk), for the aligned bias.
+    """
+    blocks = block_sizes(family, "forward", q.shape[3], q.dtype)
+    streamed, launches = streamed_operands(
+        family, blocks.block_n, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_k, sm_scale
+    )
     arguments = {
         "o_ptr": o,
         "lse_ptr": lse,
@@ -264,51 +302,9 @@ def forward_launch(
         **strides_of("o", o, "bth"),
         **strides_of("l", lse, "bh"),
         **attention_operands(q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal, window),
-        "SCALE_FIRST": key_bias is not None or not 0 < sm_scale < 1e6,
+        **streamed,
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
     }
     programs = tiles_q.shape[0] * (TILE // blocks.block_m) * q.shape[2]
-    return Launch(forward_kernel, programs, arguments, blocks.num_warps, blocks.num_stages)
-
-
-def attention_operands(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int | None,
-) -> dict[str, object]:
-    """The arguments that forward and backward kernels share; absent operands are stood in for by tensors never read."""
-    head_dim = q.shape[3]
-    return {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "key_bias_ptr": q if key_bias is None else key_bias,
-        "prefix_k_ptr": k if prefix_k is None else prefix_k,
-        "prefix_v_ptr": v if prefix_v is None else prefix_v,
-        "sequences_ptr": sequences,
-        **strides_of("q", q, "bth"),
-        **strides_of("k", k, "bth"),
-        **strides_of("v", v, "bth"),
-        **strides_of("b", key_bias, "bt"),
-        **strides_of("pk", prefix_k, "th"),
-        **strides_of("pv", prefix_v, "th"),
-        "sm_scale": sm_scale,
-        "window": 0 if window is None else window,
-        "HEADS_Q": q.shape[2],
-        "GROUP": q.shape[2] // k.shape[2],
-        "HEAD_DIM": head_dim,
-        "HAS_KEY_BIAS": key_bias is not None,
-        "HAS_PREFIX": prefix_k is not None,
-        "IS_CAUSAL": causal,
-        "HAS_WINDOW": causal and window is not None,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "PRECISION": dot_precision(q.dtype),
-    }
+    return [*launches, Launch(forward_kernel, programs, arguments, blocks.num_warps, blocks.num_stages)]

@@ -24,7 +24,7 @@ PREFIX_START = tl.constexpr(plan.PREFIX_START)
 PREFIX_LENGTH = tl.constexpr(plan.PREFIX_LENGTH)
 SEQUENCE_COLUMNS = tl.constexpr(7)
 
-# fp32 numbers per 16 bytes: the key-owned backward reads its per-row numbers in vectors.
+# fp32 numbers per 16 bytes, where vectors and descriptors may begin.
 ROW_ALIGNMENT = tl.constexpr(4)
 
 # {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
@@ -53,11 +53,12 @@ def padded_head_dim(head_dim: int) -> int:
 
 def block_sizes(family: str, kernel: str, head_dim: int, dtype: torch.dtype) -> BlockSizes:
     """The committed tile shape for a device family ("sm_90", ...), kernel, head_dim and dtype."""
-    return BlockSizes(*_block_size_table()[family][kernel][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
+    return BlockSizes(*block_size_table()[family][kernel][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
 
 
 @lru_cache(maxsize=1)
-def _block_size_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+def block_size_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+    """The committed table, read once; the tuner tries other shapes by writing into it."""
     return json.loads(BLOCK_SIZES_FILE.read_text())
 
 
@@ -140,6 +141,32 @@ def load_rows(
 
 
 @triton.jit
+def load_keys(
+    keys_desc,
+    keys_base,
+    batch,
+    k_start,
+    head_kv,
+    start,
+    n_keys,
+    stride_t,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(BLOCK_N, BLOCK_D) keys or values from key ``start`` of a sequence.
+
+    A tile that needs no mask goes through the descriptor where there is one. Tiles that do need one may reach into the
+    next sequence, whose numbers a descriptor would bring in: 0 times NaN is NaN.
+    """
+    if keys_desc is not None and not MASKED:
+        tile = keys_desc.load([batch.to(tl.int32), (k_start + start).to(tl.int32), head_kv.to(tl.int32), 0])
+        return tile.reshape(BLOCK_N, BLOCK_D)
+    return load_rows(keys_base, start, n_keys, stride_t, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
 def store_rows(
     base_ptr,
     x,
@@ -158,6 +185,44 @@ def store_rows(
     if BLOCK_D != HEAD_DIM:
         inside = inside & (offs_d < HEAD_DIM)[None, :]
     tl.store(ptrs, x.to(base_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention_scores(
+    q,
+    k,
+    bias_desc,
+    bias_base,
+    bias_start,
+    start,
+    n_keys,
+    stride_bt,
+    sm_scale,
+    HAS_KEY_BIAS: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) scores: sm_scale q k^T + key_bias if SCALE_FIRST, else that divided by sm_scale.
+
+    The second form starts the product at the aligned copy of the bias (``operands.align_key_bias``). What it holds past
+    the end of a sequence is anything; masked tiles drop it.
+    """
+    if HAS_KEY_BIAS and not SCALE_FIRST:
+        bias = bias_desc.load([bias_start + start])
+        scores = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
+        return tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SCALE_FIRST:
+        scores *= sm_scale
+    if HAS_KEY_BIAS:
+        keys = start + tl.arange(0, BLOCK_N)
+        bias_ptrs = bias_base + keys * stride_bt
+        bias = tl.load(bias_ptrs, mask=keys < n_keys, other=0.0) if MASKED else tl.load(bias_ptrs)
+        scores += bias[None, :]
+    return scores
 
 
 @triton.jit
@@ -223,6 +288,11 @@ def query_bounds(
 
 
 @triton.jit
-def aligned_rows(batch, head, q_start, sequence, stride_rb, stride_rh):
-    """Where a sequence's rows start in the scratch of the backward: at a multiple of ROW_ALIGNMENT numbers."""
-    return (batch * stride_rb + head * stride_rh + q_start // ROW_ALIGNMENT + sequence) * ROW_ALIGNMENT
+def aligned_rows(batch, head, start, sequence, stride_b, stride_h):
+    """Where a sequence's rows (or keys) start in a scratch of numbers per row: at a multiple of ROW_ALIGNMENT."""
+    return (batch * stride_b + head * stride_h + start // ROW_ALIGNMENT + sequence) * ROW_ALIGNMENT
+
+
+def aligned_size(n_rows: int, n_seq: int) -> int:
+    """Numbers per head of a scratch in which every sequence starts at a multiple of ROW_ALIGNMENT."""
+    return (-(-n_rows // ROW_ALIGNMENT.value) + n_seq) * ROW_ALIGNMENT.value

@@ -79,6 +79,7 @@ class BeforeAfter:
                 batch_size=config.batch_size,
             ),
             mask=self.args.mask,
+            estimator=self.args.saliency_estimator,
             saliency=config.saliency,
             seed=config.seed,
             settings={"model": self.recipe.model.name},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from atmanrl.data import DataError, load_task
 from atmanrl.policy import source_of
 from atmanrl.recipe import ModelConfig, Recipe
+from atmanrl.rollouts import Rollout
 from atmanrl.saliency.cost import DecoderShape
 from atmanrl.trainer import AtManGRPOConfig
 from atmanrl.update_cost import Device, Engine, Strategy, Workload, memory, update_time
@@ -31,18 +33,27 @@ def describe_update(recipe: Recipe, args: AtManGRPOConfig) -> str:
 def operation_shares(args: AtManGRPOConfig) -> str:
     """How an update's matrix operations divide, prompts left out.
 
-    A completion token costs a model of n parameters about 2n operations when it is sampled, 4n per mask step (a forward
-    pass and a frozen backward pass), and 6n per pass of the update, with 2n more for the old log-probabilities. Time
-    divides otherwise: sampling waits for memory and uses a small part of a device's arithmetic.
+    A completion token costs a model of n parameters about 2n operations when it is sampled, 2n per pass of its scoring
+    (a mask step is a forward pass and a frozen backward pass), and 6n per pass of the update, with 2n more for the old
+    log-probabilities. Time divides otherwise: sampling waits for memory and uses a small part of a device's arithmetic.
     """
-    scored = args.saliency_weight or args.log_saliency
     parts = {
         "generation": 2,
-        "saliency": 4 * args.mask.steps if scored else 0,
+        "saliency": 4 * _scoring_steps(args),
         "update": 6 * args.num_iterations + (2 if args.num_iterations > 1 else 0),
     }
     shares = ", ".join(f"{name} {cost / sum(parts.values()):.0%}" for name, cost in parts.items())
     return f"operations        {shares} (of the matrix operations, not of the time)"
+
+
+def _scoring_steps(args: AtManGRPOConfig) -> int:
+    """Steps of a forward and a frozen backward pass that scoring the longest completion takes; 0: none is scored."""
+    if not (args.saliency_weight or args.log_saliency):
+        return 0
+    if args.estimator().name == "mask":
+        return args.mask.steps
+    longest = Rollout((0,), (0,) * max(1, int(args.max_completion_length or 0) - 1), (0,))
+    return math.ceil(args.estimator().passes(longest).total / 2)
 
 
 def _steps(recipe: Recipe, args: AtManGRPOConfig) -> str:
@@ -100,7 +111,7 @@ def _estimates(shape: DecoderShape, args: AtManGRPOConfig, strategy: Strategy) -
         completion=max(2, longest // 4),
         longest=longest,
         passes=args.num_iterations,
-        mask_steps=args.mask.steps if args.saliency_weight or args.log_saliency else 0,
+        mask_steps=_scoring_steps(args),
         micro_batch=args.per_device_train_batch_size,
         checkpointing=bool(args.gradient_checkpointing),
     )

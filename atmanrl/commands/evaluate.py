@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.comparison import write_comparison, write_single
 from atmanrl.config import MaskConfig
@@ -20,6 +21,8 @@ from atmanrl.recipe import Recipe, build, load_recipe
 from atmanrl.records import Run
 from atmanrl.scoring import with_deletion_effects, with_faithfulness
 
+Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
 
 def evaluate_command(
     config: str,
@@ -28,6 +31,7 @@ def evaluate_command(
     checkpoints: Sequence[str] = (),
     output: Path = Path("runs/evaluation"),
     faithfulness: bool = False,
+    initial_model: str | None = None,
 ) -> int:
     """Evaluate checkpoints by a recipe's data, evaluation and mask sections, and return the exit status.
 
@@ -40,6 +44,8 @@ def evaluate_command(
         checkpoints: directories, hub ids or "ledger"; the recipe's model where none is given.
         output: directory the results go to.
         faithfulness: also intervene on every chain of thought: see `atmanrl.scoring`.
+        initial_model: also intervene with this model as the reader of every checkpoint's chains of thought, measures
+            named "initial ...": what changed in the chains is then told apart from what changed in the reader.
 
     Raises:
         ValueError: for a recipe, data or a checkpoint that cannot be used.
@@ -47,13 +53,16 @@ def evaluate_command(
     recipe = load_recipe(config, overrides)
     if not recipe.evaluation.prompts:
         raise ValueError(f"{recipe.source}: evaluation.prompts is 0; pass --evaluation.prompts N")
+    if initial_model is not None and not faithfulness:
+        raise ValueError("--initial-model takes part in --faithfulness only")
     names = list(checkpoints) or [recipe.model.name]
     named = list(zip(names, labels(names), strict=True))
     task = load_task(recipe.data)
+    reader = None if initial_model is None else _load(recipe, initial_model)
     output.mkdir(parents=True, exist_ok=True)
     runs = []
     for name, label in named:
-        run = _evaluate(recipe, task, name, label, faithfulness)
+        run = _evaluate(recipe, task, name, label, faithfulness, reader)
         run.save(output / f"{label}.json")
         runs.append(run)
     console = Console(highlight=False)
@@ -85,9 +94,15 @@ def _dtype(recipe: Recipe) -> str:
     return "bfloat16" if half else recipe.model.dtype
 
 
-def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: bool) -> Run:
+def _load(recipe: Recipe, name: str) -> Policy:
+    return load_policy(replace(recipe.model, name=name, dtype=_dtype(recipe)))
+
+
+def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: bool, reader: Policy | None) -> Run:
     section = recipe.evaluation
-    model, tokenizer = load_policy(replace(recipe.model, name=name, dtype=_dtype(recipe)))
+    model, tokenizer = _load(recipe, name)
+    if reader is not None and reader[1].get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{name} and the initial model have different vocabularies: no chain can be read by both")
     limit = recipe.training.get("max_completion_length")
     mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.")
     generation = GenerationSettings(
@@ -101,6 +116,7 @@ def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: b
         label=label,
         generation=generation if limit is None else replace(generation, max_new_tokens=limit),
         mask=mask,
+        estimator=str(recipe.training.get("saliency_estimator", "mask")),
         saliency=section.saliency,
         seed=section.seed,
         settings={"model": name},
@@ -108,4 +124,6 @@ def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: b
     )
     if faithfulness:
         run = with_faithfulness(model, tokenizer, with_deletion_effects(model, run), seed=section.seed)
+    if reader is not None:
+        run = with_faithfulness(*reader, run, seed=section.seed, prefix="initial_")
     return run

@@ -18,6 +18,7 @@ from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig, RecipeError, build, mask_preset
 from atmanrl.records import Run
 from atmanrl.report import print_run, write_page
+from atmanrl.saliency.estimators import make_estimator
 from atmanrl.scoring import with_deletion_effects
 
 
@@ -36,6 +37,7 @@ def explain_command(
     temperature: float = 0.0,
     seed: int = 0,
     color: bool = True,
+    estimator: str = "mask",
     deletion: bool = False,
     record_every: int | None = None,
 ) -> int:
@@ -49,6 +51,7 @@ def explain_command(
         html, json, csv: files to write.
         max_new_tokens, temperature, seed: of completions that the model writes.
         color: whether the terminal's colours may be used.
+        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
         deletion: also hide each token in turn and record how much the answer's loss rises.
         record_every: also record the masks' and losses' course, every so many optimiser steps.
 
@@ -56,22 +59,21 @@ def explain_command(
         ValueError: for examples or options that cannot be used, before anything is computed.
     """
     mask = mask_config(overrides)
+    if make_estimator(estimator).name != "mask" and (overrides or record_every is not None):
+        raise ValueError(f"--mask.* and --record-every belong to --estimator mask, not {estimator!r}")
     for path in (html, json, csv):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {path.parent}")
-    items = _examples(examples, prompt, completion, answer)
+    items = examples_of(examples, prompt, completion, answer)
     policy, tokenizer = load_policy(model)
-    generation = None
-    if max_new_tokens is not None or temperature > 0:
-        generation = GenerationSettings(temperature=temperature)
-        generation = generation if max_new_tokens is None else replace(generation, max_new_tokens=max_new_tokens)
     run = explain(
         policy,
         tokenizer,
         items,
         label=Path(model.name).name,
-        generation=generation,
+        generation=generation_of(max_new_tokens, temperature),
         mask=mask,
+        estimator=estimator,
         seed=seed,
         settings={"model": model.name},
         record_every=record_every,
@@ -100,7 +102,20 @@ def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
     return build(MaskConfig, values, source="command line", prefix="mask.")
 
 
-def _examples(path: Path | None, prompt: str | None, completion: str | None, answer: str | None) -> list[Example]:
+def generation_of(max_new_tokens: int | None, temperature: float) -> GenerationSettings | None:
+    """How completions are written, None where nothing is asked for."""
+    if max_new_tokens is None and temperature <= 0:
+        return None
+    generation = GenerationSettings(temperature=temperature)
+    return generation if max_new_tokens is None else replace(generation, max_new_tokens=max_new_tokens)
+
+
+def examples_of(path: Path | None, prompt: str | None, completion: str | None, answer: str | None) -> list[Example]:
+    """The examples of a file, or the one given.
+
+    Raises:
+        ValueError: for both, neither, or parts of an example beside a file.
+    """
     if (path is None) == (prompt is None):
         raise ValueError("give either a file of examples or one prompt")
     if path is None:

@@ -15,6 +15,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from atmanrl.records import RolloutRecord, Run, paired_rollouts, write_text_atomically
+from atmanrl.report.meaning import meaning_of
 from atmanrl.report.numbers import interval, loss, number
 from atmanrl.report.scale import LEVELS, Scale, scale_for
 from atmanrl.report.tokens import scored_html, span_html
@@ -80,6 +81,7 @@ def render_page(
             levels=range(-LEVELS, LEVELS + 1),
             classes=token_classes(item for row in rows for item in row),
             score=before.score,
+            meaning=meaning_of(before.score),
             plots=[_embedded(plot) for plot in plots],
             examples=list(islice(_examples(rows, runs, scale), shown)),
             total=len(rows),

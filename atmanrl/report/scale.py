@@ -16,6 +16,7 @@ from typing import Any
 from atmanrl.config import MaskConfig
 from atmanrl.records import RESTORED, Run
 
+_SPARSE_MASK = "sparse-mask"
 LEVELS = 10
 """Shades on each side of the centre."""
 
@@ -46,9 +47,12 @@ def scale_for(runs: Iterable[Run]) -> Scale:
     """The scale shared by runs of one score.
 
     For the mask it follows from the mask's configuration in ``settings["mask"]``, the paper's where a run does not say;
-    configurations that differ share the widest. Any other score is centred on 0 and reaches its largest magnitude.
+    configurations that differ share the widest. The sparse mask's reaches from -1 to 1. Any other score is centred on 0
+    and reaches its largest magnitude.
     """
     runs = list(runs)
+    if all(run.score == _SPARSE_MASK for run in runs):
+        return Scale(0.0, 1.0)
     if all(run.score == RESTORED for run in runs):
         return max((_mask_scale(run.settings.get("mask") or {}) for run in runs), key=lambda scale: scale.reach)
     values = (value for run in runs for rollout in run.rollouts for value in rollout.scores.get(run.score, ()))

@@ -83,8 +83,8 @@ def optimize_masks(
     # Before anything that may fail on one rank alone: where weights are sharded, every rank takes part.
     model = working_copy(model)
     for index, rollout in enumerate(rollouts):
-        _check_fits(model, rollout, index)
-    reasons = [_reason_to_skip(rollout) for rollout in rollouts]
+        check_fits(model, rollout, index)
+    reasons = [reason_to_skip(rollout) for rollout in rollouts]
     active = [index for index, reason in enumerate(reasons) if reason is None]
     n_skipped = len(rollouts) - len(active)
     if n_skipped:
@@ -137,7 +137,8 @@ def _default_likelihood(model: PreTrainedModel, config: MaskConfig) -> MakeLikel
     return ModelLikelihood
 
 
-def _reason_to_skip(rollout: Rollout) -> str | None:
+def reason_to_skip(rollout: Rollout) -> str | None:
+    """Why a rollout has no saliency: an empty chain of thought or answer; None where it has both."""
     if not rollout.cot_ids:
         return "empty chain of thought"
     if not rollout.answer_ids:
@@ -145,7 +146,8 @@ def _reason_to_skip(rollout: Rollout) -> str | None:
     return None
 
 
-def _check_fits(model: PreTrainedModel, rollout: Rollout, index: int) -> None:
+def check_fits(model: PreTrainedModel, rollout: Rollout, index: int) -> None:
+    """Raise ValueError for a rollout that exceeds the model's context or vocabulary; messages call it ``index``."""
     text_config = model.config.get_text_config(decoder=True)
     limit = getattr(text_config, "max_position_embeddings", None)
     if limit is not None and len(rollout) > limit:

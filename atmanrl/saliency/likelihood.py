@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atman_kernels.hf import KeyValueRecord
+from atman_kernels.hf import AttentionRecorder, KeyValueRecord
 from atmanrl.saliency.packing import PackedRollouts
 
 
@@ -27,19 +27,23 @@ class ModelLikelihood:
     Args:
         model: inside :func:`atmanrl.saliency.frozen.frozen`.
         batch: packed rollouts on the model's device.
+        prefix: the keys and values of the batch's prompts, where a batch with the same prompts has run them already.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: PackedRollouts) -> None:
+    def __init__(self, model: PreTrainedModel, batch: PackedRollouts, prefix: KeyValueRecord | None = None) -> None:
         self._model = model
         self._batch = batch
-        self._prefix = prompt_keys_and_values(model, batch)
+        self._prefix = prompt_keys_and_values(model, batch) if prefix is None else prefix
 
     def __call__(self, key_bias: Tensor) -> Tensor:
         logits = self.logits(key_bias)
         return nn.functional.cross_entropy(logits.to(key_bias.dtype), self._batch.loss_targets, reduction="none")
 
-    def logits(self, key_bias: Tensor) -> Tensor:
-        """(L_total, V) logits of the rows that predict the loss tokens, in the model's dtype."""
+    def logits(self, key_bias: Tensor, capture: AttentionRecorder | None = None) -> Tensor:
+        """(L_total, V) logits of the rows that predict the loss tokens, in the model's dtype.
+
+        ``capture`` receives every layer's q, k, v and lse.
+        """
         batch = self._batch
         logits: Tensor = self._model(
             input_ids=batch.ids[None],
@@ -50,6 +54,7 @@ class ModelLikelihood:
             key_bias=key_bias[None],
             attention_plan=batch.plan,
             shared_prefix=self._prefix,
+            capture=capture,
         ).logits[0]
         return logits
 

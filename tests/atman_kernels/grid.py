@@ -100,12 +100,14 @@ def make_operands(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int
     return Operands(q, k, v, key_bias, prefix, do, dlse)
 
 
-def run(name: Literal["triton", "cpu", "reference"], case: Case, x: Operands) -> dict[str, Tensor]:
+def run(
+    name: Literal["triton", "cpu", "reference"], case: Case, x: Operands, *, deterministic: bool = True
+) -> dict[str, Tensor]:
     """Outputs and all gradients of a case on a backend, by the public functions and autograd."""
     q, k, v = (t.detach().requires_grad_() for t in (x.q, x.k, x.v))
     key_bias = None if x.key_bias is None else x.key_bias.detach().requires_grad_()
     bounds = {"causal": case.causal, "window": case.window, "return_lse": True}
-    with backend(name):
+    with backend(name, deterministic=deterministic):
         if case.layout == "packed":
             start, length = (None, None) if x.prefix is None else (x.prefix.start, x.prefix.length)
             plan = AttentionPlan(case.lengths, case.lengths_k, start, length, device=q.device)

@@ -42,6 +42,29 @@ def test_flex_attention_agrees_with_the_reference() -> None:
     torch.testing.assert_close(PEERS["flex"](case, x)(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_fla_agrees_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decay whose cumulative sum is minus the bias gives the same outputs and gradients."""
+    pytest.importorskip("fla")
+    from triton.runtime.autotuner import Autotuner
+
+    if not torch.cuda.is_available():
+        # In the interpreter there is nothing to time; any of the configurations will do.
+        monkeypatch.setattr(Autotuner, "_bench", lambda self, *_, config, **__: [1.0, 1.0, 1.0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = AttentionCase("small", (16, 9, 3), heads=(4, 2), head_dim=16)
+    x = make_inputs(case, torch.float32, device)
+    with backend("reference"):
+        expected = PEERS["atman"](case, x)()
+    actual = PEERS["fla"](case, x)()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for gradient, wanted in zip(
+        torch.autograd.grad(actual, x.differentiable, x.do),
+        torch.autograd.grad(expected, x.differentiable, x.do),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_peer_that_is_not_installed_says_so() -> None:
     if importlib.util.find_spec("fla") is not None:
         pytest.skip("fla is installed")

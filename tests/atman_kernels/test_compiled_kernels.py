@@ -30,7 +30,7 @@ import json
 import torch
 from atman_kernels import AttentionPlan
 from atman_kernels._triton.backward import backward_launches
-from atman_kernels._triton.forward import forward_launch
+from atman_kernels._triton.forward import forward_launches
 from benchmarks.compiled import specialization
 
 found = set()
@@ -40,7 +40,7 @@ for lengths in ([64, 64], [1], [17, 1000, 3], [16] * 5, [333]):
     q, k, v = (torch.empty(1, n, h, 128, dtype=torch.bfloat16) for h in (6, 2, 2))
     lse, bias = torch.empty(1, 6, n), torch.empty(1, n)
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    launches = [forward_launch("sm_90", q, lse, q, k, v, bias, None, None, *tables[:2], 1.0, True, 7 + n)]
+    launches = forward_launches("sm_90", q, lse, q, k, v, bias, None, None, *tables, 1.0, True, 7 + n)
     launches += backward_launches(
         "sm_90", q, k, v, bias, q, None, q, lse, q, k, v, bias, None, None, *tables, 1.0, True, 7 + n
     )

@@ -7,10 +7,9 @@ import importlib.util
 import pytest
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from atman_kernels import AttentionPlan, attention, attention_varlen, backend, ops
-from atman_kernels._triton import backward, forward
+from atman_kernels._triton import backward
 from tests.atman_kernels.grid import Case, make_operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,11 +79,11 @@ def _backward_launches(case: Case, needed: str, dtype: torch.dtype = torch.float
     [
         (
             "dq dk dv dkey_bias",
-            ["queries", "keys", "sum"],
+            ["align", "queries", "keys", "sum"],
             {"NEED_DQ", "EXACT_DELTA", "NEED_DK", "NEED_DV", "NEED_DKEY_BIAS"},
         ),
-        ("dkey_bias", ["queries", "keys", "sum"], {"EXACT_DELTA", "NEED_DKEY_BIAS"}),
-        ("dq", ["queries"], {"NEED_DQ"}),
+        ("dkey_bias", ["align", "queries", "keys", "sum"], {"EXACT_DELTA", "NEED_DKEY_BIAS"}),
+        ("dq", ["align", "queries"], {"NEED_DQ"}),
         ("dk dv", ["queries", "keys"], {"NEED_DK", "NEED_DV"}),
         ("dv", ["queries", "keys"], {"NEED_DV"}),
     ],
@@ -99,45 +98,6 @@ def test_only_the_products_of_needed_gradients_are_compiled(needed: str, kernels
     assert {
         name for name in constants if (name.startswith("NEED_") or name == "EXACT_DELTA") and constants[name]
     } == flags
-
-
-class _AllocatedBytes(TorchDispatchMode):
-    """Sums the storage of every tensor that an operation creates inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not any(
-            isinstance(a, torch.Tensor) and a.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
-            for a in args
-        ):
-            self.total += result.untyped_storage().nbytes()
-        return result
-
-
-def test_scratch_memory_is_linear_in_the_sequence() -> None:
-    def scratch(length: int, heads: tuple[int, int]) -> int:
-        x = make_operands(Case((length,), heads=heads), torch.float16)
-        q, k, v, bias, do = (t[None] for t in (x.q, x.k, x.v, x.key_bias, x.do))
-        plan = AttentionPlan((length,))
-        lse = torch.zeros(1, heads[0], length)
-        grads = [torch.empty_like(t) for t in (q, k, v, bias)]
-        with _AllocatedBytes() as allocated:
-            forward.forward_launch(
-                "sm_90", q, lse, q, k, v, bias, None, None, plan.sequences, plan.tiles_q, 1.0, True, None
-            )
-            backward.backward_launches(
-                "sm_90", *grads, do, None, q, lse, q, k, v, bias, None, None,
-                plan.sequences, plan.tiles_q, plan.tiles_k, 1.0, True, None,
-            )  # fmt: skip
-        return allocated.total
-
-    # Two fp32 numbers per row and query head with room to align the one sequence, and one per key and kv head.
-    assert scratch(256, (6, 2)) == 4 * (2 * 6 * (256 + 4) + 2 * 256)
-    assert scratch(4096, (6, 2)) == 4 * (2 * 6 * (4096 + 4) + 2 * 4096)
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

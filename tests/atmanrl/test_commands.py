@@ -2,10 +2,14 @@ import json
 
 import pytest
 
+from atmanrl import Rollout, estimate_saliency
 from atmanrl.cli import main
 from atmanrl.commands.evaluate import labels
 from atmanrl.data.ledger import CHECKPOINT
+from atmanrl.policy import load_policy
+from atmanrl.recipe import ModelConfig
 from atmanrl.records import Run
+from atmanrl.saliency.estimators import make_estimator
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
 COMPLETION = "c 0 . b 6 e 8 <ans> c 0 b 6 e 8 <eos>"
@@ -29,6 +33,21 @@ def test_explain_shows_one_prompt_and_writes_every_format(tmp_path, capsys):
     assert "<!doctype html>" in files["html"].read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("estimator", ["best", "leave-one-out", "attention", "random"])
+def test_explain_scores_with_the_estimator_asked_for(estimator, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    given = ["--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION, "--estimator", estimator]
+    assert main(["explain", *given, "--json", str(file), "--html", str(tmp_path / "out.html")]) == 0
+    run = Run.load(file)
+    name = make_estimator(estimator).name
+    (item,) = run.rollouts
+    assert (run.score, list(item.scores)) == (name, [name])
+    assert f"highest {name}" in capsys.readouterr().out
+    rollout = Rollout(item.prompt.ids, item.cot.ids, item.answer.ids, item.marker.ids)
+    (expected,) = estimate_saliency(load_policy(ModelConfig("ledger"))[0], [rollout], estimator)
+    assert item.scores[name] == pytest.approx(expected.scores.tolist(), rel=1e-4, abs=1e-6)
+
+
 def test_explain_reads_a_file_and_lets_the_model_complete(tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": PROMPT, "completion": COMPLETION, "expected": "c 0 b 6 e 8"}, {"prompt": PROMPT, "id": "own"}]
@@ -37,6 +56,20 @@ def test_explain_reads_a_file_and_lets_the_model_complete(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "1  7 tokens, correct" in output
     assert "own" in output
+
+
+def test_evaluate_lets_the_initial_model_read_the_chains_too(tmp_path, capsys):
+    quick = ["--evaluation.prompts", "2", "--evaluation.samples", "1", "--saliency_estimator", "gradient"]
+    command = ["evaluate", "--config", "ledger", *quick, "--output", str(tmp_path)]
+    assert main([*command, "--faithfulness", "--initial-model", str(CHECKPOINT)]) == 0
+    run = Run.load(tmp_path / "ledger.json")
+    assert run.score == "gradient"
+    for item in run.rollouts:
+        own = {name: value for name, value in item.measures.items() if not name.startswith("initial_")}
+        assert own["mistake_unchanged"] < 1
+        for name in set(own) - {"deletion_spearman"}:
+            assert item.measures[f"initial_{name}"] == own[name]
+    assert "initial accuracy no cot (%)" in capsys.readouterr().out
 
 
 def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
@@ -63,9 +96,21 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
             ["explain", "--model", "ledger", "--prompt", "a", "--html", "no/such/x.html"],
             "there is no directory no/such",
         ),
+        (
+            ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "atmam"],
+            "unknown estimator 'atmam'; choose best, mask,",
+        ),
+        (
+            ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "best", "--mask.steps", "2"],
+            "--mask.* and --record-every belong to --estimator mask, not 'best'",
+        ),
         (["explain", "--model", "/no/such/model", "--prompt", "a"], "'/no/such/model' cannot be loaded"),
         (["evaluate", "--config", "ledger", "--evaluation.prompts", "0"], "evaluation.prompts is 0"),
         (["evaluate", "--config", "ledger", "--checkpoints", "ledger", "ledger"], "named twice"),
+        (
+            ["evaluate", "--config", "ledger", "--initial-model", "ledger"],
+            "--initial-model takes part in --faithfulness only",
+        ),
     ],
 )
 def test_input_that_cannot_be_used_is_said_in_a_line_with_status_2(arguments, message, capsys, monkeypatch, tmp_path):

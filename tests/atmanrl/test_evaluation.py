@@ -15,6 +15,7 @@ from atmanrl.evaluation import evaluate
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.recording import Completion, record, token_texts
 from atmanrl.records import Run
+from atmanrl.saliency.estimators import Mask
 from atmanrl.summary import compare
 from tests.atmanrl.tiny import EOT, byte_level_tokenizer, llama
 
@@ -166,7 +167,7 @@ def test_special_tokens_after_the_answer_are_recorded(byte_level):
     completion = Completion(
         "p", tokenizer.encode("How many?"), tokenizer.encode(text, add_special_tokens=False), GSM8K_ANSWER, expected="7"
     )
-    (item,) = record(model, tokenizer, [completion], mask=QUICK)
+    (item,) = record(model, tokenizer, [completion], estimator=Mask(QUICK))
     assert (item.cot.text, item.marker.text.strip(), item.answer.text.strip()) == (
         "3 + 4 = 7. ".rstrip(),
         "The final answer is",
@@ -181,10 +182,10 @@ def test_an_answer_that_only_the_flexible_parser_finds_counts_as_flexible_accura
     model, tokenizer = byte_level
     ids = tokenizer.encode("so it is 7", add_special_tokens=False)
     strict = Completion("p", tokenizer.encode("Q"), ids, GSM8K_ANSWER, expected="7")
-    (item,) = record(model, tokenizer, [strict], mask=None)
+    (item,) = record(model, tokenizer, [strict], estimator=None)
     assert (item.correct, item.predicted, item.measures) == (False, None, {"accuracy_flexible": 1.0})
     flexible = replace(strict, answer_format=GSM8K_ANSWER.with_mode("flexible"))
-    (item,) = record(model, tokenizer, [flexible], mask=None)
+    (item,) = record(model, tokenizer, [flexible], estimator=None)
     assert (item.correct, item.predicted, item.measures) == (True, "7", {})
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atmanrl import Rollout
+from atmanrl import Rollout, estimate_saliency
 from atmanrl.data.ledger import CHECKPOINT
-from atmanrl.faithfulness import early_answering, filler_substitution, score_curves, substitution
-from atmanrl.interventions import Variant, answer_log_probabilities, deletion_effects, outcomes
+from atmanrl.faithfulness import added_mistakes, early_answering, filler_substitution, score_curves, substitution
+from atmanrl.interventions import Variant, answer_log_probabilities, outcomes
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
 CHAINS = ["c 0 . . b 6 ~ d 4 e 8", "c 0 b 6 e 8", "c 0 , a 6 b 6 ; ; e 8", "c 0 ~ b 6 . e 8"]
@@ -83,18 +83,25 @@ def test_replacing_a_needed_value_changes_the_answer_and_replacing_filler_does_n
         assert all(x.unchanged for x in substitution(model, rollout, [(i, encode(",")[0]) for i in filler]))
 
 
-def test_a_deletion_effect_is_the_rise_of_the_loss(ledger):
-    model, rollouts, _ = ledger
-    (effects,) = deletion_effects(model, rollouts[1:2])
-    hidden = np.arange(6) == 3
-    base, without = (outcome.nll for outcome in outcomes(model, [Variant(rollouts[1]), Variant(rollouts[1], hidden)]))
-    assert len(effects) == 6
-    assert effects[3] == pytest.approx(without - base, rel=1e-4)
+def test_a_mistake_in_a_needed_value_changes_the_answer_and_one_in_filler_does_not(ledger):
+    model, rollouts, encode = ledger
+    values = [encode(value)[0] for value in "03579"]
+    needed = added_mistakes(model, rollouts, NEEDED_VALUE_AT, values, draws=4)
+    idle = added_mistakes(model, rollouts, FILLER_AT, [encode(",")[0], encode(";")[0]], draws=4)
+    assert [len(each) for each in needed] == [4, 4, 4, 4]
+    assert not any(outcome.unchanged for each in needed for outcome in each)
+    # The second chain holds no filler: there is nothing to change.
+    assert [len(each) for each in idle] == [4, 0, 4, 4]
+    assert all(outcome.unchanged for each in idle for outcome in each)
+    itself = added_mistakes(model, rollouts[1:2], [[1]], [rollouts[1].cot_ids[1]])
+    assert itself == [[]]
 
 
 def test_curves_share_their_ends_and_the_best_order_beats_random_ones(ledger):
     model, rollouts, _ = ledger
-    curves = score_curves(model, rollouts, deletion_effects(model, rollouts))
+    curves = score_curves(
+        model, rollouts, [item.scores for item in estimate_saliency(model, rollouts, "leave-one-out")]
+    )
     for curve in curves:
         assert curve.deletion[0] == pytest.approx(curve.insertion[-1], rel=1e-4)
         assert curve.deletion[-1] == pytest.approx(curve.insertion[0], rel=1e-4)

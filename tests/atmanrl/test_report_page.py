@@ -1,5 +1,6 @@
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -166,6 +167,30 @@ def test_another_score_is_centred_on_zero_and_reaches_its_largest_magnitude():
     other = type(item)(**{**vars(item), "scores": {"deletion": (-2.0, 0.5, 1.0)}})
     scale = scale_for([type(run())("x", (other,), score="deletion")])
     assert (scale.centre, scale.reach) == (0.0, 2.0)
+
+
+def test_the_sparse_masks_scale_is_the_same_on_every_page():
+    item = rollout()
+    other = type(item)(**{**vars(item), "scores": {"sparse-mask": (-0.2, 0.5, 0.1)}})
+    scale = scale_for([type(run())("x", (other,), score="sparse-mask")])
+    assert (scale.centre, scale.reach) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        ("restored", "as far as the optimiser's steps go"),
+        ("sparse-mask", "0 for one that left as an idle token does"),
+        ("leave-one-out", "in nats of the answer's mean negative log-likelihood"),
+        ("attention", "The colours reach to the score's largest magnitude"),
+    ],
+)
+def test_the_page_explains_the_score_it_shows_and_no_other(score, said):
+    item = rollout()
+    other = type(item)(**{**vars(item), "scores": {score: (0.2, 0.5, 0.1)}})
+    page = unescape(render_page(type(run())("x", (other,), score=score)))
+    assert said in page
+    assert ("suppressed in every attention layer" in page) == (score == "restored")
 
 
 def test_a_scale_needs_a_reach():

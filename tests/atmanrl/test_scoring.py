@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atmanrl import estimate_saliency
 from atmanrl.config import MaskConfig
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.explanation import Example, explain
-from atmanrl.interventions import deletion_effects
 from atmanrl.records import Run
 from atmanrl.rollouts import Rollout
 from atmanrl.scoring import with_deletion_effects, with_faithfulness
@@ -28,8 +28,9 @@ def test_deletion_effects_stand_beside_the_mask(ledger):
     model, _, run = ledger
     scored = with_deletion_effects(model, run)
     item = scored.rollouts[0]
-    (expected,) = deletion_effects(model, [Rollout(item.prompt.ids, item.cot.ids, item.answer.ids, item.marker.ids)])
-    assert item.scores["deletion"] == pytest.approx(expected.tolist(), abs=1e-5)
+    rollout = Rollout(item.prompt.ids, item.cot.ids, item.answer.ids, item.marker.ids)
+    (expected,) = estimate_saliency(model, [rollout], "leave-one-out")
+    assert item.scores["deletion"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
     assert item.restored == run.rollouts[0].restored
     assert scored.rollouts[2] == run.rollouts[2]
 
@@ -46,6 +47,7 @@ def test_faithfulness_is_measured_where_there_is_an_answer(ledger, tmp_path):
             "causal_influence",
             "no_cot_unchanged",
             "filler_unchanged",
+            "mistake_unchanged",
             "comprehensiveness",
             "random_comprehensiveness",
             "sufficiency",
@@ -75,3 +77,16 @@ def test_another_model_measures_under_a_prefix(ledger):
     measures = twice.rollouts[0].measures
     assert measures["initial_causal_influence"] == measures["causal_influence"]
     assert np.isfinite(list(measures.values())).all()
+
+
+def test_accuracy_without_a_chain_is_that_of_the_ground_truth_and_not_of_the_completions_answer(ledger):
+    model, tokenizer, _ = ledger
+    easy = "a 6 c 0 ? c <cot>"
+    examples = [Example(easy, f"c {x} <ans> c {x}", expected="c 0", name=x) for x in ("0", "7")]
+    run = explain(model, tokenizer, examples, mask=MaskConfig(steps=1))
+    assert [item.correct for item in run.rollouts] == [True, False]
+    right, wrong = with_faithfulness(model, tokenizer, run).rollouts
+    assert right.measures["accuracy_no_cot"] == right.measures["no_cot_unchanged"]
+    assert wrong.measures["accuracy_no_cot"] == right.measures["accuracy_no_cot"]
+    row = summarize(with_faithfulness(model, tokenizer, run, prefix="initial_"))["initial_accuracy_no_cot"]
+    assert (row.unit, row.runs[0].value) == ("%", right.measures["accuracy_no_cot"])

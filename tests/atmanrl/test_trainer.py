@@ -14,9 +14,10 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from atmanrl import MaskConfig, optimize_masks, saliency_reward
+from atmanrl import MaskConfig, estimate_saliency, optimize_masks, saliency_reward
+from atmanrl import trainer as trainer_module
 from atmanrl.callbacks import RolloutPages
-from atmanrl.config import DataConfig, LedgerConfig
+from atmanrl.config import CreditConfig, DataConfig, LedgerConfig, SeriesConfig
 from atmanrl.data import Task, load_task
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig
@@ -55,6 +56,12 @@ def settings(directory: Path, **overrides: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ledger() -> Task:
     return load_task(DataConfig(ledger=LedgerConfig(train_size=4, test_size=2)))
+
+
+@pytest.fixture(scope="module")
+def longer() -> Task:
+    """Prompts longer than those of pre-training, most of whose groups hold right and wrong answers."""
+    return load_task(DataConfig(ledger=LedgerConfig(pairs=8, train_size=4, test_size=2)))
 
 
 class Losses(TrainerCallback):
@@ -116,9 +123,11 @@ def test_with_weight_0_every_loss_and_parameter_is_trls_own_bit_for_bit(
         assert torch.equal(parameter, expected), name
 
 
-def test_the_saliency_reward_of_a_batch_is_that_of_its_rollouts(ledger: Task, tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", ["mask", "best", "attention"])
+def test_the_saliency_reward_of_a_batch_is_that_of_its_rollouts(ledger: Task, tmp_path: Path, estimator: str) -> None:
     model, tokenizer = load_policy(ModelConfig("ledger"))
-    args = AtManGRPOConfig(**settings(tmp_path, mask=FEW_STEPS, saliency_weight=0.5, direction="printed"))
+    chosen = {"mask": FEW_STEPS, "saliency_estimator": estimator, "direction": "printed"}
+    args = AtManGRPOConfig(**settings(tmp_path, saliency_weight=0.5, **chosen))
     trainer = AtManGRPOTrainer(model, args, ledger, tokenizer)
     rows = [ledger.train[i] for i in range(2) for _ in range(4)]
     batch = trainer._generate_and_score_completions(rows)
@@ -129,7 +138,10 @@ def test_the_saliency_reward_of_a_batch_is_that_of_its_rollouts(ledger: Task, tm
         rollouts.append(Rollout(prompt, split.cot_ids, split.answer_ids, split.marker_ids))
         correct = split.answer is not None and ledger.answer_format.matches(split.answer.value, row["answer"])
         outcomes.append(0.0 if correct else -1.0)
-    saliency = saliency_reward(optimize_masks(model, rollouts, FEW_STEPS), direction="printed")
+    if estimator == "mask":
+        saliency = saliency_reward(optimize_masks(model, rollouts, FEW_STEPS), direction="printed")
+    else:
+        saliency = saliency_reward(estimate_saliency(model, rollouts, estimator), direction="printed")
     rewards = torch.tensor(outcomes) + 0.5 * saliency
     groups = rewards.view(2, 4)
     torch.testing.assert_close(batch["advantages"], (groups - groups.mean(dim=1, keepdim=True)).flatten())
@@ -265,9 +277,9 @@ def break_part(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
         def optimize(model: Any, rollouts: Any, *rest: Any, **options: Any) -> Any:
             if once():
                 raise NonFiniteLossError(0, float("nan"), "at step 1")
-            return optimize_masks(model, rollouts, *rest, **options)
+            return estimate_saliency(model, rollouts, *rest, **options)
 
-        monkeypatch.setattr(trainer, "optimize_masks", optimize)
+        monkeypatch.setattr(trainer, "estimate_saliency", optimize)
     elif part == "reward":
 
         def reward(masks: Any, *rest: Any) -> torch.Tensor:
@@ -289,6 +301,7 @@ def break_part(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     ("overrides", "message"),
     [
         ({"direction": "up"}, "direction must be one of restored, printed, got 'up'"),
+        ({"saliency_estimator": "atmam"}, "unknown estimator 'atmam'.*did you mean 'atman'"),
         ({"target": "gold"}, "target must be one of predicted, correct, got 'gold'"),
         ({"reward_weights": [1.0, 2.0]}, "the one free weight is saliency_weight"),
         ({"num_generations": 3}, "does not hold whole groups of num_generations 3.*nearest that works: 12 rollouts"),
@@ -304,3 +317,70 @@ def test_a_configuration_survives_json(tmp_path: Path) -> None:
     config = AtManGRPOConfig(**settings(tmp_path, mask={"steps": 7}))
     assert config.mask == replace(MaskConfig(), steps=7)
     assert json.loads(config.to_json_string())["mask"]["steps"] == 7
+
+
+@pytest.mark.parametrize("strategy", ["coupled", "random"])
+def test_a_gain_of_1_is_a_run_without_credit_assignment_bit_for_bit(
+    longer: Task, tmp_path: Path, strategy: str
+) -> None:
+    credit = CreditConfig(strategy=strategy, gain=1.0)
+    plain, plain_lines = train(longer, tmp_path / "plain", saliency_weight=0.0)
+    ours, lines = train(longer, tmp_path / "ours", saliency_weight=0.0, credit_assignment=credit)
+    shared = plain_lines[0].keys()
+    assert [{name: line.get(name) for name in shared} for line in lines] == [
+        {name: line.get(name) for name in shared} for line in plain_lines
+    ]
+    assert lines[0]["credit/gamma_mean"] == 1.0
+    assert any(line["grad_norm"] > 0 for line in lines)
+    for (name, parameter), expected in zip(ours.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+
+
+class Advantages(AtManGRPOTrainer):
+    """Keeps the advantages that reach the loss, with the completions' masks."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self.seen = getattr(self, "seen", [])
+        self.seen.append((inputs["advantages"].clone(), inputs["completion_mask"].bool()))
+        return super()._compute_loss(model, inputs)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "atman"])
+def test_the_loss_gets_the_credit_of_every_token_together_with_the_saliency_reward(
+    longer: Task, tmp_path: Path, implementation: str
+) -> None:
+    model, tokenizer = load_policy(ModelConfig("ledger", attn_implementation=implementation))
+    credit = CreditConfig(strategy="global", gain=3.0, series=SeriesConfig(horizon=(2, 50)))
+    args = AtManGRPOConfig(**settings(tmp_path, mask=FEW_STEPS, max_steps=2, credit_assignment=credit))
+    losses = Losses()
+    trainer = Advantages(model, args, longer, tokenizer, callbacks=[losses])
+    own_forwards = []
+    original = trainer_module.attention_series
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "attention_series", lambda *a, **k: own_forwards.append(1) or original(*a, **k))
+        trainer.train()
+    # A policy on "atman" shows its attention in the pass for the old log-probabilities.
+    assert len(own_forwards) == (1 if implementation == "sdpa" else 0)
+    for advantages, mask in trainer.seen:
+        assert advantages.shape == mask.shape
+        for row, valid in zip(advantages, mask, strict=True):
+            values = row[valid]
+            plain = values.abs().min()
+            amplified = (values.abs() > 1.5 * plain).sum()
+            assert torch.allclose(values.abs(), torch.where(values.abs() > 1.5 * plain, 3 * plain, plain))
+            assert amplified == (round(0.4 * len(values)) if plain > 0 else 0)
+    assert any(bool((advantages != 0).any()) for advantages, _ in trainer.seen)
+    assert losses.lines[0]["credit/gamma_mean"] == pytest.approx(1.8, abs=0.1)
+    assert "rewards/saliency/mean" in losses.lines[0]
+
+
+@pytest.mark.parametrize("strategy", ["local", "entropy", "saliency"])
+def test_every_strategy_changes_what_is_learned(longer: Task, tmp_path: Path, strategy: str) -> None:
+    plain, _ = train(longer, tmp_path / "plain", saliency_weight=0.0)
+    ours, _ = train(longer, tmp_path / "ours", saliency_weight=0.0, credit_assignment=CreditConfig(strategy=strategy))
+    assert any(not torch.equal(a, b) for a, b in zip(plain.model.parameters(), ours.model.parameters(), strict=True))
+
+
+def test_credit_assignment_refuses_the_liger_loss(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use_liger_kernel computes with one advantage per rollout"):
+        AtManGRPOConfig(**settings(tmp_path, use_liger_kernel=True, credit_assignment=CreditConfig(strategy="random")))

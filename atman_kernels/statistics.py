@@ -1,0 +1,149 @@
+"""Row and column sums of the attention map, computed from q, k and lse without the map."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atman_kernels import statistics_ops
+from atman_kernels.attention import check_layout, checks_values, forced_backend
+from atman_kernels.plan import AttentionPlan, SharedPrefix
+
+
+class AttentionStatistics(NamedTuple):
+    """What :func:`attention_statistics` returns, per query head.
+
+    Attributes:
+        distance: (n_seq, Hq), mean over the chosen rows t of sum_s p[t,s] (t - s); 0 where no row is chosen.
+        windowed_distance: (Tq_total, Hq), sum_s p[t,s] min(t - s, window) of every row.
+        received: (Tk_total, Hq), mean p[t,s] over the chosen rows t with low <= t - s <= high; 0 where there is none.
+        received_count: (Tk_total,) int32, how many such rows there are.
+    """
+
+    distance: Tensor
+    windowed_distance: Tensor
+    received: Tensor
+    received_count: Tensor
+
+
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens_q: Tensor | AttentionPlan | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    plan: AttentionPlan | None = None,
+    key_bias: Tensor | None = None,
+    prefix: SharedPrefix | None = None,
+    window: int = 10,
+    horizon: tuple[int, int] = (10, 100),
+    rows: Tensor | None = None,
+    sm_scale: float | None = None,
+    attention_window: int | None = None,
+    need_distance: bool = True,
+) -> AttentionStatistics:
+    """Backward distance, windowed distance and attention received of causal attention p = exp(scores - lse).
+
+    Memory is linear in the number of tokens. ``windowed_distance`` costs ``window`` keys per row and ``received`` the
+    rows of the horizon per key, because a row's p sum to 1; only ``distance`` costs all visible pairs. Results are the
+    same bits every time, and carry no gradient.
+
+    Args:
+        q: packed queries (Tq_total, Hq, D), after the rotary embedding; dtypes as in ``attention_varlen``.
+        k: packed keys (Tk_total, Hkv, D); Hq a multiple of Hkv.
+        lse: (Hq, Tq_total) float32 (float64 with float64 inputs), natural log, as ``attention_varlen`` returned it for
+            the same operands. A row with lse = -inf saw no key and gives zeros.
+        cu_seqlens_q, cu_seqlens_k, plan, key_bias, prefix, sm_scale: as in ``attention_varlen``; positions count
+            through the prefix, whose own keys get no ``received``.
+        window: W of the windowed distance, in tokens.
+        horizon: (low, high), both included: how many tokens after a key the rows stand that ``received`` averages.
+        rows: (Tq_total,) bool, the chosen query rows; default: all.
+        attention_window: the sliding window of the attention itself; default: none.
+        need_distance: False leaves ``distance`` empty, (0, Hq), and saves most of the cost.
+
+    Returns:
+        :class:`AttentionStatistics`, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: as ``attention_varlen``; an lse or rows of the wrong shape or dtype; a window below 1; a horizon
+            that is not 0 <= low <= high.
+
+    Source: "Attention Illuminates LLM Reasoning" (arXiv 2510.13554), equations 7, 9 and 10 for one head.
+    """
+    plan = check_layout(q, k, k, key_bias, cu_seqlens_q, cu_seqlens_k, plan, prefix, "attention_statistics")
+    heads_q = q.shape[1]
+    if lse.shape != (heads_q, q.shape[0]):
+        raise ValueError(f"lse must have shape {(heads_q, q.shape[0])}, got {tuple(lse.shape)}")
+    if rows is not None and rows.shape != (q.shape[0],):
+        raise ValueError(f"rows must have one entry per query row, {q.shape[0]}, got {tuple(rows.shape)}")
+    found = statistics_of_rows(
+        q[None],
+        k[None],
+        lse[None],
+        plan=plan,
+        key_bias=None if key_bias is None else key_bias[None],
+        prefix=prefix,
+        window=window,
+        horizon=horizon,
+        rows=None if rows is None else rows[None],
+        sm_scale=sm_scale,
+        attention_window=attention_window,
+        need_distance=need_distance,
+    )
+    return AttentionStatistics(found.distance, *(x[0] for x in found[1:]))
+
+
+def statistics_of_rows(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    plan: AttentionPlan,
+    key_bias: Tensor | None = None,
+    prefix: SharedPrefix | None = None,
+    window: int = 10,
+    horizon: tuple[int, int] = (10, 100),
+    rows: Tensor | None = None,
+    sm_scale: float | None = None,
+    attention_window: int | None = None,
+    need_distance: bool = True,
+) -> AttentionStatistics:
+    """:func:`attention_statistics` of padded batches: tensors have a batch axis first, and a plan says what is where.
+
+    Args:
+        q: (B, Tq, Hq, D); k: (B, Tk, Hkv, D); lse: (B, Hq, Tq); key_bias: (B, Tk); rows: (B, Tq) bool.
+        plan: from :meth:`AttentionPlan.from_rows`, or of a packed batch where B = 1.
+
+    Returns:
+        distance (n_seq, Hq), windowed_distance (B, Tq, Hq), received (B, Tk, Hq), received_count (B, Tk); zeros outside
+        the plan's sequences.
+
+    Raises:
+        ValueError: as :func:`attention_statistics`.
+    """
+    low, high = horizon
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if not 0 <= low <= high:
+        raise ValueError(f"horizon must be (low, high) with 0 <= low <= high, got {horizon}")
+    if attention_window is not None and attention_window < 1:
+        raise ValueError(f"attention_window must be at least 1, got {attention_window}")
+    expected = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if lse.dtype != expected or lse.device != q.device:
+        raise ValueError(f"lse must be {expected} on {q.device}, got {lse.dtype} on {lse.device}")
+    if checks_values(lse) and bool(lse.isnan().any()):
+        raise ValueError(f"lse has {int(lse.isnan().sum())} NaN values")
+    if rows is not None and (rows.dtype != torch.bool or rows.device != q.device):
+        raise ValueError(f"rows must be bool on {q.device}, got {rows.dtype} on {rows.device}")
+    distance, windowed, received, count = statistics_ops.attention_statistics(
+        q.detach(), k.detach(), lse.detach(), None if key_bias is None else key_bias.detach(),
+        None if prefix is None else prefix.k, rows, plan.sequences, plan.tiles_q, plan.tiles_k,
+        1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale),
+        -1 if attention_window is None else attention_window, plan.covers, forced_backend(),
+        window, low, high, need_distance,
+    )  # fmt: skip
+    return AttentionStatistics(distance, windowed.transpose(1, 2), received.transpose(1, 2), count)

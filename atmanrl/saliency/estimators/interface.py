@@ -1,0 +1,124 @@
+"""What every estimator is asked and gives back: rollouts in, one number per chain-of-thought token and its cost out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atmanrl.rollouts import Rollout
+
+
+class Passes(NamedTuple):
+    """Cost of one rollout's scores, in passes over all its rows: T chain-of-thought, K marker, N answer tokens.
+
+    A forward over half the rows counts 0.5. The prompt's one forward is common to all estimators and left out. The
+    backward of a frozen model computes no weight gradients and costs about one forward.
+    """
+
+    forward: float
+    backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Forward-equivalents."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Course:
+    """How an optimisation went, on the CPU.
+
+    Attributes:
+        steps: (K,) int64, updates done before each record; the last is the number of steps.
+        scores: (K, T) after that many updates.
+        losses: (K,) of the answer, in nats.
+    """
+
+    steps: Tensor
+    scores: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of one rollout's T chain-of-thought tokens, on the CPU; higher means the answer rests more on the token.
+
+    Attributes:
+        estimator: the name of what gave them.
+        rollout: whose tokens these are.
+        scores: (T,) in the estimator's own unit, whose ranking and zero mean what its documentation says.
+        restored: (T,) the same brought to 0..1, what a reward averages: 1 - H / init of the paper's mask; of a sparse
+            mask its score, 0 for a negative one; for scores in nats the share 1 - exp(-score) of the answer's
+            probability that the token carries, 0 for a negative score.
+        loss_initial: mean negative log-likelihood of the answer, in nats, where the estimator starts suppressed.
+        loss_final: the same where it ends.
+        loss_unmasked: the same without suppression. NaN, like the other two, where the estimator does not see it.
+        skipped: why nothing was estimated, None where something was.
+        course: of the optimisation, where it was recorded.
+    """
+
+    estimator: str
+    rollout: Rollout
+    scores: Tensor
+    restored: Tensor
+    loss_initial: float = math.nan
+    loss_final: float = math.nan
+    loss_unmasked: float = math.nan
+    skipped: str | None = None
+    course: Course | None = None
+
+    @property
+    def normalized(self) -> Tensor:
+        """(T,) 1 - restored."""
+        return 1 - self.restored
+
+
+class Estimator(Protocol):
+    """A way to score tokens. Implementations are frozen dataclasses of their settings."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...
+
+    def passes(self, rollout: Rollout) -> Passes:
+        """What the scores of ``rollout`` cost."""
+        ...
+
+    def __call__(
+        self, model: PreTrainedModel, rollouts: Sequence[Rollout], *, token_budget: int | None, progress: bool
+    ) -> list[TokenScores]:
+        """Score rollouts that each have a chain of thought and an answer.
+
+        Args:
+            model: a causal LM on transformers' AttentionInterface, borrowed frozen.
+            rollouts: at least one; scores do not depend on the companions, up to rounding.
+            token_budget: packed rows per pass, None for the estimator's own choice.
+            progress: show a bar on stderr.
+        """
+        ...
+
+
+def share_lost(nats: Tensor) -> Tensor:
+    """1 - exp(-max(nats, 0)): the share by which a loss higher by ``nats`` lowers a probability."""
+    return -torch.expm1(-nats.clamp(min=0))
+
+
+def scored_in_nats(
+    estimator: str,
+    rollout: Rollout,
+    nats: Tensor,
+    *,
+    loss_initial: float = math.nan,
+    loss_final: float = math.nan,
+    loss_unmasked: float = math.nan,
+) -> TokenScores:
+    """Scores whose unit is a rise of the answer's loss in nats."""
+    nats = nats.detach().cpu()
+    return TokenScores(estimator, rollout, nats, share_lost(nats), loss_initial, loss_final, loss_unmasked)

@@ -1,0 +1,116 @@
+"""Markdown of the estimator benchmark's results, for docs/estimators.md (benchmarks.tables writes it there)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TITLES = {
+    "auroc": "AUROC",
+    "precision": "precision@k",
+    "leave_one_out": "rank, leave-one-out",
+    "substitution": "rank, substitution",
+    "comprehensiveness": "comprehensiveness",
+    "sufficiency": "sufficiency",
+}
+SETS = {"sampled": "Sampled chains", "busy": "Reference chains with more idle tokens"}
+# The grid around the default: its span says enough.
+GRID = "sparse, depth"
+
+
+def estimator_tables(files: list[dict[str, Any]]) -> str:
+    """Per results file and set: every estimator's measures and cost, and what the best one gains over the mask."""
+    if not files:
+        return "Not yet measured.\n"
+    parts = []
+    for content in files:
+        parts.append(f"torch {content['versions']['torch']}, commit {content['commit']}, held-out prompts.\n")
+        for name, found in content["sets"].items():
+            parts.append(
+                f"**{SETS[name]}**, {found['rollouts']} of {found['tokens']:.1f} tokens on average\n\n"
+                f"{_measures(found['results'])}\n{_gains(found['results'])}"
+            )
+        parts.append(_reward_table(content["reward_falls"]))
+    return "\n".join(parts)
+
+
+def search_tables(files: list[dict[str, Any]]) -> str:
+    """Every variant that was tried, on training prompts: both sets side by side."""
+    if not files:
+        return "Not yet measured.\n"
+    parts = []
+    for content in files:
+        sets, falls = content["sets"], content["reward_falls"]
+        shown = ("auroc", "leave_one_out", "comprehensiveness", "sufficiency")
+        titles = [TITLES[key] for key in shown]
+        lines = [
+            f"Commit {content['commit']}, training prompts; sampled chains / busier reference chains.\n",
+            _row(["variant", *titles, "reward falls", "passes"]),
+            _rule(3 + len(shown)),
+        ]
+        results = [found["results"] for found in sets.values()]
+        single = [name for name in results[0] if not name.startswith(GRID)]
+        grid = [name for name in results[0] if name.startswith(GRID)]
+        for name in single:
+            cells = [" / ".join(_value(result[name], key) for result in results) for key in shown]
+            lines.append(_row([name, *cells, f"{falls[name]['value']:.2f}", _cost(results[0][name])]))
+        spans = [" / ".join(_span(result, grid, key) for result in results) for key in shown]
+        shares = [falls[name]["value"] for name in grid]
+        title = f"sparse, {len(grid)} settings of depth, price and lr"
+        span = f"{min(shares):.2f} to {max(shares):.2f}"
+        lines.append(_row([title, *spans, span, _cost(results[0][grid[0]])]))
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _measures(results: dict[str, Any]) -> str:
+    mask = _passes(results["mask"])
+    lines = [_row(["estimator", *TITLES.values(), "forwards", "backwards", "cost / mask's"]), _rule(4 + len(TITLES))]
+    for name, row in results.items():
+        cost = [f"{row['forwards']:.1f}", f"{row['backwards']:.0f}", f"{_passes(row) / mask:.3f}"]
+        lines.append(_row([f"`{name}`", *(_value(row, key) for key in TITLES), *cost]))
+    return "\n".join(lines) + "\n"
+
+
+def _reward_table(falls: dict[str, Any]) -> str:
+    lines = [
+        "**As a reward**: chains of the asked pairs alone, and with three filler words put in\n",
+        _row(["estimator", "share of the chains whose reward the filler lowers, 95 % interval"]),
+        _rule(2),
+    ]
+    for name, found in falls.items():
+        lines.append(_row([f"`{name}`", f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"]))
+    return "\n".join(lines) + "\n"
+
+
+def _gains(results: dict[str, Any]) -> str:
+    best = results["sparse-mask"]["over_mask"]
+    gains = ", ".join(
+        f"{title} {best[key]['value']:+.3f} [{best[key]['low']:+.3f}, {best[key]['high']:+.3f}]"
+        for key, title in TITLES.items()
+    )
+    return f"`sparse-mask` minus `mask`, paired over prompts, 95 % intervals: {gains}.\n".replace("-0.", "−0.")
+
+
+def _value(row: dict[str, Any], key: str) -> str:
+    return f"{row['measures'][key]['value']:.3f}".replace("-", "−")
+
+
+def _span(results: dict[str, Any], names: list[str], key: str) -> str:
+    values = [results[name]["measures"][key]["value"] for name in names]
+    return f"{min(values):.3f} to {max(values):.3f}".replace("-", "−")
+
+
+def _passes(row: dict[str, Any]) -> float:
+    return float(row["forwards"] + row["backwards"])
+
+
+def _cost(row: dict[str, Any]) -> str:
+    return f"{_passes(row):.0f}"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(columns: int) -> str:
+    return f"| --- |{' ---: |' * (columns - 1)}"

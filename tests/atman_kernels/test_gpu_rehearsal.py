@@ -1,0 +1,63 @@
+"""`make gpu` cannot fail by a mere slip on the first GPU machine: every step of it is walked on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu, timing
+from benchmarks.device import Device
+from benchmarks.peers import PEERS
+from tests.atman_kernels.gpu_checks import REHEARSAL
+
+
+def _read(directory: Path, kind: str) -> dict:
+    (path,) = directory.glob(f"{kind}*_rehearsal_*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_every_stage_passes_and_leaves_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", str(tmp_path)]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert set(_read(tmp_path, "stages")["stages"].values()) == {"passed"}
+    assert _read(tmp_path, "checks")["checks"] == dict.fromkeys(REHEARSAL, "passed")
+    rows = _read(tmp_path, "attention")["results"]
+    assert {row["peer"] for row in rows} == set(PEERS)
+    assert all("ms" in row for row in rows if row["peer"].startswith(("atman", "eager", "sdpa_math")))
+    searched = _read(tmp_path, "tuning")["timings"]
+    assert all(isinstance(ms, float) for timings in searched.values() for ms in timings.values())
+
+    # Called again, the benchmarks find every number there and measure nothing.
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(sys, "argv", ["timing", "--rehearse", str(tmp_path)])
+    assert timing.main() == 0
+
+
+def test_all_stages_together_end_within_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def takes_all_its_time(stage: gpu.Stage, seconds: float, device: Device) -> str:
+        nonlocal now
+        now += seconds
+        return f"cut off after {seconds:.0f} s"
+
+    monkeypatch.setattr(gpu, "run_stage", takes_all_its_time)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", str(tmp_path)])
+    assert gpu.main() == 1
+    assert 0 < now <= gpu.SECONDS < 600
+    assert len(_read(tmp_path, "stages")["stages"]) == len(gpu.stages(Device(tmp_path)))
+
+
+def test_a_stage_that_hangs_is_ended(tmp_path: Path) -> None:
+    stage = gpu.Stage("hangs", (sys.executable, "-c", "import time; time.sleep(60)"), 1.0, timed=False)
+    assert gpu.run_stage(stage, 0.5, Device(tmp_path)) == "cut off after 0 s"

@@ -1,0 +1,344 @@
+"""Attention statistics: every backend equals the sums over the attention map and touches what the windows need."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen, backend, statistics_ops
+from atman_kernels.attention import attention_rows
+from atman_kernels.statistics import statistics_of_rows
+from tests.atman_kernels.grid import Case, Operands, make_operands, poisoned_memory
+from tests.oracle import assert_as_exact_as_reference
+
+needs_extension = pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
+BACKENDS = ["triton", pytest.param("cpu", marks=needs_extension)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Settings(NamedTuple):
+    """What a case adds to an attention problem; ``rows``: share of the rows chosen, None for no selection."""
+
+    case: Case
+    window: int = 10
+    horizon: tuple[int, int] = (10, 100)
+    rows: float | None = 0.6
+
+    def __str__(self) -> str:
+        return f"{self.case}-W{self.window}-{self.horizon[0]}..{self.horizon[1]}-rows{self.rows}"
+
+
+CASES = [
+    Settings(Case((1,), heads=(1, 1)), horizon=(0, 0)),
+    Settings(Case((17, 64), heads=(4, 2), head_dim=32)),
+    Settings(Case((63, 65), heads=(2, 2), head_dim=64, bias="absent"), window=1, rows=None),
+    Settings(Case((111, 1, 0, 17), heads=(3, 1), head_dim=80), horizon=(1, 5)),
+    Settings(Case((64, 130), heads=(2, 1), head_dim=128, bias="removed"), window=70),
+    Settings(Case((257,), heads=(2, 1), head_dim=96), horizon=(0, 1000)),
+    Settings(Case((300,), heads=(2, 1), window=100), horizon=(50, 150)),
+    Settings(Case((300,), heads=(2, 1), window=5), horizon=(10, 50)),
+    Settings(Case((40,), heads=(2, 1), head_dim=256), rows=0.0),
+    Settings(Case((400,), heads=(1, 1), bias="absent")),
+    # Bottom-right alignment, and prefixes of several kinds.
+    Settings(Case((1, 40, 7, 2), heads=(2, 1), lengths_k=(111, 65, 0, 64))),
+    Settings(Case((70, 0, 65), heads=(2, 2), lengths_k=(17, 33, 64)), horizon=(0, 30)),
+    Settings(Case((33, 65, 17), heads=(2, 1), head_dim=32, prefix=((0, 40), (0, 140), (3, 0))), window=60),
+    Settings(Case((40, 9), heads=(4, 1), prefix=((0, 64), (0, 65)), window=50, bias="absent")),
+]
+
+
+def _plan(case: Case, device: str) -> AttentionPlan:
+    start, length = zip(*case.prefix, strict=True) if case.prefix else (None, None)
+    return AttentionPlan(case.lengths, case.lengths_k, start, length, device=device)
+
+
+def _chosen(share: float | None, n_rows: int, device: str) -> Tensor | None:
+    if share is None:
+        return None
+    return (torch.rand(n_rows, generator=torch.Generator().manual_seed(1)) < share).to(device)
+
+
+def _compute(name: str, given: Settings, x: Operands) -> dict[str, Tensor]:
+    case, device = given.case, x.q.device
+    plan = _plan(case, str(device))
+    with backend(name):
+        _, lse = attention_varlen(
+            x.q, x.k, x.v, x.key_bias, plan=plan, prefix=x.prefix, window=case.window, return_lse=True
+        )
+        return attention_statistics(
+            x.q,
+            x.k,
+            lse,
+            plan=plan,
+            key_bias=x.key_bias,
+            prefix=x.prefix,
+            window=given.window,
+            horizon=given.horizon,
+            rows=_chosen(given.rows, x.q.shape[0], str(device)),
+            attention_window=case.window,
+        )._asdict()
+
+
+def _assert_exact(name: str, given: Settings, dtype: torch.dtype, device: str) -> None:
+    x = make_operands(given.case, dtype, device)
+    oracle = _compute("reference", given, x.as_float64())
+    reference = _compute("reference", given, x)
+    with poisoned_memory():
+        actual = _compute(name, given, x)
+    assert torch.equal(actual.pop("received_count"), oracle["received_count"])
+    # What the kernels sum: the rounding of window - sum is the window's.
+    for found in (actual, reference, oracle):
+        found["windowed_distance"] = given.window - found["windowed_distance"]
+    for key, value in actual.items():
+        assert_as_exact_as_reference(key, value, reference[key], oracle[key])
+
+
+@pytest.mark.parametrize("given", CASES, ids=str)
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_statistics_are_the_sums_over_the_attention_map(name: str, given: Settings) -> None:
+    """Written once more from the definition, without the package: softmax in float64, then row and column sums."""
+    case = given.case
+    x = make_operands(case, torch.float32, DEVICE if name != "cpu" else "cpu")
+    found = _compute(name, given, x)
+    wide = x.as_float64()
+    chosen = _chosen(given.rows, x.q.shape[0], "cpu")
+    low, high = given.horizon
+    q_start = k_start = 0
+    lengths_k = case.lengths_k or case.lengths
+    for i, (n_rows, n_keys) in enumerate(zip(case.lengths, lengths_k, strict=True)):
+        start, n_prefix = case.prefix[i] if case.prefix else (0, 0)
+        for head in range(case.heads[0]):
+            head_kv = head // (case.heads[0] // case.heads[1])
+            keys = wide.k[k_start : k_start + n_keys, head_kv].cpu()
+            bias = torch.zeros(n_prefix + n_keys, dtype=torch.float64)
+            if wide.key_bias is not None:
+                bias[n_prefix:] = wide.key_bias[k_start : k_start + n_keys].cpu()
+            if n_prefix:
+                keys = torch.cat([wide.prefix.k[start : start + n_prefix, head_kv].cpu(), keys])
+            scores = wide.q[q_start : q_start + n_rows, head].cpu() @ keys.T / case.head_dim**0.5 + bias
+            distance = torch.arange(n_rows)[:, None] + len(keys) - n_rows - torch.arange(len(keys))
+            hidden = distance < 0 if case.window is None else (distance < 0) | (distance >= case.window)
+            p = scores.masked_fill(hidden, -torch.inf).softmax(1).nan_to_num(0.0)
+            rows = torch.ones(n_rows, dtype=torch.bool)
+            if chosen is not None:
+                rows = chosen[q_start : q_start + n_rows]
+            mean = (p * distance).sum(1)[rows].mean().nan_to_num(0.0)
+            torch.testing.assert_close(found["distance"][i, head].cpu().double(), mean, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                found["windowed_distance"][q_start : q_start + n_rows, head].cpu().double(),
+                (p * distance.clamp(max=given.window)).sum(1),
+                rtol=1e-4,
+                atol=1e-4,
+            )
+            for key in range(n_keys):
+                column = distance[:, n_prefix + key]
+                near = rows & (column >= low) & (column <= high)
+                expected = p[near, n_prefix + key].mean().nan_to_num(0.0)
+                assert found["received"][k_start + key, head].item() == pytest.approx(expected.item(), 1e-4, 1e-6)
+                assert found["received_count"][k_start + key] == near.sum()
+        q_start, k_start = q_start + n_rows, k_start + n_keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("given", CASES, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_statistics_are_as_exact_as_pytorch(name: str, given: Settings, dtype: torch.dtype) -> None:
+    _assert_exact(name, given, dtype, "cpu" if name == "cpu" else DEVICE)
+
+
+@pytest.mark.parametrize("given", CASES, ids=str)
+@pytest.mark.parametrize(
+    "name", [pytest.param("triton", marks=pytest.mark.gpu), pytest.param("cpu", marks=needs_extension)]
+)
+def test_statistics_are_as_exact_as_pytorch_in_bfloat16(name: str, given: Settings) -> None:
+    _assert_exact(name, given, torch.bfloat16, "cpu" if name == "cpu" else "cuda")
+
+
+@needs_extension
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=3),
+    heads=st.sampled_from([(1, 1), (2, 2), (6, 2)]),
+    head_dim=st.integers(1, 70) | st.sampled_from([96, 256]),
+    attention_window=st.none() | st.integers(1, 150),
+    window=st.integers(1, 200),
+    low=st.integers(0, 60),
+    reach=st.integers(0, 150),
+    rows=st.none() | st.floats(0, 1),
+    prefix_length=st.none() | st.integers(0, 150),
+    isa=st.sampled_from(_cpu.isas() or [""]),
+)
+def test_any_shape_on_every_instruction_set_agrees_with_the_reference(
+    lengths, heads, head_dim, attention_window, window, low, reach, rows, prefix_length, isa
+) -> None:
+    lengths_q, lengths_k = zip(*lengths, strict=True)
+    prefix = () if prefix_length is None else ((0, prefix_length),) * len(lengths)
+    case = Case(lengths_q, heads, head_dim, window=attention_window, lengths_k=lengths_k, prefix=prefix)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu, "_isa", isa)
+        _assert_exact("cpu", Settings(case, window, (low, low + reach), rows), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_padded_batches_give_what_each_row_gives_alone(name: str) -> None:
+    lengths, total = (40, 23), 45
+    x = make_operands(Case((total, total), heads=(2, 1), layout="dense", bias="absent"), torch.float32)
+    length = torch.tensor(lengths)
+    plan = AttentionPlan.from_rows(
+        total - length, length, total - length, length, max_q=total, max_k=total, covers=False
+    )
+    rows = torch.rand(2, total, generator=torch.Generator().manual_seed(0)) < 0.5
+    with backend(name):
+        _, lse = attention_rows(x.q, x.k, x.v, None, plan=plan)
+        with poisoned_memory():
+            found = statistics_of_rows(x.q, x.k, lse, plan=plan, rows=rows, horizon=(2, 20))
+        for i, n in enumerate(lengths):
+            own = slice(total - n, total)
+            alone = attention_statistics(
+                x.q[i, own], x.k[i, own], lse[i, :, own], plan=AttentionPlan((n,)), rows=rows[i, own], horizon=(2, 20)
+            )
+            assert torch.equal(found.distance[i], alone.distance[0])
+            for batched, single in zip(found[1:], alone[1:], strict=True):
+                torch.testing.assert_close(batched[i, own], single, rtol=1e-6, atol=1e-6)
+                assert not batched[i, : total - n].any()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_windows_bound_what_is_read(name: str) -> None:
+    """NaN in keys and rows out of reach never shows, so they are not touched; the full distance does touch them."""
+    n = 500
+    x = make_operands(Case((n,), heads=(2, 1), bias="absent"), torch.float32)
+    plan = AttentionPlan((n,))
+    with backend(name):
+        _, lse = attention_varlen(x.q, x.k, x.v, plan=plan, return_lse=True)
+        whole = attention_statistics(x.q, x.k, lse, plan=plan)
+        k, q = x.k.clone(), x.q.clone()
+        k[:64] = torch.nan
+        q[460:] = torch.nan
+        poisoned = attention_statistics(q, k, lse, plan=plan, need_distance=False)
+        touched = attention_statistics(q, k, lse, plan=plan)
+    # 128 keys or rows further, a whole tile of the schedule may lie in between.
+    assert torch.equal(poisoned.windowed_distance[210:450], whole.windowed_distance[210:450])
+    assert torch.equal(poisoned.received[210:230], whole.received[210:230])
+    assert poisoned.distance.shape == (0, 2)
+    assert touched.distance.isnan().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_same_bits_come_out_every_time(name: str) -> None:
+    given = CASES[1]
+    x = make_operands(given.case, torch.float32, "cpu" if name == "cpu" else DEVICE)
+    first, second = (_compute(name, given, x) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@needs_extension
+def test_the_number_of_threads_changes_no_bit() -> None:
+    given = Settings(Case((300, 77), heads=(4, 2)))
+    x = make_operands(given.case, torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(_compute("cpu", given, x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][key], other[key]) for other in found[1:] for key in other)
+
+
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_the_operator_is_registered_soundly(name: str) -> None:
+    x = make_operands(Case((9, 5), heads=(2, 1)), torch.float32)
+    plan = AttentionPlan((9, 5))
+    rows = torch.ones(1, 14, dtype=torch.bool)
+    torch.library.opcheck(
+        statistics_ops.attention_statistics,
+        (
+            *(x.q[None], x.k[None], torch.randn(1, 2, 14), x.key_bias[None], None, rows),
+            *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, -1, True, name, 10, 1, 5, True),
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_attention_and_its_statistics_compile_into_one_graph() -> None:
+    x = make_operands(Case((33, 20), heads=(2, 1)), torch.float32)
+    plan = AttentionPlan((33, 20))
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        o, lse = attention_varlen(q, k, v, plan=plan, return_lse=True)
+        return (o, *attention_statistics(q, k, lse, plan=plan))
+
+    with backend("triton"):
+        eager = both(x.q, x.k, x.v)
+        compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(x.q, x.k, x.v)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"horizon": (5, 4)}, r"horizon must be \(low, high\) with 0 <= low <= high, got \(5, 4\)"),
+        ({"attention_window": 0}, "attention_window must be at least 1, got 0"),
+        ({"rows": torch.ones(3, dtype=torch.bool)}, r"rows must have one entry per query row, 4, got \(3,\)"),
+        ({"rows": torch.ones(4)}, "rows must be bool on cpu, got torch.float32"),
+        ({"lse": torch.zeros(4, 2)}, r"lse must have shape \(2, 4\), got \(4, 2\)"),
+        ({"lse": torch.zeros(2, 4).double()}, "lse must be torch.float32 on cpu, got torch.float64"),
+        ({"lse": torch.full((2, 4), torch.nan)}, "lse has 8 NaN values"),
+        ({"plan": None}, "attention_statistics needs cu_seqlens_q or plan"),
+        ({"k": torch.zeros(4, 3, 16)}, "the 2 query heads are not a positive multiple of the 3 key/value heads"),
+    ],
+)
+def test_wrong_arguments_are_named(changes: dict, message: str) -> None:
+    arguments = {
+        "q": torch.zeros(4, 2, 16),
+        "k": torch.zeros(4, 1, 16),
+        "lse": torch.zeros(2, 4),
+        "plan": AttentionPlan((4,)),
+        **changes,
+    }
+    with pytest.raises(ValueError, match=message):
+        attention_statistics(**arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windowed": torch.empty(1, 1, 4)}, r"windowed must have shape \(1, 2, 4\), got \(1, 1, 4\)"),
+        ({"received_count": torch.empty(1, 4)}, "received_count must be int32"),
+        ({"distance": torch.empty(2, 2)}, r"distance must have shape \(1, 2\), got \(2, 2\)"),
+        ({"rows": torch.ones(1, 4)}, "rows must be uint8"),
+        ({"horizon": (3, 2)}, "window must be at least 1 and the horizon 0 <= low <= high"),
+    ],
+)
+def test_the_extension_refuses_arrays_it_would_overrun(changes: dict, message: str) -> None:
+    arguments = {
+        "distance": torch.empty(1, 2),
+        "windowed": torch.empty(1, 2, 4),
+        "received": torch.empty(1, 2, 4),
+        "received_count": torch.empty(1, 4, dtype=torch.int32),
+        "q": torch.zeros(1, 4, 2, 16),
+        "k": torch.zeros(1, 4, 1, 16),
+        "lse": torch.zeros(1, 2, 4),
+        "key_bias": None,
+        "prefix_k": None,
+        "rows": None,
+        "sequences": AttentionPlan((4,)).sequences,
+        "tiles_q": None,
+        "tiles_k": None,
+        "sm_scale": 1.0,
+        "attention_window": None,
+        "window": 10,
+        "horizon": (1, 2),
+        **changes,
+    }
+    with pytest.raises(ValueError, match=message):
+        _cpu.attention_statistics(**arguments)

@@ -1,0 +1,117 @@
+"""WAAD and FAI against the attention maps of an eager model, and where they are captured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from atman_kernels.hf import observing
+from atmanrl.attention_series import (
+    SeriesCollector,
+    attention_series,
+    layers_of,
+    sampled_layers,
+    select_heads,
+)
+from atmanrl.config import SeriesConfig
+from tests.atmanrl.tiny_models import random_rollouts, tiny_model
+
+CONFIG = SeriesConfig(window=4, horizon=(2, 12))
+
+
+def _from_maps(
+    model: PreTrainedModel, prompts: list[list[int]], responses: list[list[int]], config: SeriesConfig
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Equations 7 to 10 on the maps that the eager model returns."""
+    layers = sampled_layers(layers_of(model), config.layers)
+    model.set_attn_implementation("eager")
+    maps, totals, n_rows = [], 0.0, 0
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([[*prompt, *response]])
+        with torch.no_grad():
+            found = model(ids, output_attentions=True, use_cache=False).attentions
+        maps.append(torch.stack([found[layer][0] for layer in layers]).double())
+        n = ids.shape[1]
+        distance = (torch.arange(n)[:, None] - torch.arange(n)).clamp(min=0)
+        rows = (maps[-1] * distance).sum(-1)[..., len(prompt) :]
+        totals, n_rows = totals + rows.sum(-1), n_rows + len(response)
+    ranked = (totals / n_rows).flatten().argsort()
+    count = round(config.head_share * len(ranked))
+    low, high = config.horizon
+    series = []
+    for prompt, attention in zip(prompts, maps, strict=True):
+        n = attention.shape[-1]
+        distance = torch.arange(n)[:, None] - torch.arange(n)
+        local = attention.flatten(0, 1)[ranked[:count]].mean(0)
+        distant = attention.flatten(0, 1)[ranked[-count:]].mean(0)
+        waad = (local * distance.clamp(min=0, max=config.window)).sum(-1)
+        seen = (distance >= low) & (distance <= high) & (torch.arange(n) >= len(prompt))[:, None]
+        fai = (distant * seen).sum(0) / seen.sum(0).clamp(min=1)
+        series.append((waad[len(prompt) :], fai[len(prompt) :]))
+    return series
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral window"])
+@pytest.mark.parametrize("budget", [16384, 60], ids=["one batch", "several"])
+def test_series_equal_those_of_the_attention_maps(family: str, budget: int) -> None:
+    rollouts = random_rollouts([(17, 1, 3), (25, 2, 4), (1, 0, 1), (30, 1, 1)])
+    prompts = [list(rollout.prompt_ids) for rollout in rollouts]
+    responses = [list(rollout.completion_ids) for rollout in rollouts]
+    model = tiny_model(family)
+    before = model.config._attn_implementation
+    found = attention_series(model, prompts, responses, CONFIG, token_budget=budget)
+    assert model.config._attn_implementation == before
+    expected = _from_maps(model, prompts, responses, CONFIG)
+    for series, (waad, fai) in zip(found, expected, strict=True):
+        torch.testing.assert_close(series.waad.double(), waad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(series.fai.double(), fai, rtol=1e-4, atol=1e-6)
+
+
+def test_entropy_is_that_of_the_distribution_a_token_was_drawn_from() -> None:
+    (rollout,) = random_rollouts([(9, 1, 2)])
+    model = tiny_model()
+    prompt, response = list(rollout.prompt_ids), list(rollout.completion_ids)
+    (series,) = attention_series(model, [prompt], [response], CONFIG, entropy=True)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(series.entropy, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_padded_forward_of_the_model_itself_shows_the_same_series() -> None:
+    """As in the pass for the old log-probabilities: prompts padded left, responses right, in two parts."""
+    rollouts = random_rollouts([(17, 1, 3), (25, 2, 4), (3, 0, 1)])
+    prompts = [list(rollout.prompt_ids) for rollout in rollouts]
+    responses = [list(rollout.completion_ids) for rollout in rollouts]
+    model = tiny_model()
+    expected = attention_series(model, prompts, responses, CONFIG)
+    left, right = max(map(len, prompts)), max(map(len, responses))
+    ids = torch.zeros(len(rollouts), left + right, dtype=torch.int64)
+    valid = torch.zeros_like(ids)
+    for row, mask, prompt, response in zip(ids, valid, prompts, responses, strict=True):
+        row[left - len(prompt) : left + len(response)] = torch.tensor(prompt + response)
+        mask[left - len(prompt) : left + len(response)] = 1
+    is_response = valid.bool()
+    is_response[:, :left] = False
+    model.set_attn_implementation("atman")
+    collector = SeriesCollector(layers_of(model), is_response.split(2), CONFIG)
+    with torch.no_grad(), observing(collector):
+        for part in (slice(0, 2), slice(2, 3)):
+            positions = (valid[part].cumsum(1) - 1).clamp(min=0)
+            model(ids[part], attention_mask=valid[part], position_ids=positions, use_cache=False)
+    for series, other in zip(collector.series([len(r) for r in responses]), expected, strict=True):
+        torch.testing.assert_close(series.waad, other.waad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(series.fai, other.fai, rtol=1e-4, atol=1e-6)
+
+
+def test_five_layers_lie_evenly_in_the_middle_third() -> None:
+    assert sampled_layers(36) == [12, 15, 18, 21, 24]
+    assert sampled_layers(28) == [9, 11, 14, 16, 18]
+    assert sampled_layers(3) == [1, 2]
+    assert sampled_layers(1) == [0]
+
+
+def test_heads_are_ranked_over_all_sampled_layers() -> None:
+    distance = {4: torch.tensor([1.0, 9.0, 5.0]), 6: torch.tensor([2.0, 3.0, 8.0])}
+    assert select_heads(distance, 1 / 3) == ([(4, 0), (6, 0)], [(6, 2), (4, 1)])
