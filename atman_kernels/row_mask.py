@@ -45,6 +45,10 @@ class RowMask:
     # generate() prepares the mask of a static cache; the model asks it for its rank before it hands it back.
     ndim = 4
 
+    def contiguous(self) -> RowMask:
+        """Itself: ``generate()`` of transformers 5.23 asks this of every mask it is given ready made."""
+        return self
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RowMask:
         """The same on another device, as accelerate asks for before a layer that lies there."""
         parts = {name: getattr(self, name) for name in ("seen", "valid", "plan", "one_row")}
