@@ -62,6 +62,8 @@ def stages(device: Device) -> list[Stage]:
     if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "1", sys.executable, "-c", small)
         found.append(Stage("sanitizer", command, 0.1, timed=False))
+    # Starts no arm after so many seconds; one cut off goes on in the next call.
+    found.append(Stage("mask steps", (*module, "benchmarks.masks", "--seconds", "60"), 0.2, timed=False))
     update = (*module, "benchmarks.update")
     found.append(Stage("update", update, 0.4, timed=False, needs="trl"))
     found.append(Stage("update, LoRA", (*update, "--lora", "16"), 0.3, timed=False, needs="trl"))

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks import gpu, update
+from benchmarks.device import Device
 
 TINY = {
     "vocab_size": 60,
@@ -33,6 +34,7 @@ def test_an_update_times_its_three_parts_and_optimises_every_mask(lora: int) -> 
 
 
 def test_make_gpu_runs_the_update_with_all_weights_and_with_adapters() -> None:
-    commands = {stage.name: " ".join(stage.command) for stage in gpu.stages()}
+    commands = {stage.name: " ".join(stage.command) for stage in gpu.stages(Device())}
     assert commands["update"].endswith("benchmarks.update")
     assert commands["update, LoRA"].endswith("benchmarks.update --lora 16")
+    assert "benchmarks.masks" in commands["mask steps"]
