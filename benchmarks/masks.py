@@ -14,14 +14,13 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from atmanrl.saliency.budget import saved_bytes
 from atmanrl.saliency.cost import DecoderShape, peak_bytes
 from atmanrl.saliency.decoder import FrozenDecoder
 from atmanrl.saliency.frozen import frozen
@@ -59,34 +58,20 @@ def memory(shape: str, *, device: torch.device) -> dict[str, Any]:
     layers_rows = model.config.num_hidden_layers * few.n_rows
     model.train()
     plain = partial(model.model, position_ids=few.positions[None], use_cache=False)
-    kept = {"plain autograd, SDPA, weights trainable": _saved(model, lambda: plain(few.ids[None])) / layers_rows}
+    kept = {"plain autograd, SDPA, weights trainable": saved_bytes(model, lambda: plain(few.ids[None])) / layers_rows}
     model.requires_grad_(False)
     embedded = model.model.embed_tokens(few.ids[None]).requires_grad_()
-    kept["the same, weights frozen"] = _saved(model, lambda: plain(inputs_embeds=embedded)) / layers_rows
+    kept["the same, weights frozen"] = saved_bytes(model, lambda: plain(inputs_embeds=embedded)) / layers_rows
     model.requires_grad_(True)
     bias = torch.full((few.n_rows,), -4.0, device=device, requires_grad=True)
     with frozen(model):
         likelihood = ModelLikelihood(model, few)
-        kept["general path"] = _saved(model, lambda: likelihood(bias)) / layers_rows
+        kept["general path"] = saved_bytes(model, lambda: likelihood(bias)) / layers_rows
         kept["fast path"] = FrozenDecoder(model, few).kept_bytes / layers_rows
     batch = pack(rollouts, answer_loss="value", device=device)
     sizes = (batch.n_rows, len(batch.loss_rows), len(batch.prompt_ids))
     predicted = peak_bytes(DecoderShape.of(model), dtype.itemsize, *sizes, on_cpu=device.type == "cpu")
     return {"kept_bytes": kept, "predicted_peak_bytes": predicted}
-
-
-def _saved(model: PreTrainedModel, run: Callable[[], object]) -> int:
-    saved: dict[int, int] = {}
-
-    def remember(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        alive = run()
-    del alive
-    return sum(size for pointer, size in saved.items() if pointer not in weights)
 
 
 def main() -> int:

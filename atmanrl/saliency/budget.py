@@ -76,19 +76,26 @@ def affordable_rows(model: PreTrainedModel, rollouts: Sequence[Rollout], *, fast
 def kept_bytes_of(model: PreTrainedModel, rollout: Rollout) -> int:
     """Bytes that autograd through ``model`` keeps for the backward of one rollout, weights not counted: measured."""
     batch = pack([rollout], answer_loss="all", device=model.device)
-    kept: dict[int, int] = {}
+    likelihood = ModelLikelihood(model, batch)
+    bias = torch.zeros(batch.n_rows, device=model.device, requires_grad=True)
+    with torch.enable_grad():
+        return saved_bytes(model, lambda: likelihood(bias))
+
+
+def saved_bytes(model: PreTrainedModel, forward: Callable[[], object]) -> int:
+    """Bytes of what autograd saves in ``forward()``: storages count once, the weights of ``model`` never."""
+    saved: dict[int, int] = {}
 
     def remember(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    likelihood = ModelLikelihood(model, batch)
-    bias = torch.zeros(batch.n_rows, device=model.device, requires_grad=True)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        alive = likelihood(bias)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        # Held until the hooks have run, so that no address is given out twice.
+        alive = forward()
     del alive
-    return sum(size for pointer, size in kept.items() if pointer not in weights)
+    return sum(size for pointer, size in saved.items() if pointer not in weights)
 
 
 def halving_on_out_of_memory(run: Callable[[int], _Result], budget: int) -> _Result:

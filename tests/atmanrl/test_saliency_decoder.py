@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atman_kernels.hf import AtManAttention
 from atmanrl import MaskConfig, Rollout, optimize_masks
+from atmanrl.saliency.budget import saved_bytes
 from atmanrl.saliency.cost import DecoderShape, necessary_flops
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.frozen import frozen
@@ -195,17 +196,10 @@ def test_necessary_operations_of_a_small_batch_counted_by_hand():
 
 def test_bytes_kept_for_the_backward_are_at_most_half_of_plain_autograds():
     model, batch = tiny_model(), _batch()
-    saved = {}
-
-    def remember(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        model.model(batch.ids[None], position_ids=batch.positions[None], use_cache=False)
-    plain = sum(size for pointer, size in saved.items() if pointer not in weights)
+    plain = saved_bytes(
+        model, lambda: model.model(batch.ids[None], position_ids=batch.positions[None], use_cache=False)
+    )
     with frozen(model):
         kept = FrozenDecoder(model, batch).kept_bytes
     assert kept <= plain / 2
