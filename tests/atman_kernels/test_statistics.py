@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from atman_kernels.attention import attention_rows
 from atman_kernels.statistics import statistics_of_rows
 from tests.atman_kernels.grid import Case, Operands, make_operands, poisoned_memory
 from tests.oracle import assert_as_exact_as_reference
+from tests.random_cases import random_cases
 
 needs_extension = pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
 BACKENDS = ["triton", pytest.param("cpu", marks=needs_extension)]
@@ -160,7 +161,7 @@ def test_statistics_are_as_exact_as_pytorch_in_bfloat16(name: str, given: Settin
 
 
 @needs_extension
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@random_cases(40)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (2, 2), (6, 2)]),
