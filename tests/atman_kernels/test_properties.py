@@ -14,10 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atman_kernels import SharedPrefix, _cpu
-from tests.atman_kernels.grid import NAMES, Case, Operands, assert_operands_exact, make_operands, run
+from tests.atman_kernels.grid import (
+    LAYOUTS,
+    NAMES,
+    Case,
+    Operands,
+    assert_operands_exact,
+    make_operands,
+    restrided,
+    run,
+)
 from tests.atman_kernels.test_attention_all_backends import BACKENDS, DEVICE, needs_extension
 
-LAYOUTS = ("contiguous", "heads_first", "dim_first", "interleaved", "embedded", "broadcast")
 TIMES = int(os.environ.get("ATMAN_FUZZ", "1"))
 
 
@@ -59,24 +67,6 @@ def problems(draw: st.DrawFn, *, longest: int, most: int, head_dims: st.SearchSt
         layout=layout,
         lse_gradient=draw(st.booleans()),
     )
-
-
-def restrided(x: Tensor, layout: str) -> Tensor:
-    """The numbers of x, (..., T, H, D), in another layout, NaN between them; "broadcast": those of one head for all."""
-    if layout == "heads_first":
-        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
-    if layout == "dim_first":
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "broadcast":
-        return x[..., :1, :].expand_as(x)
-    *batch, rows, heads, dim = x.shape
-    if layout == "interleaved":
-        view = x.new_full((*batch, rows, heads, 2 * dim + 1), math.nan)[..., 1::2]
-    elif layout == "embedded":
-        view = x.new_full((*batch, rows + 2, heads + 1, dim + 5), math.nan)[..., 1:-1, :heads, 2:-3]
-    else:
-        return x
-    return view.copy_(x)
 
 
 def draw_operands(data: st.DataObject, case: Case, dtype: torch.dtype, device: str) -> Operands:

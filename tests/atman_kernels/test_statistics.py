@@ -13,7 +13,7 @@ from torch import Tensor
 from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen, backend, statistics_ops
 from atman_kernels.attention import attention_rows
 from atman_kernels.statistics import statistics_of_rows
-from tests.atman_kernels.grid import Case, Operands, make_operands, poisoned_memory
+from tests.atman_kernels.grid import LAYOUTS, Case, Operands, make_operands, poisoned_memory, restrided
 from tests.oracle import assert_as_exact_as_reference
 
 needs_extension = pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
@@ -182,6 +182,20 @@ def test_any_shape_on_every_instruction_set_agrees_with_the_reference(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cpu, "_isa", isa)
         _assert_exact("cpu", Settings(case, window, (low, low + reach), rows), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_layouts_change_no_number(name: str, layout: str) -> None:
+    """Queries, keys and prefix keys in every layout, NaN between their numbers, against contiguous copies of them."""
+    given = Settings(Case((17, 3), heads=(4, 2), prefix=((0, 20), (2, 9))), window=4, horizon=(1, 8))
+    x = make_operands(given.case, torch.float32, "cpu" if name == "cpu" else DEVICE)
+    q, k, prefix_k = (restrided(t, layout) for t in (x.q, x.k, x.prefix.k))
+    strided = x._replace(q=q, k=k, prefix=x.prefix._replace(k=prefix_k))
+    copied = x._replace(q=q.contiguous(), k=k.contiguous(), prefix=x.prefix._replace(k=prefix_k.contiguous()))
+    found, expected = (_compute(name, given, operands) for operands in (strided, copied))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
