@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -13,6 +14,7 @@ from atman_kernels import AttentionPlan, SharedPrefix, attention, attention_varl
 from tests.oracle import assert_as_exact_as_reference
 
 NAMES = ("o", "lse", "dq", "dk", "dv", "dkey_bias")
+LAYOUTS = ("contiguous", "heads_first", "dim_first", "interleaved", "embedded", "broadcast")
 
 
 class Case(NamedTuple):
@@ -102,6 +104,24 @@ def make_operands(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int
     lse_shape = (heads_q, rows[0]) if case.layout == "packed" else (rows[0], heads_q, rows[1])
     dlse = torch.randn(lse_shape, generator=generator).to(device) if case.lse_gradient else None
     return Operands(q, k, v, key_bias, prefix, do, dlse)
+
+
+def restrided(x: Tensor, layout: str) -> Tensor:
+    """The numbers of x, (..., T, H, D), in another layout, NaN between them; "broadcast": those of one head for all."""
+    if layout == "heads_first":
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if layout == "dim_first":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "broadcast":
+        return x[..., :1, :].expand_as(x)
+    *batch, rows, heads, dim = x.shape
+    if layout == "interleaved":
+        view = x.new_full((*batch, rows, heads, 2 * dim + 1), math.nan)[..., 1::2]
+    elif layout == "embedded":
+        view = x.new_full((*batch, rows + 2, heads + 1, dim + 5), math.nan)[..., 1:-1, :heads, 2:-3]
+    else:
+        return x
+    return view.copy_(x)
 
 
 def run(

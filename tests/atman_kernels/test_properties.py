@@ -1,5 +1,5 @@
 """Random problems within the public contract, on every backend that runs here: shapes, strides, dtypes, ragged and
-empty sequences, prefixes, windows. `make fuzz` runs 34 times as many."""
+empty sequences, prefixes, windows. `make fuzz` runs more."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from atman_kernels import SharedPrefix, _cpu
 from tests.atman_kernels.definition import by_definition, largest_terms
-from tests.atman_kernels.grid import Case, Operands, assert_operands_exact, make_operands, run
+from tests.atman_kernels.grid import LAYOUTS, Case, Operands, assert_operands_exact, make_operands, restrided, run
 from tests.atman_kernels.test_attention_all_backends import BACKENDS, DEVICE, needs_extension
 from tests.random_cases import random_cases
-
-LAYOUTS = ("contiguous", "heads_first", "dim_first", "interleaved", "embedded", "broadcast")
 
 
 @st.composite
@@ -48,24 +45,6 @@ def problems(draw: st.DrawFn, *, longest: int, most: int, head_dims: st.SearchSt
         layout=layout,
         lse_gradient=draw(st.booleans()),
     )
-
-
-def restrided(x: Tensor, layout: str) -> Tensor:
-    """The numbers of x, (..., T, H, D), in another layout, NaN between them; "broadcast": those of one head for all."""
-    if layout == "heads_first":
-        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
-    if layout == "dim_first":
-        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "broadcast":
-        return x[..., :1, :].expand_as(x)
-    *batch, rows, heads, dim = x.shape
-    if layout == "interleaved":
-        view = x.new_full((*batch, rows, heads, 2 * dim + 1), math.nan)[..., 1::2]
-    elif layout == "embedded":
-        view = x.new_full((*batch, rows + 2, heads + 1, dim + 5), math.nan)[..., 1:-1, :heads, 2:-3]
-    else:
-        return x
-    return view.copy_(x)
 
 
 def draw_operands(data: st.DataObject, case: Case, dtype: torch.dtype, device: str) -> Operands:
