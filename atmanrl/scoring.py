@@ -19,12 +19,10 @@ from atmanrl.faithfulness import (
 )
 from atmanrl.interventions import Outcome, Variant, outcomes
 from atmanrl.recording import decimals
-from atmanrl.records import RolloutRecord, Run
+from atmanrl.records import DELETION, DELETIONS, RolloutRecord, Run
 from atmanrl.rollouts import Rollout
 from atmanrl.saliency.estimators import Estimator, estimate_saliency
-
-DELETION = "deletion"
-"""Name of the score: rise of the answer's mean negative log-likelihood (nats) when the token is hidden."""
+from atmanrl.summary import AGREEMENT
 
 # What stands in for a chain of thought, repeated to its length.
 FILLER = " ."
@@ -53,13 +51,13 @@ def with_scores(
 
 
 def with_deletion_effects(model: PreTrainedModel, run: Run, *, progress: bool | None = None) -> Run:
-    """The run with a score ``DELETION`` beside its others, and with the measure ``deletion_spearman``.
+    """The run with a score ``DELETION`` beside its others, and with the measure ``AGREEMENT``.
 
     The measure is the rank correlation of the run's own score with the deletion effects within each completion, where
     that score is another one and neither is constant.
     """
     run = with_scores(model, run, "leave-one-out", DELETION, progress=progress)
-    if run.score in (DELETION, "leave-one-out"):
+    if run.score in DELETIONS:
         return run
     return replace(run, rollouts=tuple(_rated(item, run.score) for item in run.rollouts))
 
@@ -68,7 +66,7 @@ def _rated(item: RolloutRecord, score: str) -> RolloutRecord:
     if DELETION not in item.scores or score not in item.scores:
         return item
     agreement = spearman(item.scores[score], item.scores[DELETION])
-    return replace(item, measures={**item.measures, **_named({"deletion_spearman": agreement}, "")})
+    return replace(item, measures={**item.measures, **_named({AGREEMENT: agreement}, "")})
 
 
 def with_faithfulness(

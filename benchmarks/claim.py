@@ -23,8 +23,8 @@ from typing import Any
 
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig, load_recipe
-from atmanrl.records import RESTORED, Run, write_text_atomically
-from atmanrl.scoring import DELETION, with_deletion_effects
+from atmanrl.records import DELETION, RESTORED, Run, write_text_atomically
+from atmanrl.scoring import with_deletion_effects
 from atmanrl.summary import summarize
 from benchmarks.device import RESULTS, commit
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig
-from atmanrl.records import RESTORED, Run
-from atmanrl.scoring import DELETION, with_faithfulness, with_scores
+from atmanrl.records import DELETION, RESTORED, Run
+from atmanrl.scoring import with_faithfulness, with_scores
 from atmanrl.summary import summarize
 from benchmarks.claim import SETTING as CLAIM
 from benchmarks.claim import Comparison, errors

@@ -9,9 +9,9 @@ from atmanrl.agreement import spearman
 from atmanrl.config import MaskConfig
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.explanation import Example, explain
-from atmanrl.records import Run
+from atmanrl.records import DELETION, Run
 from atmanrl.rollouts import Rollout
-from atmanrl.scoring import DELETION, with_deletion_effects, with_faithfulness
+from atmanrl.scoring import with_deletion_effects, with_faithfulness
 from atmanrl.summary import summarize
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
