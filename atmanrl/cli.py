@@ -243,7 +243,7 @@ def _add_explain(commands: Any) -> None:
         default="mask",
         metavar="NAME",
         help="what scores the tokens: mask (the paper's), best, sparse-mask, integrated, gradient, leave-one-out, "
-        "atman, atman-concept, attention or random",
+        "atman, atman-concept, attention, fai or random",
     )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOConfig
 
 from atman_kernels.hf import observing
-from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series, layers_of
+from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series
 from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import CreditConfig, MaskConfig
@@ -39,6 +39,7 @@ from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
 from atmanrl.saliency import NonFiniteLossError, working_copy
 from atmanrl.saliency.estimators import Estimator, TokenScores, estimate_saliency, make_estimator
+from atmanrl.saliency.heads import layers_of
 
 Target = Literal["predicted", "correct"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atmanrl.records import RESTORED
+from atmanrl.report.scale import IN_NATS
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,20 @@ _NATS = Meaning(
     "no effect",
     "the answer needs it",
     "The score is in nats of the answer's mean negative log-likelihood: how much the loss rises when the token is"
-    " hidden, suppressed or, for gradients, would be by extrapolation. The colours reach to the largest magnitude"
-    " on this page.",
+    " hidden, suppressed or, for gradients, would be by extrapolation. The fixed colours show the share 1 - exp(-x) "
+    "of the answer's probability that a rise by x nats takes away: half the colour at 0.69 nats, all of it from 3.",
+)
+_ATTENTION = Meaning(
+    "",
+    "none",
+    "looked at most",
+    "The score is a share of attention, from 0 to 1; how large it is depends on how many tokens there are, so the "
+    "colours reach to the largest one on this page.",
 )
 _OTHER = Meaning("lower", "zero", "higher", "The colours reach to the score's largest magnitude on this page.")
 
-_MEANINGS = {RESTORED: _MASK, "sparse-mask": _SPARSE} | dict.fromkeys(
-    ("deletion", "leave-one-out", "atman", "atman-concept", "integrated", "gradient"), _NATS
-)
+_MEANINGS = {RESTORED: _MASK, "sparse-mask": _SPARSE, "attention": _ATTENTION, "fai": _ATTENTION}
+_MEANINGS |= dict.fromkeys(IN_NATS, _NATS)
 
 
 def meaning_of(score: str) -> Meaning:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
 from atmanrl.saliency.engine import check_fits, reason_to_skip
-from atmanrl.saliency.estimators.baselines import Random, ReceivedAttention
+from atmanrl.saliency.estimators.attention import FutureInfluence, ReceivedAttention
 from atmanrl.saliency.estimators.bias_path import Gradient, Integrated
+from atmanrl.saliency.estimators.chance import Random
 from atmanrl.saliency.estimators.interface import Estimator, TokenScores
 from atmanrl.saliency.estimators.masks import Mask, SparseMask
 from atmanrl.saliency.estimators.suppression import Suppression
@@ -36,6 +37,7 @@ _MAKE: Mapping[str, Callable[[], Estimator]] = MappingProxyType(
         "atman": lambda: Suppression(log_factor=math.log(0.1)),
         "atman-concept": lambda: Suppression(log_factor=math.log(0.1), similarity=0.6),
         "attention": ReceivedAttention,
+        "fai": FutureInfluence,
         "random": Random,
     }
 )

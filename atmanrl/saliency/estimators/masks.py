@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
 from atmanrl.saliency.engine import optimize_masks
-from atmanrl.saliency.estimators.batches import Batch, each_batch
+from atmanrl.saliency.estimators.batches import Batch, score_in_batches
 from atmanrl.saliency.estimators.bias_path import loss_and_gradient
 from atmanrl.saliency.estimators.interface import Course, Passes, TokenScores
-from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.result import RolloutSaliency
 
 Start = Literal["enabled", "suppressed"]
@@ -126,11 +125,9 @@ class SparseMask:
         self, model: PreTrainedModel, rollouts: Sequence[Rollout], *, token_budget: int | None, progress: bool
     ) -> list[TokenScores]:
         """See `Estimator`."""
-        results: list[TokenScores] = []
-        with frozen(model):
-            for batch in each_batch(model, rollouts, token_budget=token_budget, progress=progress, what=self.name):
-                results += self._optimize(batch)
-        return results
+        return score_in_batches(
+            model, rollouts, self._optimize, token_budget=token_budget, progress=progress, what=self.name
+        )
 
     def _optimize(self, batch: Batch) -> list[TokenScores]:
         tokens, rollouts = len(batch.packed.cot_columns), len(batch.rollouts)
