@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PINS := $(VENV)/constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: setup demo claim credit test quick check docs fuzz test-latest package sanitize aarch64 bench gpu format clean
 
 setup: $(INSTALLED)
 
-# torch first and alone: a looser first install would choose a CUDA build of several gigabytes.
+# torch first and alone, so that nothing else chooses its build. constraints.txt is what CI tests, with a CPU build; a CUDA
+# build wants the triton it was made with, and only that pin gives way.
 $(INSTALLED): $(BUILD_INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,docs]"
+	sed '/^triton==/d' constraints.txt > $(PINS)
+	$(BIN)/pip install --quiet -c $(PINS) torch
+	$(BIN)/pip show torch | grep -q '^Requires:.*triton' || cp constraints.txt $(PINS)
+	$(BIN)/pip install --quiet -c $(PINS) -e ".[dev,docs]"
 	touch $@
 
 demo: setup
@@ -61,8 +65,8 @@ package: setup
 	rm -rf dist build/package
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv build/package
-	build/package/bin/pip install --quiet -c constraints.txt torch
-	build/package/bin/pip install --quiet -c constraints.txt dist/*.whl
+	build/package/bin/pip install --quiet -c $(PINS) torch
+	build/package/bin/pip install --quiet -c $(PINS) dist/*.whl
 	cd build/package && bin/atmanrl doctor
 
 # The site, in build/site; a page without a menu entry, a broken link or an unknown object fails.
