@@ -161,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="compare two files of explain or evaluate, prompt by prompt",
-        description="Print the paired comparison of two files that explain or evaluate wrote.",
+        description="Print the paired comparison of two files that explain or evaluate wrote: two models' completions "
+        "of the same prompts, or two estimators' scores of the same completions.",
     )
     compare.add_argument("before", type=Path, metavar="BEFORE.json")
     compare.add_argument("after", type=Path, metavar="AFTER.json")

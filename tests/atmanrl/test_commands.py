@@ -66,6 +66,21 @@ def test_several_estimators_stand_in_one_file_and_on_one_page(tmp_path, capsys):
     assert page.read_text(encoding="utf-8").count('name="score"') == 4
 
 
+def test_two_scores_of_the_same_completions_are_compared_token_by_token(tmp_path, capsys):
+    files = {name: str(tmp_path / f"{name}.json") for name in ("leave-one-out", "gradient")}
+    given = ["--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION]
+    for name, file in files.items():
+        assert main(["explain", *given, "--estimator", name, "--json", file]) == 0
+    assert main(["compare", *files.values(), "--output", str(tmp_path / "both")]) == 0
+    scores = [Run.load(file).rollouts[0].scores[name] for name, file in files.items()]
+    assert f"spearman with gradient {number(spearman(*scores))}" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "both" / "report.html").read_text(encoding="utf-8").count('name="score"') == 2
+    other = str(tmp_path / "other.json")
+    assert main(["explain", *given[:-1], COMPLETION.replace(".", "~"), "--estimator", "fai", "--json", other]) == 0
+    assert main(["compare", files["gradient"], other]) == 2
+    assert "neither scores nor completions can be compared" in capsys.readouterr().err
+
+
 def test_explain_reads_a_file_and_lets_the_model_complete(tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": PROMPT, "completion": COMPLETION, "expected": "c 0 b 6 e 8"}, {"prompt": PROMPT, "id": "own"}]
