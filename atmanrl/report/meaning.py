@@ -21,7 +21,7 @@ class Meaning:
 _MASK = Meaning(
     "pushed down",
     "not moved",
-    "the answer needs it",
+    "needed",
     "The chain of thought's tokens were suppressed in every attention layer, and one number per token was then "
     "optimised to bring the model's own answer back. Restored says how far a token was re-enabled: 0 is as "
     "suppressed as it started, 1 is fully enabled. The colours are fixed by the optimiser's settings, not by the "
@@ -33,7 +33,7 @@ _MASK = Meaning(
 _SPARSE = Meaning(
     "in the way",
     "idle",
-    "the answer needs it",
+    "needed",
     "Every token of the chain of thought started enabled, and enabled tokens had a price. The score says how long"
     " a token stayed worth it to the model's own answer: 0 for one that left as an idle token does, 1 for one "
     "that never left, below 0 for one that the answer is better off without. The colours reach from -1 to 1 on "
@@ -42,7 +42,7 @@ _SPARSE = Meaning(
 _NATS = Meaning(
     "in the way",
     "no effect",
-    "the answer needs it",
+    "needed",
     "The score is in nats of the answer's mean negative log-likelihood: how much the loss rises when the token is"
     " hidden, suppressed or, for gradients, would be by extrapolation. The fixed colours show the share 1 - exp(-x) "
     "of the answer's probability that a rise by x nats takes away: half the colour at 0.69 nats, all of it from 3.",

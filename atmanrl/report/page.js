@@ -84,8 +84,7 @@
     if (data.classes.length) row("class", data.classes[i]);
     for (const [name, values] of Object.entries(data.scores)) {
       const nats = scales[name].fixed?.curve === "share";
-      row(name, nats ? `${values[i]} nats` : values[i]);
-      if (name === "deletion") row("if hidden", `the answer's loss changes by ${values[i]} nats`);
+      row(name, nats ? `${values[i]} nats${name === "deletion" ? " of loss if hidden" : ""}` : values[i]);
       if (name === "restored") row("normalised mask", Number((1 - values[i]).toPrecision(4)));
     }
     const course = data.trajectory;
@@ -95,7 +94,10 @@
       svg.setAttribute("preserveAspectRatio", "none");
       svg.append(curve(course.loss, "loss"), curve(course.restored.map((step) => step[i]), "restored"));
       card.append(svg);
-      row("course", `steps ${course.steps[0]} to ${course.steps.at(-1)}: enabled (line), loss (dashes)`);
+      const ends = (values) => `${values[0]} → ${values.at(-1)}`;
+      row("steps", ends(course.steps));
+      row("enabled, line", ends(course.restored.map((step) => step[i])));
+      row("loss, dashes", ends(course.loss));
     }
   };
 
@@ -161,6 +163,14 @@
   });
   document.addEventListener("focusout", (event) => { if (event.target.matches(".cot") && !pinned) hide(); });
   document.addEventListener("scroll", () => { if (current) show(current); }, { passive: true, capture: true });
+
+  // What explains the colours goes along on paper.
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = [...document.querySelectorAll("footer details:not([open])")];
+    for (const part of closed) part.open = true;
+  });
+  addEventListener("afterprint", () => { for (const part of closed) part.open = false; });
 
   document.querySelector(".controls").addEventListener("change", (event) => {
     if (event.target.name !== "filter") choose(event.target.name, event.target.value);

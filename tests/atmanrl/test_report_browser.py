@@ -63,8 +63,7 @@ def test_hovering_a_token_shows_its_numbers(page):
         "class": "needed",
         "restored": "0.4",
         "normalised mask": "0.6",
-        "deletion": "1.25 nats",
-        "if hidden": "the answer's loss changes by 1.25 nats",
+        "deletion": "1.25 nats of loss if hidden",
     }
     page.hover("h1")
     assert page.run(CARD) is None
@@ -75,6 +74,7 @@ def test_a_click_keeps_the_card_and_draws_the_course(page):
     page.hover("h1")
     assert "⟨U+202E⟩teen." in page.run(CARD)
     assert page.run("return document.querySelectorAll('#card svg path').length") == 2
+    assert "enabled, line\n0 → -0.3\nloss, dashes\n2 → 0.5" in page.run(CARD)
     page.press(ESCAPE)
     assert page.run(CARD) is None
 
@@ -127,7 +127,7 @@ def rendered_shades(runs, score, scale):
 
 
 def test_another_score_and_another_scale_recolour_the_page_as_python_would(page, runs):
-    legend = "return [...document.querySelectorAll('.scale')].filter(e => !e.hidden).map(e => e.innerText)"
+    legend = "return [...document.querySelectorAll('.scale')].filter(e => !e.hidden).map(e => e.textContent)"
     first = page.run(SHADES)
     assert first == rendered_shades(runs, "restored", fixed_scale(runs, "restored"))
     page.click("input[value=deletion]")
@@ -144,7 +144,7 @@ def test_another_score_and_another_scale_recolour_the_page_as_python_would(page,
 
 
 def test_the_agreement_shown_is_that_of_the_score_shown(page):
-    badges = "return [...document.querySelectorAll('.badge[data-for]')].filter(e => !e.hidden).map(e => e.innerText)"
+    badges = "return [...document.querySelectorAll('.badge[data-for]')].filter(e => !e.hidden).map(e => e.textContent)"
     assert page.run(badges) == ["rank correlation with deletion 0.500"] * 2
     page.click("input[value=deletion]")
     assert page.run(badges) == []
@@ -186,7 +186,6 @@ def test_every_pair_of_text_and_ground_can_be_read_in_light_and_dark(page):
 
 
 def test_print_shows_whole_chains_and_no_controls(page):
-    page.run("document.querySelector('.cot').style.height = 'auto'")
     style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
     assert page.run(style, ".cot", "maxHeight") != "none"
     page.emulate("print", "dark")
@@ -194,7 +193,13 @@ def test_print_shows_whole_chains_and_no_controls(page):
     assert page.run(style, ".controls", "display") == "none"
     assert page.run(style, "body", "backgroundColor") == "rgb(255, 255, 255)"
     assert page.run(style, ".scale .bar", "printColorAdjust") == "exact"
+    assert page.run(style, ".badge.good", "color") == "rgb(0, 105, 75)"
     page.emulate()
+    opened = "return [...document.querySelectorAll('footer details')].map(part => part.open)"
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    assert page.run(opened) == [True, True]
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert page.run(opened) == [False, False]
 
 
 def test_a_hundred_thousand_hostile_tokens_can_be_hovered_and_recoloured(window, tmp_path):

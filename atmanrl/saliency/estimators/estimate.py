@@ -52,7 +52,8 @@ def make_estimator(name: str, *, mask: MaskConfig | None = None, record_every: i
     Args:
         name: one of `ESTIMATORS`, or "best".
         mask: how ``"mask"`` optimises, the paper's numbers where None; the others have no use for it.
-        record_every: keep the course of ``"mask"`` every so many steps, None: not at all.
+        record_every: keep the course of ``"mask"`` or ``"sparse-mask"`` every so many steps, None: not at all. The
+            others have none.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
@@ -64,6 +65,8 @@ def make_estimator(name: str, *, mask: MaskConfig | None = None, record_every: i
         raise ValueError(f"unknown estimator {name!r}; choose best, {', '.join(ESTIMATORS)}{hint}")
     if name == "mask":
         return Mask(mask or MaskConfig(), record_every)
+    if name == "sparse-mask":
+        return SparseMask(record_every=record_every)
     return _MAKE[name]()
 
 

@@ -22,6 +22,7 @@ from atmanrl.saliency.estimators.batches import ROWS, bias_dtype, shown
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood, prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
+from atmanrl.saliency.working_copy import working_copy
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def suffix_losses(
     Equals a full forward per variant up to rounding.
 
     Args:
-        model: a causal LM on transformers' AttentionInterface, borrowed frozen.
+        model: a causal LM on transformers' AttentionInterface, adapted or sharded as :func:`working_copy` allows (then
+            every rank must call); borrowed frozen.
         rollouts: each with a chain of thought and an answer.
         suffixes: in any order; those of neighbouring rollouts share batches.
         bias: of the suppressed columns, natural-log units; -inf hides them.
@@ -90,6 +92,7 @@ def suffix_losses(
             nll = ModelLikelihood(model, batch, prefix)(batch.key_bias(cot_bias))
             losses[numbers] = batch.mean_per_rollout(nll.double()).cpu()
 
+    model = working_copy(model)
     with frozen(model), torch.no_grad():
         rows = sum(suffix_rows(rollouts[suffix.rollout], suffix.start) for suffix in suffixes)
         halving_on_out_of_memory(run, min(ROWS if token_budget is None else token_budget, rows))
