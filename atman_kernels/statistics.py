@@ -78,6 +78,8 @@ def attention_statistics(
     heads_q = q.shape[1]
     if lse.shape != (heads_q, q.shape[0]):
         raise ValueError(f"lse must have shape {(heads_q, q.shape[0])}, got {tuple(lse.shape)}")
+    if checks_values(lse) and bool(lse.isnan().any()):
+        raise ValueError(f"lse has {int(lse.isnan().sum())} NaN values")
     if rows is not None and rows.shape != (q.shape[0],):
         raise ValueError(f"rows must have one entry per query row, {q.shape[0]}, got {tuple(rows.shape)}")
     found = statistics_of_rows(
@@ -114,6 +116,8 @@ def statistics_of_rows(
 ) -> AttentionStatistics:
     """:func:`attention_statistics` of padded batches: tensors have a batch axis first, and a plan says what is where.
 
+    For an lse that the attention has just computed: its values are not checked, NaN give NaN.
+
     Args:
         q: (B, Tq, Hq, D); k: (B, Tk, Hkv, D); lse: (B, Hq, Tq); key_bias: (B, Tk); rows: (B, Tq) bool.
         plan: from :meth:`AttentionPlan.from_rows`, or of a packed batch where B = 1.
@@ -123,7 +127,7 @@ def statistics_of_rows(
         the plan's sequences.
 
     Raises:
-        ValueError: as :func:`attention_statistics`.
+        ValueError: as :func:`attention_statistics`, shapes and values of lse apart.
     """
     low, high = horizon
     if window < 1:
@@ -135,8 +139,6 @@ def statistics_of_rows(
     expected = torch.float64 if q.dtype == torch.float64 else torch.float32
     if lse.dtype != expected or lse.device != q.device:
         raise ValueError(f"lse must be {expected} on {q.device}, got {lse.dtype} on {lse.device}")
-    if checks_values(lse) and bool(lse.isnan().any()):
-        raise ValueError(f"lse has {int(lse.isnan().sum())} NaN values")
     if rows is not None and (rows.dtype != torch.bool or rows.device != q.device):
         raise ValueError(f"rows must be bool on {q.device}, got {rows.dtype} on {rows.device}")
     distance, windowed, received, count = statistics_ops.attention_statistics(
