@@ -55,6 +55,7 @@ def _statistics(
     if kernels is None:
         return reference.attention_statistics(q, k, lse, key_bias, prefix_k, rows, sequences, *bounds, need_distance)
     q, k = ops.unit_stride(q), ops.unit_stride(k)
+    prefix_k = None if prefix_k is None else ops.unit_stride(prefix_k)
     outputs = _outputs(q, k, sequences, need_distance)
     distance, windowed, received, received_count = outputs
     if not covers:

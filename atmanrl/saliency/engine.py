@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +22,8 @@ from atmanrl.saliency.progress import progress_bar
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
 from atmanrl.saliency.working_copy import working_copy
 
+_log = logging.getLogger(__name__)
+
 MakeLikelihood = Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]
 
 
@@ -32,7 +35,6 @@ def optimize_masks(
     progress: bool | None = None,
     record_every: int | None = None,
     token_budget: int | None = None,
-    capture: bool = False,
     likelihood: MakeLikelihood | None = None,
 ) -> SaliencyResult:
     """Learn, for every rollout at once, which CoT tokens must be re-enabled for its answer to become likely again.
@@ -54,7 +56,6 @@ def optimize_masks(
         record_every: keep each mask and its loss every so many steps as ``trajectory``; default: never.
         token_budget: rows packed into one batch, prompts included; default: as many as are predicted to fit the free
             memory on the fast path, all on the general one. If memory runs out, half of it is tried once.
-        capture: on a GPU, replay the steps from a CUDA graph.
         likelihood: computes the answers' likelihood of a packed batch; default: :class:`FrozenDecoder` where it
             supports the model, else :class:`ModelLikelihood`.
 
@@ -64,13 +65,13 @@ def optimize_masks(
 
     Raises:
         ValueError: a rollout has more tokens than the model's context or a token id outside its vocabulary; the model
-            cannot use the attention; ``capture`` without a GPU.
+            cannot use the attention, or something else in it mixes positions; ``config.capture`` without a GPU.
         NonFiniteLossError: a rollout's loss is NaN or infinite; its ``rollout`` is the index.
 
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
     config = MaskConfig() if config is None else config
-    if capture and model.device.type != "cuda":
+    if config.capture and model.device.type != "cuda":
         raise ValueError(f"capture replays CUDA graphs, but the model is on {model.device}")
     if record_every is not None and record_every < 1:
         raise ValueError(f"record_every must be at least 1, got {record_every}")
@@ -107,7 +108,6 @@ def optimize_masks(
                     device=model.device,
                     dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
                     record_every=record_every,
-                    capture=capture,
                 ).run(lambda steps: show(finished + steps))
 
             def run(budget: int) -> None:
@@ -131,6 +131,7 @@ def _default_likelihood(model: PreTrainedModel, config: MaskConfig) -> MakeLikel
         return partial(FrozenDecoder, weights=config.weights)
     if config.weights != "model":
         raise ValueError(f"weights={config.weights!r} needs the fast path, which does not cover this model: {reason}")
+    _log.info("masks take the general path: %s", reason)
     return ModelLikelihood
 
 

@@ -60,7 +60,7 @@ def test_without_colour_the_highest_tokens_are_listed_with_their_scores():
 
 def test_small_scores_keep_their_digits():
     output = printed(print_run, run(rollout(restored=(0.00021, -0.0000004, 0.0))), width=100)
-    assert "a @1 0.00021, ~ @3 0.000, 6 @2 −4e-07" in output
+    assert "a @1 0.00021, ~ @3 0.000, 6 @2 −4e−07" in output
 
 
 def test_tokens_cannot_control_the_terminal_or_its_markup():

@@ -57,11 +57,6 @@ class Batch:
         lengths = torch.tensor(self.packed.cot_lengths, device=per_rollout.device)
         return per_rollout.repeat_interleave(lengths)
 
-    def per_rollout(self, tokens: Tensor) -> Tensor:
-        """(n,) sums of ``tokens`` (C_total,) over each rollout."""
-        index = self.per_token(torch.arange(len(self.rollouts), device=tokens.device))
-        return tokens.new_zeros(len(self.rollouts)).index_add(0, index, tokens)
-
     def filled(self, value: float) -> Tensor:
         """(C_total,) of ``value``."""
         return torch.full((len(self.packed.cot_columns),), value, dtype=self.dtype, device=self.packed.ids.device)
