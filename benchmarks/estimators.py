@@ -232,8 +232,9 @@ def variants() -> Iterator[tuple[str, Estimator]]:
 
 
 def _json(value: Any) -> Any:
-    if isinstance(value, MaskConfig):
-        return {key: each for key, each in asdict(value).items() if each != getattr(MaskConfig(), key)}
+    if isinstance(value, MaskConfig | SeriesConfig):
+        plain = type(value)()
+        return {key: each for key, each in asdict(value).items() if each != getattr(plain, key)}
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
