@@ -101,8 +101,8 @@ def reward_tables(files: list[dict[str, Any]]) -> str:
     pairs = [*((arm, "outcome") for arm in ARMS if arm != "outcome"), ("sparse-mask", "mask")]
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     head = (
-        f"{versions}, commit {content['commit']}; {seeds} seeds per arm. Means over seeds; differences are paired by seed,"
-        " with 95 % Student intervals.\n"
+        f"{versions}, commit {content['commit']}; {seeds} seeds per arm. Means over seeds; differences are"
+        " paired by seed, with 95 % Student intervals.\n"
     )
     return f"{head}\n{table(content, REWARDS, ARMS, pairs)}"
 
