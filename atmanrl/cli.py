@@ -93,7 +93,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         temperature=known.temperature,
         seed=known.seed,
         color=known.color,
-        estimator=known.estimator,
+        estimators=known.estimator,
         deletion=known.deletion,
         record_every=known.record_every,
     )
@@ -167,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="compare two files of explain or evaluate, prompt by prompt",
-        description="Print the paired comparison of two files that explain or evaluate wrote.",
+        description="Print the paired comparison of two files that explain or evaluate wrote: two models' completions "
+        "of the same prompts, or two estimators' scores of the same completions.",
     )
     compare.add_argument("before", type=Path, metavar="BEFORE.json")
     compare.add_argument("after", type=Path, metavar="AFTER.json")
@@ -246,10 +247,11 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--seed", type=int, default=0)
     explain.add_argument(
         "--estimator",
-        default="mask",
+        nargs="+",
+        default=["mask"],
         metavar="NAME",
         help="what scores the tokens: mask (the paper's), best, sparse-mask, integrated, gradient, leave-one-out, "
-        "atman, atman-concept, attention or random",
+        "atman, atman-concept, attention, fai or random; the page can switch between several",
     )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")

@@ -36,6 +36,7 @@ class MaskConfig:
             gone, in (0, 1]; looked at every ten steps. None, as in the paper: no rollout ends before ``steps``.
         weights: "model" computes with the model's weights, "float8" with the decoder layers' weights and their inputs
             rounded to e4m3, one scale per row (models of the fast path only).
+        capture: replay the steps from a CUDA graph, captured once per batch; models on a GPU only.
 
     Raises:
         ValueError: for a value outside its range, with the value.
@@ -53,6 +54,7 @@ class MaskConfig:
     answer_loss: AnswerLoss = "value"
     early_stop: float | None = None
     weights: Weights = "model"
+    capture: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int):

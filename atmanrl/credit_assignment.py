@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from atman_kernels.hf import observing
 from atmanrl import credit
-from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series, layers_of
+from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series
 from atmanrl.config import CreditConfig
+from atmanrl.saliency.heads import layers_of
 
 READ_FROM_ATTENTION = ("local", "global", "coupled")
 NEEDS_SERIES = (*READ_FROM_ATTENTION, "entropy")

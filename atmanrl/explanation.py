@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER, AnswerFormat, ParsedAnswer
 from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
-from atmanrl.data.sources import json_rows
+from atmanrl.data.sources import Row, json_rows
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.recording import Completion, record, score_name
 from atmanrl.records import Run
 from atmanrl.saliency.estimators import make_estimator
 
+_KEYS = ("prompt", "completion", "answer", "expected", "id")
 # Tried in this order: the announcements that cannot be mistaken first, a lone number last.
 _FORMATS = (LEDGER_ANSWER, MMLU_ANSWER, GSM8K_ANSWER.with_mode("flexible"))
 
@@ -69,26 +72,50 @@ def read_examples(path: str | Path) -> Iterator[Example]:
     """Examples of a JSONL file: "prompt" (text or messages); "completion", "answer", "expected" and "id" if given.
 
     Raises:
-        ValueError: for a line that is no such object, with file and line.
+        ValueError: for a line that is no such object, has a misspelt key or the id of an earlier one, with file and
+            line.
     """
+    places: dict[str, str] = {}
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     for number, row in enumerate(json_rows(Path(path)), start=1):
         values = row.values
-        prompt = values.get("prompt")
-        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
-            raise ValueError(f'{row.place}: "prompt" must be a text or a list of messages, got {prompt!r}')
-        for key in ("completion", "answer", "expected"):
-            if not isinstance(values.get(key), str | None):
-                raise ValueError(f'{row.place}: "{key}" must be a text, got {values[key]!r}')
+        _check_keys(row)
+        name = str(values.get("id", number))
+        if name in places:
+            raise ValueError(f"{row.place}: the id {name!r} is that of {places[name]}")
+        places[name] = row.place
         yield Example(
-            prompt=prompt,
+            prompt=values["prompt"],
             completion=values.get("completion"),
             answer=values.get("answer"),
             expected=values.get("expected"),
-            name=str(values.get("id", number)),
+            name=name,
             place=row.place,
         )
+
+
+def _check_keys(row: Row) -> None:
+    values = row.values
+    for key in values:
+        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
+        # Other columns may stand beside these, but not one that is a slip of the pen.
+        if key not in _KEYS and near and near[0] not in values:
+            raise ValueError(f'{row.place}: unknown key "{key}"; did you mean "{near[0]}"?')
+    prompt = values.get("prompt")
+    if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
+        raise ValueError(f'{row.place}: "prompt" must be a text or a list of messages, got {prompt!r}')
+    for message in prompt if isinstance(prompt, list) else ():
+        parts = [message.get(part) for part in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f'{row.place}: a message of "prompt" needs the texts "role" and "content", got {message!r}'
+            )
+    for key in ("completion", "answer", "expected"):
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(f'{row.place}: "{key}" must be a text, got {values[key]!r}')
+    if values.get("answer") == "":
+        raise ValueError(f'{row.place}: "answer" is empty; leave it out to have the answer found')
 
 
 def explain(
@@ -160,7 +187,7 @@ def completed(
     """
     if not examples:
         raise ValueError("no prompts to explain")
-    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    prompts = [_prompt_ids(tokenizer, example) for example in examples]
     completion_ids = [
         None if example.completion is None else tokenizer.encode(example.completion, add_special_tokens=False)
         for example in examples
@@ -173,6 +200,13 @@ def completed(
         for i, samples in zip(missing, written, strict=True):
             completion_ids[i] = samples[0]
     return prompts, [ids or [] for ids in completion_ids], generation
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    try:
+        return encode_prompt(tokenizer, example.prompt)
+    except (ValueError, TemplateError) as error:
+        raise ValueError(f"{example.place}: {error}") from error
 
 
 def _up_to_the_end(model: PreTrainedModel, prompts: Sequence[Sequence[int]], temperature: float) -> GenerationSettings:

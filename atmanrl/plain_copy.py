@@ -45,7 +45,8 @@ def plain_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
         dtype: of the copy's parameters.
 
     Raises:
-        ValueError: for an adapter that is not a LoRA of a linear layer, or a parameter the architecture has not.
+        ValueError: for an adapter that is not a LoRA of a linear layer, a parameter the architecture has not, or one of
+            the architecture's that the model has not.
     """
     source: Any = model
     device = next(iter(source.parameters())).device
@@ -54,10 +55,14 @@ def plain_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     made.to_empty(device=device)
     made.tie_weights()
     targets = dict(made.named_parameters(remove_duplicate=False))
+    filled: set[int] = set()
     for name, whole in _whole_parameters(source):
         if name not in targets:
             raise ValueError(f"the policy's parameter {name} has no place in a {type(made).__name__}")
-        targets[name].copy_(whole)
+        filled.add(id(targets[name].copy_(whole)))
+    for name, target in targets.items():
+        if id(target) not in filled:
+            raise ValueError(f"the policy has no parameter {name}, which a {type(made).__name__} needs")
     buffers = dict(made.named_buffers())
     for wrapped, buffer in source.named_buffers():
         if (name := _WRAPPERS.sub("", wrapped)) in buffers:

@@ -163,7 +163,7 @@ def _span(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> TokenSpan:
 def _scores(saliency: TokenScores | None) -> Mapping[str, tuple[float, ...]]:
     if saliency is None:
         return {}
-    return {score_name(saliency.estimator): _decimals(saliency.scores)}
+    return {score_name(saliency.estimator): decimals(saliency.scores)}
 
 
 def _loss(saliency: TokenScores | None) -> MaskLoss | None:
@@ -187,13 +187,13 @@ def _trajectory(saliency: TokenScores | None) -> Trajectory | None:
     course = saliency.course
     return Trajectory(
         steps=tuple(course.steps.tolist()),
-        loss=_decimals(course.losses),
-        restored=tuple(_decimals(row) for row in course.scores),
+        loss=decimals(course.losses),
+        restored=tuple(decimals(row) for row in course.scores),
     )
 
 
-def _decimals(values: Tensor) -> tuple[float, ...]:
-    # The shortest decimals that still tell float32 values apart: files stay small and lose nothing.
+def decimals(values: Tensor) -> tuple[float, ...]:
+    """The shortest decimals that still tell float32 values apart: files stay small and lose nothing."""
     return tuple(float(str(value)) for value in values.float().numpy())
 
 

@@ -31,7 +31,7 @@ from benchmarks.cpu import processor
 from benchmarks.device import commit, results_file, save
 
 PROBLEM: dict[str, Any] = {"queries": 8, "rollouts": 8, "prompt": 150, "cot": (150, 250), "answer": 8}
-PEERS = ("general", "sdpa-by-8", "paper", "paper-answer-logits", "sdpa", "flex")
+PEERS = ("fast-captured", "general", "sdpa-by-8", "paper", "paper-answer-logits", "sdpa", "flex")
 SHAPES = {"cpu": ("llama-30m", "llama-30m-untied"), "cuda": ("llama-3.2-3b",)}
 
 

@@ -30,6 +30,11 @@ def loss(value: float) -> str:
     return f"{value:.2g}"
 
 
+def tick(value: float) -> str:
+    """A value on a colour scale, which may span any range, with two significant digits."""
+    return f"{value:.2g}".replace("-", "−")
+
+
 def footnote(summary: Summary) -> str:
     """How many prompts and completions there were, and what the intervals are."""
     paired = ", paired differences" if len(summary.labels) == 2 else ""

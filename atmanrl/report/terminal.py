@@ -11,7 +11,7 @@ from atmanrl.records import RolloutRecord, Run
 from atmanrl.report.glyphs import visible
 from atmanrl.report.numbers import footnote, interval, number
 from atmanrl.report.scale import LEVELS, Scale, scale_for
-from atmanrl.summary import Summary
+from atmanrl.summary import AGREEMENT, Summary
 
 _UP, _DOWN = (213, 94, 0), (0, 114, 178)
 _TOP_TOKENS = 8
@@ -36,7 +36,7 @@ def print_run(run: Run, console: Console | None = None) -> None:
     Without colours the list alone tells the scores. Characters that could move the cursor are shown as code points.
     """
     console = console or Console()
-    scale = scale_for([run])
+    scale = scale_for([run], run.score)
     for rollout in run.rollouts:
         _print_rollout(rollout, run.score, scale, console)
 
@@ -62,6 +62,8 @@ def _print_rollout(rollout: RolloutRecord, score: str, scale: Scale, console: Co
         top = sorted(range(len(values)), key=lambda i: -values[i])[:_TOP_TOKENS]
         listed = ", ".join(f"{visible(rollout.cot.texts[i]).strip()} @{i + 1} {number(values[i])}" for i in top)
         console.print(Text(f"highest {score}: {listed}", style="dim"))
+        if (agreement := rollout.measures.get(AGREEMENT)) is not None:
+            console.print(Text(f"rank correlation with deletion: {number(agreement)}", style="dim"))
     console.print()
 
 

@@ -126,9 +126,26 @@ def _free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         # What the allocator holds without using it is free for us as well.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    meminfo = Path("/proc/meminfo")
-    if device.type == "cpu" and meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    if device.type != "cpu":
+        return None
+    return min((free for free in (free_in_machine(), free_in_cgroup()) if free is not None), default=None)
+
+
+def free_in_machine(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return None
+
+
+def free_in_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container (cgroup v2) may still take; None without a limit. Cached files count as free."""
+    limit, used, statistics = (root / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.exists() or (most := limit.read_text().strip()) == "max":
+        return None
+    cached = next(
+        int(line.split()[1]) for line in statistics.read_text().splitlines() if line.startswith("inactive_file ")
+    )
+    return max(0, int(most) - int(used.read_text()) + cached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from atmanrl.saliency.packing import PackedRollouts
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
 from atmanrl.saliency.working_copy import working_copy
 
+_log = logging.getLogger(__name__)
+
 MakeLikelihood = Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]
 
 
@@ -35,7 +38,6 @@ def optimize_masks(
     progress: bool | None = None,
     record_every: int | None = None,
     token_budget: int | None = None,
-    capture: bool = False,
     loss_unmasked: Mapping[Rollout, float] | None = None,
     likelihood: MakeLikelihood | None = None,
 ) -> SaliencyResult:
@@ -58,7 +60,6 @@ def optimize_masks(
         record_every: keep each mask and its loss every so many steps as ``trajectory``; default: never.
         token_budget: rows packed into one batch, prompts included; default: as many as are predicted to fit the free
             memory on the fast path, all on the general one. If memory runs out, half of it is tried once.
-        capture: on a GPU, replay the steps from a CUDA graph.
         loss_unmasked: losses without a mask that a forward elsewhere has found. A batch whose rollouts are all there
             takes none of its own, except with ``early_stop``, which decides by them.
         likelihood: computes the answers' likelihood of a packed batch; default: :class:`FrozenDecoder` where it
@@ -70,13 +71,13 @@ def optimize_masks(
 
     Raises:
         ValueError: a rollout has more tokens than the model's context or a token id outside its vocabulary; the model
-            cannot use the attention; ``capture`` without a GPU.
+            cannot use the attention, or something else in it mixes positions; ``config.capture`` without a GPU.
         NonFiniteLossError: a rollout's loss is NaN or infinite; its ``rollout`` is the index.
 
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
     config = MaskConfig() if config is None else config
-    if capture and model.device.type != "cuda":
+    if config.capture and model.device.type != "cuda":
         raise ValueError(f"capture replays CUDA graphs, but the model is on {model.device}")
     if record_every is not None and record_every < 1:
         raise ValueError(f"record_every must be at least 1, got {record_every}")
@@ -113,7 +114,6 @@ def optimize_masks(
                     device=model.device,
                     dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
                     record_every=record_every,
-                    capture=capture,
                     loss_unmasked=loss_unmasked if config.early_stop is None else None,
                 ).run(lambda steps: show(finished + steps))
 
@@ -138,6 +138,7 @@ def _default_likelihood(model: PreTrainedModel, config: MaskConfig) -> MakeLikel
         return partial(FrozenDecoder, weights=config.weights)
     if config.weights != "model":
         raise ValueError(f"weights={config.weights!r} needs the fast path, which does not cover this model: {reason}")
+    _log.info("masks take the general path: %s", reason)
     return ModelLikelihood
 
 

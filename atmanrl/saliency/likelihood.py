@@ -61,7 +61,14 @@ class ModelLikelihood:
 
 @torch.no_grad()
 def prompt_keys_and_values(model: PreTrainedModel, batch: PackedRollouts) -> KeyValueRecord:
-    """Run every distinct prompt once and keep each layer's keys (after the rotary embedding) and values."""
+    """Run every distinct prompt once and keep each layer's keys (after the rotary embedding) and values.
+
+    Raises:
+        ValueError: for a model in which something else than attention mixes positions (a recurrent state, a
+            convolution): the rows of rollouts packed side by side would mix.
+    """
+    if model._is_stateful:
+        raise ValueError(f"{type(model).__name__} has a recurrent state, which no mask column reaches")
     record = KeyValueRecord()
     model(
         input_ids=batch.prompt_ids[None],
@@ -72,6 +79,11 @@ def prompt_keys_and_values(model: PreTrainedModel, batch: PackedRollouts) -> Key
         attention_plan=batch.prompt_plan,
         capture=record,
     )
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if len(record) < layers:
+        raise ValueError(
+            f"{layers - len(record)} of the {layers} layers of {type(model).__name__} mix positions without attention"
+        )
     return record
 
 

@@ -28,7 +28,6 @@ class BatchOptimization:
         device: where the batch and H lie.
         dtype: of H.
         record_every: keep mask and loss every so many steps; None: never.
-        capture: replay the steps from a CUDA graph.
         loss_unmasked: losses without a mask that are known, by rollout.
     """
 
@@ -42,11 +41,10 @@ class BatchOptimization:
         device: torch.device,
         dtype: torch.dtype,
         record_every: int | None,
-        capture: bool,
         loss_unmasked: Mapping[Rollout, float] | None = None,
     ) -> None:
         self._rollouts, self._make, self._config, self._numbers = rollouts, make, config, numbers
-        self._device, self._record_every, self._capture = device, record_every, capture
+        self._device, self._record_every = device, record_every
         self._records: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in rollouts]
         self._results: dict[int, RolloutSaliency] = {}
         n_tokens = sum(len(rollout.cot_ids) for rollout in rollouts)
@@ -103,7 +101,7 @@ class BatchOptimization:
         rollouts = [self._rollouts[index] for index in members]
         self._batch = pack(rollouts, answer_loss=self._config.answer_loss, device=self._device)
         self._likelihood = self._make(self._batch)
-        if self._capture:
+        if self._config.capture:
             self._replayed = Replayed(self._update)
 
     def _release(self) -> None:

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from atmanrl.rollouts import Rollout
 from atmanrl.saliency.likelihood import AnswerLikelihood
 from atmanrl.saliency.packing import PackedRollouts, pack
+from atmanrl.saliency.replay import WARM_UP, Replayed
 
 LossesAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 PeerArm = Callable[[PreTrainedModel, Sequence[Rollout]], LossesAndGradient]
@@ -37,6 +38,27 @@ def packed_engine(
         return losses.detach(), torch.autograd.grad(losses.sum(), [leaf])[0]
 
     return arm
+
+
+def captured(arm: PeerArm) -> PeerArm:
+    """Another arm, on a GPU, with its step replayed from a CUDA graph."""
+
+    def replayed(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> LossesAndGradient:
+        eager = arm(model, rollouts)
+        bias = torch.empty(sum(len(rollout.cot_ids) for rollout in rollouts), device=model.device)
+        step = Replayed(lambda: torch.cat(eager(bias)))
+        bias.zero_()
+        for _ in range(WARM_UP + 1):
+            step()
+
+        def run(cot_bias: Tensor) -> tuple[Tensor, Tensor]:
+            bias.copy_(cot_bias)
+            losses, gradient = step().split([len(rollouts), len(bias)])
+            return losses.clone(), gradient.clone()
+
+        return run
+
+    return replayed
 
 
 def paper_style_loop(

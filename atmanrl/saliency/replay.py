@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Eager calls before the capture: libraries choose their algorithms, lazily made buffers (AdamW's) come to exist.
-_WARM_UP = 3
+WARM_UP = 3
 
 
 class Replayed:
@@ -30,7 +30,7 @@ class Replayed:
 
     def __call__(self) -> Tensor:
         self._calls += 1
-        if self._calls <= _WARM_UP:
+        if self._calls <= WARM_UP:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 output = self._step()

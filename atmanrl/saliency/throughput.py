@@ -24,9 +24,11 @@ from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
 from atmanrl.saliency.peers import (
+    LossesAndGradient,
     PeerArm,
     batched_flex,
     batched_sdpa,
+    captured,
     in_groups,
     packed_engine,
     paper_style_loop,
@@ -48,8 +50,14 @@ SHAPES = {
     ),
 }  # fmt: skip
 
+
+def _fast(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> LossesAndGradient:
+    return packed_engine(model, rollouts, FrozenDecoder)
+
+
 ARMS: dict[str, PeerArm] = {
-    "fast": lambda model, rollouts: packed_engine(model, rollouts, FrozenDecoder),
+    "fast": _fast,
+    "fast-captured": captured(_fast),
     "general": lambda model, rollouts: packed_engine(model, rollouts, ModelLikelihood),
     "paper": paper_style_loop,
     "paper-answer-logits": lambda model, rollouts: paper_style_loop(model, rollouts, answer_logits_only=True),
@@ -58,6 +66,8 @@ ARMS: dict[str, PeerArm] = {
     "sdpa-by-8": in_groups(batched_sdpa, 8),
     "flex": batched_flex,
 }
+# Compiled code and replayed graphs pass the counter by.
+_UNCOUNTED = ("flex", "fast-captured")
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Measurement:
 
     Attributes:
         seconds: of the fastest step.
-        flops: executed by one step as torch.utils.flop_counter counts them, None if unknown (compiled code).
+        flops: executed by one step as torch.utils.flop_counter counts them, None if unknown (compiled code, graphs).
         peak_bytes: highest memory above what was there before, None if unknown.
         gradient_error: largest difference from the first arm's gradient, relative to its largest entry.
         skipped: why the arm did not run, else None.
@@ -166,7 +176,7 @@ def measure(
             del step
         first = gradient if first is None else first
         error = float((gradient - first).abs().max() / first.abs().max())
-        flops = None if name == "flex" else counter.get_total_flops()
+        flops = None if name in _UNCOUNTED else counter.get_total_flops()
         yield Measurement(name, seconds, flops, peak(), error)
 
 
@@ -178,10 +188,12 @@ def check_arms(arms: Sequence[str]) -> None:
 
 
 def _why_not(arm: str, model: PreTrainedModel, rollouts: Sequence[Rollout]) -> str | None:
-    if arm == "fast":
-        return why_unsupported(model)
+    if arm.startswith("fast") and (reason := why_unsupported(model)) is not None:
+        return reason
+    if arm == "fast-captured" and model.device.type != "cuda":
+        return "there are no CUDA graphs on this device"
     windows = [window for window in _windows(model) if window is not None]
-    if arm != "general" and windows and min(windows) < max(map(len, rollouts)):
+    if not arm.startswith(("fast", "general")) and windows and min(windows) < max(map(len, rollouts)):
         return f"written for full attention, the model has a window of {min(windows)}"
     if arm == "flex" and model.device.type != "cuda":
         return "FlexAttention has no backward on this device"

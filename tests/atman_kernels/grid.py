@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -52,11 +52,15 @@ class Operands(NamedTuple):
     do: Tensor
     dlse: Tensor | None
 
-    def as_float64(self) -> Operands:
-        """The same numbers in double precision."""
-        prefix = self.prefix and self.prefix._replace(k=self.prefix.k.double(), v=self.prefix.v.double())
-        wide = [None if x is None else x.double() for x in (self.q, self.k, self.v, self.key_bias, self.do, self.dlse)]
-        return Operands(wide[0], wide[1], wide[2], wide[3], prefix, wide[4], wide[5])
+    def as_float64(self, device: str | None = None) -> Operands:
+        """The same numbers in double precision, where they are or on another device."""
+
+        def wide(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, torch.float64)
+
+        prefix = self.prefix and self.prefix._replace(k=wide(self.prefix.k), v=wide(self.prefix.v))
+        tensors = (wide(x) for x in (self.q, self.k, self.v, self.key_bias))
+        return Operands(*tensors, prefix, wide(self.do), wide(self.dlse))
 
 
 def make_operands(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Operands:
@@ -145,14 +149,16 @@ def assert_exact(case: Case, name: Literal["triton", "cpu"], dtype: torch.dtype,
     assert_operands_exact(case, name, make_operands(case, dtype, device))
 
 
-def assert_operands_exact(case: Case, name: Literal["triton", "cpu"], operands: Operands) -> None:
-    """:func:`assert_exact` on tensors of any strides."""
+def assert_operands_exact(
+    case: Case, name: Literal["triton", "cpu"], operands: Operands, terms: Mapping[str, float] | None = None
+) -> None:
+    """:func:`assert_exact` on tensors of any strides; ``terms`` of each result as in the pass criterion."""
     oracle = run("reference", case, operands.as_float64())
     reference = run("reference", case, operands)
     with poisoned_memory():
         actual = run(name, case, operands)
     for key, value in actual.items():
-        assert_as_exact_as_reference(key, value, reference[key], oracle[key])
+        assert_as_exact_as_reference(key, value, reference[key], oracle[key], terms[key] if terms else 0.0)
 
 
 @contextmanager

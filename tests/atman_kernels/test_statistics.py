@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from atman_kernels.attention import attention_rows
 from atman_kernels.statistics import attention_with_distance, mean_of_chosen_rows, statistics_of_rows
 from tests.atman_kernels.grid import LAYOUTS, Case, Operands, make_operands, poisoned_memory, restrided
 from tests.oracle import assert_as_exact_as_reference
+from tests.random_cases import random_cases
 
 needs_extension = pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
 BACKENDS = ["triton", pytest.param("cpu", marks=needs_extension)]
@@ -159,29 +160,36 @@ def test_statistics_are_as_exact_as_pytorch_in_bfloat16(name: str, given: Settin
     _assert_exact(name, given, torch.bfloat16, "cpu" if name == "cpu" else "cuda")
 
 
+@st.composite
+def any_settings(draw: st.DrawFn, longest: int, head_dims: st.SearchStrategy[int]) -> Settings:
+    length = st.integers(0, longest)
+    lengths, lengths_k = zip(*draw(st.lists(st.tuples(length, length), min_size=1, max_size=3)), strict=True)
+    case = Case(
+        lengths,
+        heads=draw(st.sampled_from([(1, 1), (2, 2), (6, 2)])),
+        head_dim=draw(head_dims),
+        window=draw(st.none() | st.integers(1, longest)),
+        lengths_k=lengths_k,
+        prefix=draw(st.just(()) | st.tuples(*[st.tuples(st.integers(0, 20), length)] * len(lengths))),
+    )
+    low = draw(st.integers(0, 60))
+    horizon = (low, low + draw(st.integers(0, longest)))
+    return Settings(case, draw(st.integers(1, longest)), horizon, draw(st.none() | st.floats(0, 1)))
+
+
 @needs_extension
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=3),
-    heads=st.sampled_from([(1, 1), (2, 2), (6, 2)]),
-    head_dim=st.integers(1, 70) | st.sampled_from([96, 256]),
-    attention_window=st.none() | st.integers(1, 150),
-    window=st.integers(1, 200),
-    low=st.integers(0, 60),
-    reach=st.integers(0, 150),
-    rows=st.none() | st.floats(0, 1),
-    prefix_length=st.none() | st.integers(0, 150),
-    isa=st.sampled_from(_cpu.isas() or [""]),
-)
-def test_any_shape_on_every_instruction_set_agrees_with_the_reference(
-    lengths, heads, head_dim, attention_window, window, low, reach, rows, prefix_length, isa
-) -> None:
-    lengths_q, lengths_k = zip(*lengths, strict=True)
-    prefix = () if prefix_length is None else ((0, prefix_length),) * len(lengths)
-    case = Case(lengths_q, heads, head_dim, window=attention_window, lengths_k=lengths_k, prefix=prefix)
+@random_cases(40)
+@given(any_settings(200, st.integers(1, 70) | st.sampled_from([96, 256])), st.sampled_from(_cpu.isas() or [""]))
+def test_any_shape_on_every_instruction_set_agrees_with_the_reference(given: Settings, isa: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cpu, "_isa", isa)
-        _assert_exact("cpu", Settings(case, window, (low, low + reach), rows), torch.float32, "cpu")
+        _assert_exact("cpu", given, torch.float32, "cpu")
+
+
+@random_cases(6)
+@given(any_settings(70, st.sampled_from([1, 3, 16, 24])))
+def test_any_shape_on_the_triton_kernels_agrees_with_the_reference(given: Settings) -> None:
+    _assert_exact("triton", given, torch.float32, DEVICE)
 
 
 @needs_extension

@@ -46,7 +46,7 @@ def test_all_arms_are_measured_and_agree(tiny_shape, tmp_path, capsys, monkeypat
 
 def test_unknown_arms_and_shapes_are_refused(tiny_shape, capsys):
     assert main(["bench", "--shape", "tiny", *TINY, "--arms", "slow"]) == 2
-    assert "unknown arm 'slow'; choose from fast, general" in capsys.readouterr().err
+    assert "unknown arm 'slow'; choose from fast, fast-captured, general" in capsys.readouterr().err
     assert main(["bench", "--shape", "huge", *TINY]) == 2
     assert "unknown shape 'huge'; choose one of llama-30m" in capsys.readouterr().err
     assert main(["bench", "--shape", "tiny", *TINY[:-2], "--steps", "0"]) == 2

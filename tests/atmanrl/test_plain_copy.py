@@ -93,3 +93,10 @@ def test_training_adapters_changes_no_weight_and_saves_the_merged_model(tmp_path
     with saved.disable_adapter():
         assert (saved(IDS).logits - trained(IDS).logits).abs().max() > 1e-3
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_policy_that_lacks_a_parameter_is_not_copied_with_whatever_lay_in_memory() -> None:
+    model = llama(50)
+    del model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(ValueError, match=r"no parameter model\.layers\.0\.mlp\.up_proj\.weight"):
+        plain_copy(model, torch.float32)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
 from atmanrl.config import MASK_PRESETS
@@ -276,3 +277,24 @@ def test_the_papers_masks_use_all_steps_and_skipped_rollouts_none():
     with pytest.warns(UserWarning, match="get no mask"):
         result = optimize_masks(tiny_model(), [*random_rollouts([(5, 1, 2)]), Rollout([1], [], [])], SHORT)
     assert [item.steps for item in result] == [25, 0]
+
+
+def test_models_that_mix_positions_without_attention_are_refused_by_name():
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    with pytest.raises(ValueError, match="MambaForCausalLM has a recurrent state"):
+        optimize_masks(MambaForCausalLM(MambaConfig(**shape, state_size=4)), random_rollouts(LENGTHS), SHORT)
+    convolutions = Lfm2Config(
+        **shape,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    with pytest.raises(ValueError, match="1 of the 2 layers of Lfm2ForCausalLM mix positions without attention"):
+        optimize_masks(Lfm2ForCausalLM(convolutions), random_rollouts(LENGTHS), SHORT)
+
+
+def test_the_general_path_is_taken_with_a_word_of_why(caplog):
+    with caplog.at_level("INFO", logger="atmanrl"):
+        optimize_masks(tiny_model("qwen3", torch.float64), random_rollouts(LENGTHS[:1]), SHORT)
+    assert "general path: float64" in caplog.text

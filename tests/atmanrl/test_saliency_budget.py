@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
-from atmanrl.saliency.budget import affordable_rows, kept_bytes_of, split
+from atmanrl.saliency.budget import affordable_rows, free_in_cgroup, kept_bytes_of, split
 from atmanrl.saliency.decoder import FrozenDecoder
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
@@ -178,3 +178,13 @@ def test_the_general_path_is_split_where_memory_is_short(monkeypatch):
         assert affordable_rows(model, rollouts, fast=False) < sum(map(len, rollouts))
         monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device: 10**9)
         assert affordable_rows(model, rollouts, fast=False) > sum(map(len, rollouts))
+
+
+def test_free_memory_in_a_container_is_what_its_limit_leaves(tmp_path):
+    assert free_in_cgroup(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_in_cgroup(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\ninactive_file 200000\nactive_file 100000\n")
+    assert free_in_cgroup(tmp_path) == 500000
