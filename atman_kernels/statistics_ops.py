@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels import ops, reference
+from atman_kernels.problem import Statistics, StatisticsProblem
 
 _library = torch.library.Library("atman_kernels", "FRAGMENT")
 _library.define(
@@ -31,40 +32,25 @@ _library.define(
 attention_statistics = torch.ops.atman_kernels.attention_statistics.default
 
 
-def _statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    rows: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    attention_window: int,
-    covers: bool,
-    backend: str,
-    window: int,
-    low: int,
-    high: int,
-    need_distance: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = ops.kernels_for(backend, q)
+def _statistics(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operands of the schema, in its order."""
+    *tensors_and_tables, sm_scale, attention_window, covers, backend, window, low, high, need_distance = operands
     bounds = (sm_scale, None if attention_window < 0 else attention_window, window, (low, high))
+    x = StatisticsProblem._make((*tensors_and_tables, *bounds))
+    kernels = ops.kernels_for(backend, x.q)
     if kernels is None:
-        return reference.attention_statistics(q, k, lse, key_bias, prefix_k, rows, sequences, *bounds, need_distance)
-    q, k = ops.unit_stride(q), ops.unit_stride(k)
-    outputs = _outputs(q, k, sequences, need_distance)
-    distance, windowed, received, received_count = outputs
+        return reference.attention_statistics(x, need_distance)
+    x = x._replace(
+        q=ops.unit_stride(x.q),
+        k=ops.unit_stride(x.k),
+        lse=x.lse.contiguous(),
+        rows=None if x.rows is None else x.rows.contiguous().view(torch.uint8),
+    )
+    outputs = _outputs(x.q, x.k, x.sequences, need_distance)
     if not covers:
-        for output in (windowed, received, received_count):
+        for output in outputs[1:]:
             output.zero_()
-    kernels.attention_statistics(
-        distance if need_distance else None, windowed, received, received_count,
-        q, k, lse.contiguous(), key_bias, prefix_k, None if rows is None else rows.contiguous().view(torch.uint8),
-        sequences, tiles_q, tiles_k, *bounds,
-    )  # fmt: skip
+    kernels.attention_statistics(Statistics(outputs[0] if need_distance else None, *outputs[1:]), x)
     return outputs
 
 
