@@ -68,6 +68,10 @@ class SeriesCollector:
         self._distances[call.layer_idx].append((counts.to(found.distance.dtype) @ found.distance, counts.sum()))
         self._series[call.layer_idx].append((found.windowed_distance[rows], found.received[rows]))
 
+    def reads_distance(self, layer_idx: int) -> bool:
+        """In the sampled layers."""
+        return layer_idx in self._series
+
     def distance(self) -> dict[int, Tensor]:
         """(Hq,) mean distance of every sampled layer over all response rows."""
         return {

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ T_QUANTILES = (
 )
 BASELINE = "outcome"
 ARMS = {"outcome": "outcome only", "restored": "restored", "printed": "printed"}
+PAIRS = tuple((arm, BASELINE) for arm in ARMS if arm != BASELINE)
 
 
 class Measure(NamedTuple):
@@ -90,22 +91,32 @@ def values_of(content: dict[str, Any], arm: str, key: str) -> list[float]:
     return [run["metrics"][key] for run in runs]
 
 
-def differences(content: dict[str, Any], arm: str, key: str) -> list[float]:
-    """A metric of one arm minus that of the outcome-only arm with the same seed."""
-    return [a - b for a, b in zip(*(values_of(content, name, key) for name in (arm, BASELINE)), strict=True)]
+def differences(content: dict[str, Any], arm: str, key: str, baseline: str = BASELINE) -> list[float]:
+    """A metric of one arm minus that of another one with the same seed."""
+    return [a - b for a, b in zip(*(values_of(content, name, key) for name in (arm, baseline)), strict=True)]
 
 
-def table(content: dict[str, Any], measures: Sequence[Measure]) -> str:
-    """Markdown: means of the arms, and paired differences from the outcome-only arm with their intervals."""
-    others = [arm for arm in ARMS if arm != BASELINE]
-    head = ["", "start", *ARMS.values(), *(f"{ARMS[arm]} - {ARMS[BASELINE]}" for arm in others)]
+def table(
+    content: dict[str, Any],
+    measures: Sequence[Measure],
+    arms: Mapping[str, str] = ARMS,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+) -> str:
+    """Markdown: means of the arms, and the paired differences of some with their intervals.
+
+    Args:
+        arms: their titles.
+        pairs: (arm, what is subtracted from it).
+    """
+    head = ["", "start", *arms.values(), *(f"{arms[arm]} - {arms[other]}" for arm, other in pairs)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for measure in measures:
         scale, places = measure.scale, measure.decimals
-        means = [statistics.fmean(values_of(content, arm, measure.key)) for arm in ARMS]
+        means = [statistics.fmean(values_of(content, arm, measure.key)) for arm in arms]
         cells = [f"{scale * value:.{places}f}" for value in (content["start"][measure.key], *means)]
-        for arm in others:
-            mean, low, high = (scale * value for value in interval(differences(content, arm, measure.key)))
+        for pair in pairs:
+            found = interval(differences(content, pair[0], measure.key, pair[1]))
+            mean, low, high = (scale * value for value in found)
             cells.append(f"{mean:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]")
         lines.append("| " + " | ".join([measure.title, *cells]) + " |")
     return "\n".join(lines) + "\n"

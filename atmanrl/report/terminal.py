@@ -9,7 +9,7 @@ from rich.text import Text
 from atmanrl.intervals import Estimate
 from atmanrl.records import RolloutRecord, Run
 from atmanrl.report.glyphs import visible
-from atmanrl.report.numbers import footnote, interval, number
+from atmanrl.report.numbers import footnote, interval, number, tick
 from atmanrl.report.scale import LEVELS, Scale, scale_for
 from atmanrl.summary import AGREEMENT, Summary
 
@@ -60,7 +60,7 @@ def _print_rollout(rollout: RolloutRecord, score: str, scale: Scale, console: Co
         console.print(Text(f"no saliency: {rollout.skipped or 'not computed'}", style="dim"))
     else:
         top = sorted(range(len(values)), key=lambda i: -values[i])[:_TOP_TOKENS]
-        listed = ", ".join(f"{visible(rollout.cot.texts[i]).strip()} @{i + 1} {number(values[i])}" for i in top)
+        listed = ", ".join(f"{visible(rollout.cot.texts[i]).strip()} @{i + 1} {_score(values[i])}" for i in top)
         console.print(Text(f"highest {score}: {listed}", style="dim"))
         if (agreement := rollout.measures.get(AGREEMENT)) is not None:
             console.print(Text(f"rank correlation with deletion: {number(agreement)}", style="dim"))
@@ -83,6 +83,11 @@ def _table(summary: Summary, separator: str) -> Table:
 def _cell(estimate: Estimate, unit: str, separator: str, *, sign: bool = False) -> Text:
     bounds = interval(estimate, unit, sign=sign)
     return Text.assemble(number(estimate.value, unit, sign=sign), (f"{separator}{bounds}" if bounds else "", "dim"))
+
+
+def _score(value: float) -> str:
+    # Scores of a long chain of thought are small.
+    return number(value) if value == 0 or abs(value) >= 0.01 else tick(value)
 
 
 def _style(level: int) -> str:
