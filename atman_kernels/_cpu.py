@@ -74,8 +74,12 @@ def attention_forward(
     sm_scale: float,
     causal: bool,
     window: int | None,
+    *,
+    distance: Tensor | None = None,
 ) -> None:
     """Write o (B, Tq, Hq, D) and lse (B, Hq, Tq); arguments as in ``atman_kernels.ops``.
+
+    With ``distance`` (B, Hq, Tq), of causal attention, also each row's sum_s p[t,s] (t - s), 0 in a row without a key.
 
     Raises:
         ValueError: the tensors disagree in shape or dtype, or a sequence lies outside of them.
@@ -83,7 +87,7 @@ def attention_forward(
     """
     _C.attention_forward(
         o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal, -1 if window is None else window,
-        torch.get_num_threads(), _isa,
+        torch.get_num_threads(), _isa, distance,
     )  # fmt: skip
 
 

@@ -77,6 +77,8 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
     if known.statistics:
         return _statistics(known, overrides)
+    if known.plot is not None:
+        raise ValueError("--plot needs --statistics")
     return explain_command(
         ModelConfig(known.model, known.revision, known.dtype),
         overrides,
@@ -101,6 +103,9 @@ def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     from atmanrl.commands.explain import examples_of, generation_of
     from atmanrl.commands.statistics import statistics_command
 
+    for option in ("html", "csv", "deletion", "record_every"):
+        if getattr(known, option):
+            raise ValueError(f"--{option.replace('_', '-')} is not for --statistics, which scores no tokens")
     return statistics_command(
         ModelConfig(known.model, known.revision, known.dtype),
         examples_of(known.input, known.prompt, known.completion, known.answer),
@@ -108,6 +113,7 @@ def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
         plot=known.plot,
         json=known.json,
         generation=generation_of(known.max_new_tokens, known.temperature),
+        temperature=known.temperature,
         seed=known.seed,
         color=known.color,
     )

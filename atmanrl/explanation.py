@@ -125,6 +125,7 @@ def explain(
     *,
     label: str = "explained",
     generation: GenerationSettings | None = None,
+    temperature: float = 0.0,
     mask: MaskConfig | None = None,
     estimator: str = "mask",
     seed: int = 0,
@@ -139,7 +140,8 @@ def explain(
         tokenizer: its tokenizer.
         examples: prompts with completions; the model completes those that have none.
         label: what a reader calls this run.
-        generation: how missing completions are drawn, one per prompt; where None greedily, up to the context's end.
+        generation: how missing completions are drawn, one per prompt; where None at ``temperature``, greedily at 0, up
+            to the context's end.
         mask: how masks are optimised; the paper's numbers where None.
         estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
         seed: of the sampling.
@@ -153,7 +155,7 @@ def explain(
     """
     scorer = make_estimator(estimator, mask=mask, record_every=record_every)
     prompts, completion_ids, generation = completed(
-        model, tokenizer, examples, generation=generation, seed=seed, progress=progress
+        model, tokenizer, examples, generation=generation, temperature=temperature, seed=seed, progress=progress
     )
     completions = [
         Completion(
@@ -178,13 +180,14 @@ def completed(
     examples: Sequence[Example],
     *,
     generation: GenerationSettings | None = None,
+    temperature: float = 0.0,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[list[list[int]], list[list[int]], GenerationSettings | None]:
     """Token ids of the examples' prompts and completions, and how those that were missing were written.
 
     Args:
-        generation: how missing completions are drawn; where None greedily, up to the context's end.
+        generation: how missing completions are drawn; where None at ``temperature``, up to the context's end.
 
     Raises:
         ValueError: for no examples; for one that is empty or exceeds the model's context, with its place.
@@ -199,7 +202,7 @@ def completed(
     _check_context(model, examples, prompts, completion_ids)
     missing = [i for i, ids in enumerate(completion_ids) if ids is None]
     if missing:
-        generation = generation or _greedy(model, [prompts[i] for i in missing])
+        generation = generation or _up_to_the_end(model, [prompts[i] for i in missing], temperature)
         written = generate(model, tokenizer, [prompts[i] for i in missing], generation, seed=seed, progress=progress)
         for i, samples in zip(missing, written, strict=True):
             completion_ids[i] = samples[0]
@@ -213,10 +216,9 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[in
         raise ValueError(f"{example.place}: {error}") from error
 
 
-def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> GenerationSettings:
-    longest = max(len(prompt) for prompt in prompts)
-    room = context_length(model) - longest
-    return GenerationSettings(max_new_tokens=max(1, min(GenerationSettings.max_new_tokens, room)), temperature=0.0)
+def _up_to_the_end(model: PreTrainedModel, prompts: Sequence[Sequence[int]], temperature: float) -> GenerationSettings:
+    room = context_length(model) - max(len(prompt) for prompt in prompts)
+    return GenerationSettings(max(1, min(GenerationSettings.max_new_tokens, room)), temperature)
 
 
 def _answer_format(example: Example, completion: str) -> AnswerFormat:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +79,7 @@ def explain_command(
         items,
         label=Path(model.name).name,
         generation=generation_of(max_new_tokens, temperature),
+        temperature=temperature,
         mask=mask,
         estimator=estimators[0],
         seed=seed,
@@ -113,11 +113,8 @@ def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
 
 
 def generation_of(max_new_tokens: int | None, temperature: float) -> GenerationSettings | None:
-    """How completions are written, None where nothing is asked for."""
-    if max_new_tokens is None and temperature <= 0:
-        return None
-    generation = GenerationSettings(temperature=temperature)
-    return generation if max_new_tokens is None else replace(generation, max_new_tokens=max_new_tokens)
+    """How completions are written; None without a limit of their length, which is then the context's end."""
+    return None if max_new_tokens is None else GenerationSettings(max_new_tokens, temperature)
 
 
 def examples_of(path: Path | None, prompt: str | None, completion: str | None, answer: str | None) -> list[Example]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -35,6 +35,7 @@ def optimize_masks(
     progress: bool | None = None,
     record_every: int | None = None,
     token_budget: int | None = None,
+    loss_unmasked: Mapping[Rollout, float] | None = None,
     likelihood: MakeLikelihood | None = None,
 ) -> SaliencyResult:
     """Learn, for every rollout at once, which CoT tokens must be re-enabled for its answer to become likely again.
@@ -56,6 +57,8 @@ def optimize_masks(
         record_every: keep each mask and its loss every so many steps as ``trajectory``; default: never.
         token_budget: rows packed into one batch, prompts included; default: as many as are predicted to fit the free
             memory on the fast path, all on the general one. If memory runs out, half of it is tried once.
+        loss_unmasked: losses without a mask that a forward elsewhere has found. A batch whose rollouts are all there
+            takes none of its own, except with ``early_stop``, which decides by them.
         likelihood: computes the answers' likelihood of a packed batch; default: :class:`FrozenDecoder` where it
             supports the model, else :class:`ModelLikelihood`.
 
@@ -108,6 +111,7 @@ def optimize_masks(
                     device=model.device,
                     dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
                     record_every=record_every,
+                    loss_unmasked=loss_unmasked if config.early_stop is None else None,
                 ).run(lambda steps: show(finished + steps))
 
             def run(budget: int) -> None:

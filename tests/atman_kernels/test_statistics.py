@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen, backend, statistics_ops
 from atman_kernels.attention import attention_rows
-from atman_kernels.statistics import statistics_of_rows
+from atman_kernels.statistics import attention_with_distance, mean_of_chosen_rows, statistics_of_rows
 from tests.atman_kernels.grid import LAYOUTS, Case, Operands, make_operands, poisoned_memory, restrided
 from tests.oracle import assert_as_exact_as_reference
 from tests.random_cases import random_cases
@@ -192,6 +192,50 @@ def test_any_shape_on_the_triton_kernels_agrees_with_the_reference(given: Settin
     _assert_exact("triton", given, torch.float32, DEVICE)
 
 
+@needs_extension
+@pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_the_attention_finds_every_rows_distance_on_its_way(
+    dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With o and lse bit for bit as without it, and as exact as PyTorch's sum over the map."""
+    monkeypatch.setattr(_cpu, "_isa", isa)
+    for problem in CASES:
+        case = problem.case
+        x = make_operands(case, dtype)
+        plan = _plan(case, "cpu")
+        bias = None if x.key_bias is None else x.key_bias[None]
+        o, lse = attention_varlen(
+            x.q, x.k, x.v, x.key_bias, plan=plan, prefix=x.prefix, window=case.window, return_lse=True
+        )
+        with poisoned_memory():
+            found = attention_with_distance(
+                x.q[None], x.k[None], x.v[None], bias, plan=plan, prefix=x.prefix, window=case.window
+            )
+        assert torch.equal(found[0][0], o)
+        assert torch.equal(found[1][0], lse)
+        # No row is that long: min(d, window) is d.
+        unbounded = problem._replace(window=10**6)
+        reference, oracle = (
+            _compute("reference", unbounded, operands)["windowed_distance"].T for operands in (x, x.as_float64())
+        )
+        assert_as_exact_as_reference(str(case), found[2][0], reference, oracle)
+
+
+@needs_extension
+def test_means_over_chosen_rows_are_those_of_the_statistics() -> None:
+    for problem in CASES:
+        x = make_operands(problem.case, torch.float32)
+        plan = _plan(problem.case, "cpu")
+        bias = None if x.key_bias is None else x.key_bias[None]
+        _, _, distance = attention_with_distance(
+            x.q[None], x.k[None], x.v[None], bias, plan=plan, prefix=x.prefix, window=problem.case.window
+        )
+        rows = _chosen(problem.rows, x.q.shape[0], "cpu")
+        means = mean_of_chosen_rows(distance, plan, None if rows is None else rows[None])
+        torch.testing.assert_close(means, _compute("cpu", problem, x)["distance"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["reference", *BACKENDS])
 def test_layouts_change_no_number(name: str, layout: str) -> None:
@@ -284,6 +328,20 @@ def test_the_operator_is_registered_soundly(name: str) -> None:
         (
             *(x.q[None], x.k[None], torch.randn(1, 2, 14), x.key_bias[None], None, rows),
             *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, -1, True, name, 10, 1, 5, True),
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@needs_extension
+def test_the_operator_of_attention_with_distance_is_registered_soundly() -> None:
+    x = make_operands(Case((9, 5), heads=(2, 1)), torch.float32)
+    plan = AttentionPlan((9, 5))
+    torch.library.opcheck(
+        statistics_ops.attention_forward_distance,
+        (
+            *(x.q[None], x.k[None], x.v[None], x.key_bias[None], None, None),
+            *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, -1, True),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )

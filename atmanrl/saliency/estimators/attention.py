@@ -81,6 +81,8 @@ class _Collector(Protocol):
 
     def __call__(self, call: AttentionCall) -> None: ...
 
+    def reads_distance(self, layer_idx: int) -> bool: ...
+
     def scores(self) -> list[Tensor]:
         """(T,) per rollout."""
         ...
@@ -129,6 +131,9 @@ class _Received:
                 p = p * (rows[:, None] - columns[None, :] < call.window)
             total += p.mean((0, 1))
 
+    def reads_distance(self, layer_idx: int) -> bool:
+        return False
+
     def scores(self) -> list[Tensor]:
         return [(total / self._layers).cpu() for total in self._sums]
 
@@ -147,6 +152,9 @@ class _Influence:
             found = call.statistics(window=1, horizon=self._config.horizon)
             self._distances[call.layer_idx] = found.distance.cpu()
             self._received[call.layer_idx] = found.received[0, self._batch.cot_columns].float().cpu()
+
+    def reads_distance(self, layer_idx: int) -> bool:
+        return layer_idx in self._layers
 
     def scores(self) -> list[Tensor]:
         lengths = self._batch.cot_lengths

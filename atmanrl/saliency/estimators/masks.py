@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -30,12 +30,14 @@ class Mask:
     Attributes:
         config: see :class:`atmanrl.MaskConfig`.
         record_every: keep the course every so many steps, None: not at all.
+        loss_unmasked: see :func:`optimize_masks`.
 
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
 
     config: MaskConfig = field(default_factory=MaskConfig)
     record_every: int | None = None
+    loss_unmasked: Mapping[Rollout, float] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -57,6 +59,7 @@ class Mask:
             progress=progress,
             record_every=self.record_every,
             token_budget=token_budget,
+            loss_unmasked=self.loss_unmasked,
         )
         return [
             TokenScores(
