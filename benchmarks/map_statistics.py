@@ -2,11 +2,11 @@
 
     python -m benchmarks.map_statistics [--lengths 1024 4096]
 
-fp32, 8 query heads over 2 key/value heads of 128, one causal sequence, every row chosen, W = 10, horizon 10 to 100. The
-arms of a length run in turn, round after round, and the fastest round of each counts. Peak memory beyond the inputs is
-measured in a fresh process per arm. Eager maps run where all heads' map takes at most 2.5 GB. And what a forward of a
-whole model costs with and without collecting WAAD and FAI: Llama of 30 M parameters, 12 layers, random weights, packed
-rollouts.
+fp32 and bf16, 8 query heads over 2 key/value heads of 128, one causal sequence, every row chosen, W = 10, horizon 10 to
+100. The arms of a length run in turn, round after round, and the fastest round of each counts. Peak memory beyond the
+inputs is measured in a fresh process per arm, in fp32. Eager maps run in fp32, where all heads' map takes at most
+2.5 GB. And what a packed forward of a whole model costs with and without WAAD and FAI of its responses: Llama of 30 M
+parameters, 12 layers, random weights, fp32.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen
-from atmanrl.attention_series import attention_series
-from atmanrl.saliency.frozen import frozen
-from atmanrl.saliency.throughput import random_model
+from atman_kernels.statistics import attention_with_distance
 from benchmarks.cpu import _seconds, _status_bytes, processor
 from benchmarks.device import commit, results_file, save
 
@@ -35,7 +33,9 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 HEADS_Q, HEADS_KV, HEAD_DIM = 8, 2, 128
 WINDOW, HORIZON = 10, (10, 100)
 LARGEST_MAP = 2.5e9
-ARMS = ("attention forward", "WAAD and received", "with distance", "eager map")
+GROUP, MODEL_ROUNDS = 8, 3
+ARMS = ("attention forward", "attention with distance", "WAAD and received", "all from q, k, lse", "eager map")
+MEASURED_MEMORY = ("WAAD and received", "all from q, k, lse", "eager map")
 
 
 def map_bytes(length: int) -> int:
@@ -57,40 +57,47 @@ def eager(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean_distance, windowed, torch.einsum("hqk,qk->hk", p, band) / band.sum(0).clamp(min=1)
 
 
-def arm(name: str, length: int) -> Callable[[], object]:
+def arm(name: str, length: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     """What an arm computes, on fixed random tensors."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(length, HEADS_Q, HEAD_DIM, generator=generator)
-    k, v = (torch.randn(length, HEADS_KV, HEAD_DIM, generator=generator) for _ in range(2))
+    q = torch.randn(length, HEADS_Q, HEAD_DIM, generator=generator).to(dtype)
+    k, v = (torch.randn(length, HEADS_KV, HEAD_DIM, generator=generator).to(dtype) for _ in range(2))
     if name == "eager map":
         return lambda: eager(q, k)
     plan = AttentionPlan((length,))
     if name == "attention forward":
         return lambda: attention_varlen(q, k, v, plan=plan, return_lse=True)
+    if name == "attention with distance":
+        return lambda: attention_with_distance(q[None], k[None], v[None], None, plan=plan)
     _, lse = attention_varlen(q, k, v, plan=plan, return_lse=True)
-    whole = name == "with distance"
+    whole = name == "all from q, k, lse"
     return lambda: attention_statistics(q, k, lse, plan=plan, window=WINDOW, horizon=HORIZON, need_distance=whole)
 
 
-def runs_at(name: str, length: int) -> bool:
+def runs_at(name: str, length: int, dtype: torch.dtype = torch.float32) -> bool:
     """Whether an arm is run at a length."""
-    return name != "eager map" or map_bytes(length) <= LARGEST_MAP
+    return name != "eager map" or (dtype == torch.float32 and map_bytes(length) <= LARGEST_MAP)
 
 
-def measure(length: int) -> dict[str, Any]:
-    """Fastest milliseconds and peak MiB of each arm."""
-    arms = {name: arm(name, length) for name in ARMS if runs_at(name, length)}
+def measure(length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Fastest milliseconds and, in fp32, peak MiB of each arm."""
+    arms = {name: arm(name, length, dtype) for name in ARMS if runs_at(name, length, dtype)}
     best = dict.fromkeys(arms, float("inf"))
     rounds = max(2, min(30, 65536 // length))
     for number in range(rounds):
         for name, run in arms.items():
-            # A map takes seconds, and its time does not vary by much.
-            if name != "eager map" or number < 2:
+            # A map takes seconds.
+            if name != "eager map" or number < 1:
                 best[name] = min(best[name], _seconds(run))
     return {
         "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
         "ms": {name: 1e3 * seconds for name, seconds in best.items()},
-        "peak_mib": {name: peak_bytes(name, length) / 2**20 for name in arms},
+        "peak_mib": {
+            name: peak_bytes(name, length) / 2**20
+            for name in MEASURED_MEMORY
+            if name in arms and dtype == torch.float32
+        },
         "map_mib": map_bytes(length) / 2**20,
     }
 
@@ -115,13 +122,28 @@ def _print_peak(name: str, length: int) -> None:
 
 
 def measure_model(prompt: int, response: int, rollouts: int) -> dict[str, Any]:
-    """Fastest milliseconds of one packed forward of a model alone, and with WAAD and FAI of its responses."""
+    """Fastest milliseconds of one packed forward of a model alone, observed, and of the series' own forward.
+
+    Rollouts come in groups of eight with one prompt each. The observed forward is the plain one, as it runs anyway for
+    old log-probabilities; the own one runs every prompt once.
+    """
+    # Not at the top: the processes that measure memory have no use for transformers, which takes seconds to import.
+    from atman_kernels.hf import observing
+    from atmanrl.attention_series import SeriesCollector, attention_series
+    from atmanrl.config import SeriesConfig
+    from atmanrl.saliency.frozen import frozen
+    from atmanrl.saliency.throughput import random_model
+
     model = random_model("llama-30m", dtype=torch.float32, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 1000, (rollouts, prompt + response), generator=generator).tolist()
-    prompts, responses = [row[:prompt] for row in ids], [row[prompt:] for row in ids]
-    packed, plan = torch.tensor(ids).flatten()[None], AttentionPlan([prompt + response] * rollouts)
+    queries = torch.randint(1, 1000, (-(-rollouts // GROUP), prompt), generator=generator).tolist()
+    prompts = [queries[i // GROUP] for i in range(rollouts)]
+    responses = torch.randint(1, 1000, (rollouts, response), generator=generator).tolist()
+    rows = [token for pair in zip(prompts, responses, strict=True) for ids in pair for token in ids]
+    packed, plan = torch.tensor(rows)[None], AttentionPlan([prompt + response] * rollouts)
     positions = torch.arange(prompt + response).repeat(rollouts)[None]
+    is_response = positions >= prompt
+    n_layers = model.config.num_hidden_layers
 
     def forward() -> None:
         with frozen(model), torch.no_grad():
@@ -134,18 +156,23 @@ def measure_model(prompt: int, response: int, rollouts: int) -> dict[str, Any]:
                 attention_plan=plan,
             )
 
-    budget = rollouts * (prompt + response)
-    series = partial(attention_series, model, prompts, responses, token_budget=budget)
-    arms: dict[str, Callable[[], object]] = {"forward": forward, "with series": series}
+    def observed() -> None:
+        collector = SeriesCollector(n_layers, [is_response], SeriesConfig())
+        with observing(collector):
+            forward()
+        collector.series([response] * rollouts)
+
+    own = partial(attention_series, model, prompts, responses, token_budget=rollouts * (prompt + response))
+    arms: dict[str, Callable[[], object]] = {"forward": forward, "observed": observed, "own forward": own}
     best = dict.fromkeys(arms, float("inf"))
-    for _ in range(3):
+    for _ in range(MODEL_ROUNDS):
         for name, run in arms.items():
             best[name] = min(best[name], _seconds(run))
     return {
         "prompt": prompt,
         "response": response,
         "rollouts": rollouts,
-        "layers": model.config.num_hidden_layers,
+        "layers": n_layers,
         "ms": {name: 1e3 * seconds for name, seconds in best.items()},
     }
 
@@ -173,10 +200,11 @@ def main() -> int:
         content["models"].append(measure_model(prompt, response, rollouts))
         save(path, content)
         print(content["models"][-1], flush=True)
-    for length in arguments.lengths:
-        content["results"].append(measure(length))
-        save(path, content)
-        print(content["results"][-1], flush=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in arguments.lengths:
+            content["results"].append(measure(length, dtype))
+            save(path, content)
+            print(content["results"][-1], flush=True)
     return 0
 
 
