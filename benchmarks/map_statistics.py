@@ -4,7 +4,7 @@
 
 fp32 and bf16, 8 query heads over 2 key/value heads of 128, one causal sequence, every row chosen, W = 10, horizon 10 to
 100. The arms of a length run in turn, round after round, and the fastest round of each counts. Peak memory beyond the
-inputs is measured in a fresh process per arm, in fp32. Eager maps run in fp32, where all heads' map takes at most
+inputs is measured in a fresh process per arm, in fp32. Eager maps run once, in fp32, where all heads' map takes at most
 2.5 GB. And what a packed forward of a whole model costs with and without WAAD and FAI of its responses: Llama of 30 M
 parameters, 12 layers, random weights, fp32.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import platform
 import subprocess
 import sys
@@ -33,9 +34,11 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 HEADS_Q, HEADS_KV, HEAD_DIM = 8, 2, 128
 WINDOW, HORIZON = 10, (10, 100)
 LARGEST_MAP = 2.5e9
-GROUP, MODEL_ROUNDS = 8, 3
-ARMS = ("attention forward", "attention with distance", "WAAD and received", "all from q, k, lse", "eager map")
-MEASURED_MEMORY = ("WAAD and received", "all from q, k, lse", "eager map")
+STATISTICS = ("WAAD and received", "all from q, k, lse")
+MAP = "eager map"
+GROUP = 8
+# Prompt, response, rollouts and rounds.
+MODELS = ((150, 250, 16, 6), (200, 1800, 4, 4), (200, 7800, 1, 2))
 
 
 def map_bytes(length: int) -> int:
@@ -57,71 +60,72 @@ def eager(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean_distance, windowed, torch.einsum("hqk,qk->hk", p, band) / band.sum(0).clamp(min=1)
 
 
-def arm(name: str, length: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
-    """What an arm computes, on fixed random tensors."""
+def arms_at(
+    length: int, dtype: torch.dtype = torch.float32, *, with_map: bool = False
+) -> dict[str, Callable[[], object]]:
+    """What the arms of a length compute, on the same random tensors."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(length, HEADS_Q, HEAD_DIM, generator=generator).to(dtype)
     k, v = (torch.randn(length, HEADS_KV, HEAD_DIM, generator=generator).to(dtype) for _ in range(2))
-    if name == "eager map":
-        return lambda: eager(q, k)
     plan = AttentionPlan((length,))
-    if name == "attention forward":
-        return lambda: attention_varlen(q, k, v, plan=plan, return_lse=True)
-    if name == "attention with distance":
-        return lambda: attention_with_distance(q[None], k[None], v[None], None, plan=plan)
     _, lse = attention_varlen(q, k, v, plan=plan, return_lse=True)
-    whole = name == "all from q, k, lse"
-    return lambda: attention_statistics(q, k, lse, plan=plan, window=WINDOW, horizon=HORIZON, need_distance=whole)
-
-
-def runs_at(name: str, length: int, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether an arm is run at a length."""
-    return name != "eager map" or (dtype == torch.float32 and map_bytes(length) <= LARGEST_MAP)
+    collected = partial(attention_statistics, q, k, lse, plan=plan, window=WINDOW, horizon=HORIZON)
+    arms: dict[str, Callable[[], object]] = {
+        "attention forward": lambda: attention_varlen(q, k, v, plan=plan, return_lse=True),
+        "attention with distance": lambda: attention_with_distance(q[None], k[None], v[None], None, plan=plan),
+        STATISTICS[0]: partial(collected, need_distance=False),
+        STATISTICS[1]: collected,
+    }
+    return arms | ({MAP: lambda: eager(q, k)} if with_map else {})
 
 
 def measure(length: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Fastest milliseconds and, in fp32, peak MiB of each arm."""
-    arms = {name: arm(name, length, dtype) for name in ARMS if runs_at(name, length, dtype)}
+    """Fastest milliseconds of each arm and, in fp32, peak MiB of those that stand in for a map, and of the map."""
+    arms = arms_at(length, dtype)
     best = dict.fromkeys(arms, float("inf"))
-    rounds = max(2, min(30, 65536 // length))
-    for number in range(rounds):
+    for _ in range(max(2, min(20, 32768 // length))):
         for name, run in arms.items():
-            # A map takes seconds.
-            if name != "eager map" or number < 1:
-                best[name] = min(best[name], _seconds(run))
+            best[name] = min(best[name], _seconds(run))
+    ms = {name: 1e3 * seconds for name, seconds in best.items()}
+    peak: dict[str, float] = {}
+    if dtype == torch.float32:
+        # A map takes seconds: once is enough.
+        with_map = [MAP] if map_bytes(length) <= LARGEST_MAP else []
+        alone = {name: run_alone(name, length) for name in (*STATISTICS, *with_map)}
+        peak = {name: found["peak_mib"] for name, found in alone.items()}
+        ms |= {name: alone[name]["ms"] for name in with_map}
     return {
         "length": length,
         "dtype": str(dtype).removeprefix("torch."),
-        "ms": {name: 1e3 * seconds for name, seconds in best.items()},
-        "peak_mib": {
-            name: peak_bytes(name, length) / 2**20
-            for name in MEASURED_MEMORY
-            if name in arms and dtype == torch.float32
-        },
+        "ms": ms,
+        "peak_mib": peak,
         "map_mib": map_bytes(length) / 2**20,
     }
 
 
-def peak_bytes(name: str, length: int) -> float:
-    """Peak memory of an arm beyond its inputs, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.map_statistics", "--peak", name, str(length)]
+def run_alone(name: str, length: int) -> dict[str, float]:
+    """Milliseconds and peak memory beyond the inputs of one run of an arm, in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.map_statistics", "--alone", name, str(length)]
     root = Path(__file__).parent.parent
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+    )
+    return found
 
 
-def _print_peak(name: str, length: int) -> None:
-    arm(name, 64)()
-    run = arm(name, length)
+def _print_one_run(name: str, length: int) -> None:
+    arms_at(64, with_map=True)[name]()
+    run = arms_at(length, with_map=True)[name]
     # What the attention for lse has freed must count again.
     ctypes.CDLL(None).malloc_trim(0)
     # Writing 5 sets the high-water mark back to what the process holds now.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
-    run()
-    print(_status_bytes("VmHWM") - before)
+    seconds = _seconds(run)
+    print(json.dumps({"ms": 1e3 * seconds, "peak_mib": (_status_bytes("VmHWM") - before) / 2**20}))
 
 
-def measure_model(prompt: int, response: int, rollouts: int) -> dict[str, Any]:
+def measure_model(prompt: int, response: int, rollouts: int, rounds: int) -> dict[str, Any]:
     """Fastest milliseconds of one packed forward of a model alone, observed, and of the series' own forward.
 
     Rollouts come in groups of eight with one prompt each. The observed forward is the plain one, as it runs anyway for
@@ -165,7 +169,7 @@ def measure_model(prompt: int, response: int, rollouts: int) -> dict[str, Any]:
     own = partial(attention_series, model, prompts, responses, token_budget=rollouts * (prompt + response))
     arms: dict[str, Callable[[], object]] = {"forward": forward, "observed": observed, "own forward": own}
     best = dict.fromkeys(arms, float("inf"))
-    for _ in range(MODEL_ROUNDS):
+    for _ in range(rounds):
         for name, run in arms.items():
             best[name] = min(best[name], _seconds(run))
     return {
@@ -180,10 +184,10 @@ def measure_model(prompt: int, response: int, rollouts: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak:
-        _print_peak(arguments.peak[0], int(arguments.peak[1]))
+    if arguments.alone:
+        _print_one_run(arguments.alone[0], int(arguments.alone[1]))
         return 0
     facts = {
         "device": processor(),
@@ -195,9 +199,9 @@ def main() -> int:
     content: dict[str, Any] = {**facts, "models": [], "results": []}
     path = results_file("statistics", facts)
     # Threads and caches come up before anything counts.
-    arm(ARMS[0], 4096)()
-    for prompt, response, rollouts in ((150, 250, 16), (200, 1800, 4), (200, 7800, 1)):
-        content["models"].append(measure_model(prompt, response, rollouts))
+    arms_at(4096)
+    for shape in MODELS:
+        content["models"].append(measure_model(*shape))
         save(path, content)
         print(content["models"][-1], flush=True)
     for dtype in (torch.float32, torch.bfloat16):
