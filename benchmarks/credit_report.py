@@ -150,9 +150,8 @@ def observed_table(content: dict[str, Any]) -> str:
         f"{content['device']}, {content['threads']} threads, {content['instruction_set']}, torch"
         f" {content['versions']['torch']}, commit {content['commit']}. Packed forwards of"
         f" {content['results'][0]['layers']} layers and 30 M parameters, fp32: alone; while WAAD and FAI of the"
-        " responses are read off, head selection"
-        " included; the seconds in the observer alone; and the series' own forward, in which equal prompts run once."
-        " Milliseconds.\n",
+        " responses are read off, head selection included; the time in the observer alone; and the series' own forward,"
+        " in which equal prompts run once. Milliseconds.\n",
         "| rollouts x (prompt + response) | forward | observed | in the observer (of the forward) | own forward |",
         "| --- |" + " ---: |" * 4,
     ]
