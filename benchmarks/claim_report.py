@@ -15,6 +15,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from atmanrl.figure_style import FIGURE_STYLE, TITLE_STYLE
+
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "images" / "ledger_claim.png"
 BEGIN, END = (
@@ -124,22 +126,7 @@ def table(
 
 def plot(content: dict[str, Any], path: Path) -> None:
     """One panel per measure of `IN_SHORT`: a dot per seed, the mean with its interval, the start as a line."""
-    style = {
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": "#e4e6e9",
-        "axes.edgecolor": "#e4e6e9",
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context({**FIGURE_STYLE, **TITLE_STYLE, "axes.titlesize": 9.5, "axes.grid.axis": "y"}):
         figure = Figure(figsize=(11.5, 2.9), layout="constrained")
         for axis, measure in zip(figure.subplots(1, len(IN_SHORT)), IN_SHORT, strict=True):
             _panel(axis, content, measure)

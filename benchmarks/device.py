@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from atman_kernels import backend
-from atman_kernels._triton.tiles import BLOCK_SIZES_FILE
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "flash-attn", "flash-linear-attention")

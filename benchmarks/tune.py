@@ -26,9 +26,10 @@ import torch
 from triton.errors import TritonError
 
 from atman_kernels._triton.backward import backward_launches
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, block_size_table
 from atman_kernels._triton.forward import forward_launches
 from atman_kernels._triton.launch import Launch, device_family
-from atman_kernels._triton.tiles import BLOCK_SIZES_FILE, block_size_table
+from atman_kernels.problem import AttentionProblem, Gradients
 from benchmarks.cases import AttentionCase
 from benchmarks.compiled import TARGETS, compile_launch, count
 from benchmarks.device import Device, add_device_options, results_file, save
@@ -71,14 +72,11 @@ def launches(search: str, head_dim: int, family: str, shape: Shape, device: Devi
     plan = case.plan(torch_device)
     o, lse = torch.empty_like(q), torch.empty(1, q.shape[2], q.shape[1], device=torch_device)
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    bounds = (case.sm_scale, True, None)
-    found = forward_launches(family, o, lse, q, k, v, bias, None, None, *tables, *bounds)
+    problem = AttentionProblem(q, k, v, bias, None, None, *tables, case.sm_scale, True, None)
+    found = forward_launches(family, o, lse, problem)
     if search != "forward":
-        gradients = [torch.empty_like(t) for t in (q, k, v, bias)]
-        found += backward_launches(
-            family, *gradients, do, None, o, lse, q, k, v, bias, None, None, *tables, *bounds,
-            fused=search == "backward_fused",
-        )  # fmt: skip
+        gradients = Gradients(*(torch.empty_like(t) for t in (q, k, v, bias)))
+        found += backward_launches(family, gradients, do, None, o, lse, problem, fused=search == "backward_fused")
     names = [each.kernel.__name__ for each in found]
     return found[: names.index(KERNELS[search]) + 1]
 
