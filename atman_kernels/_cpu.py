@@ -63,8 +63,10 @@ def isas() -> list[str]:
     return [] if _C is None else list(_C.isas())
 
 
-def attention_forward(o: Tensor, lse: Tensor, x: AttentionProblem) -> None:
+def attention_forward(o: Tensor, lse: Tensor, x: AttentionProblem, *, distance: Tensor | None = None) -> None:
     """Write o (B, Tq, Hq, D) and lse (B, Hq, Tq); see ``atman_kernels.ops``.
+
+    With ``distance`` (B, Hq, Tq), of causal attention, also each row's sum_s p[t,s] (t - s), 0 in a row without a key.
 
     Raises:
         ValueError: the tensors disagree in shape or dtype, or a sequence lies outside of them.
@@ -72,7 +74,7 @@ def attention_forward(o: Tensor, lse: Tensor, x: AttentionProblem) -> None:
     """
     _C.attention_forward(
         o, lse, *x[:_N_TENSORS], x.sequences, x.sm_scale, x.causal, _or_none_as_negative(x.window),
-        torch.get_num_threads(), _isa,
+        torch.get_num_threads(), _isa, distance,
     )  # fmt: skip
 
 

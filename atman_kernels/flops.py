@@ -7,6 +7,7 @@ works on hidden pairs of a tile executes more.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from atman_kernels.plan import K_LENGTH, PREFIX_LENGTH, Q_LENGTH
 
-__all__ = ["attention_backward_flops", "attention_forward_flops", "visible_pairs"]
+__all__ = ["attention_backward_flops", "attention_forward_flops", "attention_statistics_flops", "visible_pairs"]
 
 
 def visible_pairs(sequences: Tensor, *, causal: bool, window: int | None) -> tuple[int, int]:
@@ -55,6 +56,31 @@ def attention_backward_flops(
     return 2 * heads_q * head_dim * (products_own * own + products_prefix * prefix)
 
 
+def attention_statistics_flops(
+    sequences: Tensor,
+    heads_q: int,
+    head_dim: int,
+    *,
+    attention_window: int | None,
+    window: int,
+    horizon: tuple[int, int],
+    need_distance: bool,
+) -> int:
+    """2 Hq D per (row, key) pair whose score is needed, for each of the statistics that are asked for.
+
+    The distance needs all visible pairs, the windowed distance those less than ``window`` apart, and what a key of the
+    sequence itself receives those of the horizon. Arguments as in :func:`atman_kernels.attention_statistics`.
+    """
+    low, high = horizon
+    seen = attention_window or sys.maxsize
+    pairs = sum(visible_pairs(sequences, causal=True, window=attention_window)) if need_distance else 0
+    pairs += sum(visible_pairs(sequences, causal=True, window=min(window, seen)))
+    if low < seen:
+        pairs += visible_pairs(sequences, causal=True, window=min(high + 1, seen))[0]
+        pairs -= visible_pairs(sequences, causal=True, window=low)[0] if low else 0
+    return 2 * pairs * heads_q * head_dim
+
+
 @register_flop_formula(torch.ops.atman_kernels.attention_forward, get_raw=True)
 def _forward_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
     sequences, _, _, _, causal, window = operands[5:11]
@@ -69,4 +95,26 @@ def _backward_formula(do: Tensor, dlse: Any, o: Any, lse: Any, q: Tensor, *opera
     own, prefix = visible_pairs(sequences, causal=causal, window=None if window < 0 else window)
     return attention_backward_flops(
         own, prefix, q.shape[2], q.shape[3], need_dq=need_dq, need_dk=need_dk, need_dv=need_dv
+    )
+
+
+@register_flop_formula(torch.ops.atman_kernels.attention_forward_distance, get_raw=True)
+def _forward_distance_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
+    # The distances are sums, not products.
+    sequences, _, _, _, window, _ = operands[5:11]
+    pairs = sum(visible_pairs(sequences, causal=True, window=None if window < 0 else window))
+    return attention_forward_flops(pairs, q.shape[2], q.shape[3])
+
+
+@register_flop_formula(torch.ops.atman_kernels.attention_statistics, get_raw=True)
+def _statistics_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
+    sequences, _, _, _, attention_window, _, _, window, low, high, need_distance = operands[5:]
+    return attention_statistics_flops(
+        sequences,
+        q.shape[2],
+        q.shape[3],
+        attention_window=None if attention_window < 0 else attention_window,
+        window=window,
+        horizon=(low, high),
+        need_distance=need_distance,
     )

@@ -25,9 +25,10 @@ from transformers.masking_utils import causal_mask_function, prepare_padding_mas
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from atman_kernels.attention import attention_rows, attention_varlen, checks_values
-from atman_kernels.observation import AttentionCall, observing, show
+from atman_kernels.observation import AttentionCall, distance_is_read, observing, show
 from atman_kernels.plan import AttentionPlan, SharedPrefix
 from atman_kernels.row_mask import RowMask, lay_out, read_mask_function, row_mask_of, unsupported
+from atman_kernels.statistics import attention_with_distance, fuses_distance
 
 __all__ = [
     "AtManAttention",
@@ -234,19 +235,25 @@ def _packed(
         raise ValueError(f"attention_plan lays out a packed batch of shape (1, T_total), got a batch of {q.shape[0]}")
     if key_bias is not None:
         _check_key_bias(key_bias, (1, k.shape[1]), k)
-    o, lse = attention_varlen(
-        q[0],
-        k[0],
-        v[0],
-        None if key_bias is None else key_bias[0],
-        plan=plan,
-        prefix=prefix,
-        sm_scale=scaling,
-        window=window,
-        return_lse=True,
-    )
-    o, lse = o[None], lse[None]
-    show(AttentionCall(layer_idx, q, k, lse, plan, key_bias, prefix, scaling, window))
+    distance = None
+    if _finds_distance(layer_idx, q):
+        o, lse, distance = attention_with_distance(
+            q, k, v, key_bias, plan=plan, prefix=prefix, sm_scale=scaling, window=window
+        )
+    else:
+        o, lse = attention_varlen(
+            q[0],
+            k[0],
+            v[0],
+            None if key_bias is None else key_bias[0],
+            plan=plan,
+            prefix=prefix,
+            sm_scale=scaling,
+            window=window,
+            return_lse=True,
+        )
+        o, lse = o[None], lse[None]
+    show(AttentionCall(layer_idx, q, k, lse, plan, key_bias, prefix, scaling, window, distance))
     return o, lse
 
 
@@ -266,9 +273,18 @@ def _padded(
     if mask.valid is not None:
         finite = torch.zeros((), device=k.device) if key_bias is None else key_bias
         key_bias = torch.where(mask.valid, finite, -torch.inf)
-    o, lse = attention_rows(q, k, v, key_bias, plan=plan, sm_scale=scaling, window=mask.window)
-    show(AttentionCall(layer_idx, q, k, lse, plan, key_bias, None, scaling, mask.window))
+    distance = None
+    if _finds_distance(layer_idx, q):
+        o, lse, distance = attention_with_distance(q, k, v, key_bias, plan=plan, sm_scale=scaling, window=mask.window)
+    else:
+        o, lse = attention_rows(q, k, v, key_bias, plan=plan, sm_scale=scaling, window=mask.window)
+    show(AttentionCall(layer_idx, q, k, lse, plan, key_bias, None, scaling, mask.window, distance))
     return o, lse
+
+
+def _finds_distance(layer_idx: int, q: Tensor) -> bool:
+    """Whether the attention is to find each row's distance on its way, for an observer."""
+    return distance_is_read(layer_idx) and not torch.is_grad_enabled() and fuses_distance(q)
 
 
 def _bias_of_keys(key_bias: Tensor, mask: RowMask, k: Tensor) -> Tensor:

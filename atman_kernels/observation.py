@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from atman_kernels.plan import AttentionPlan, SharedPrefix
-from atman_kernels.statistics import AttentionStatistics, statistics_of_rows
+from atman_kernels.statistics import AttentionStatistics, mean_of_chosen_rows, statistics_of_rows
 
 
 class AttentionCall(NamedTuple):
@@ -21,6 +21,7 @@ class AttentionCall(NamedTuple):
         lse: (B, Hq, Tq).
         plan: where the sequences lie; key_bias: (B, Tk), with -inf on padding, or None; prefix: shared keys or None.
         sm_scale: factor of the scores, None for the default; window: the layer's sliding window or None.
+        row_distance: (B, Hq, Tq), how far back each row looks in the mean, where the attention found it on its way.
     """
 
     layer_idx: int
@@ -32,12 +33,13 @@ class AttentionCall(NamedTuple):
     prefix: SharedPrefix | None
     sm_scale: float | None
     window: int | None
+    row_distance: Tensor | None = None
 
     def statistics(
         self, *, window: int, horizon: tuple[int, int], rows: Tensor | None = None, need_distance: bool = True
     ) -> AttentionStatistics:
         """Statistics of this attention with a batch axis; arguments as in :func:`attention_statistics`."""
-        return statistics_of_rows(
+        found = statistics_of_rows(
             self.q,
             self.k,
             self.lse,
@@ -49,11 +51,23 @@ class AttentionCall(NamedTuple):
             rows=rows,
             sm_scale=self.sm_scale,
             attention_window=self.window,
-            need_distance=need_distance,
+            need_distance=need_distance and self.row_distance is None,
         )
+        if need_distance and self.row_distance is not None:
+            found = found._replace(distance=mean_of_chosen_rows(self.row_distance, self.plan, rows))
+        return found
 
 
-Observer = Callable[[AttentionCall], None]
+class Observer(Protocol):
+    """Looks on at every attention of a model."""
+
+    def __call__(self, call: AttentionCall) -> None: ...
+
+    def reads_distance(self, layer_idx: int) -> bool:
+        """Whether it will ask for the distance in this layer, which is cheaper to find on the attention's way."""
+        ...
+
+
 _observers: list[Observer] = []
 
 
@@ -68,6 +82,11 @@ def observing(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observer)
+
+
+def distance_is_read(layer_idx: int) -> bool:
+    """Whether an observer will ask for the distance in this layer."""
+    return any(observer.reads_distance(layer_idx) for observer in _observers)
 
 
 def show(call: AttentionCall) -> None:

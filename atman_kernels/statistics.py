@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atman_kernels import statistics_ops
 from atman_kernels.attention import check_layout, checks_values, forced_backend
-from atman_kernels.plan import AttentionPlan, SharedPrefix
+from atman_kernels.plan import K_START, AttentionPlan, SharedPrefix
 
 
 class AttentionStatistics(NamedTuple):
@@ -78,6 +78,8 @@ def attention_statistics(
     heads_q = q.shape[1]
     if lse.shape != (heads_q, q.shape[0]):
         raise ValueError(f"lse must have shape {(heads_q, q.shape[0])}, got {tuple(lse.shape)}")
+    if checks_values(lse) and bool(lse.isnan().any()):
+        raise ValueError(f"lse has {int(lse.isnan().sum())} NaN values")
     if rows is not None and rows.shape != (q.shape[0],):
         raise ValueError(f"rows must have one entry per query row, {q.shape[0]}, got {tuple(rows.shape)}")
     found = statistics_of_rows(
@@ -114,6 +116,8 @@ def statistics_of_rows(
 ) -> AttentionStatistics:
     """:func:`attention_statistics` of padded batches: tensors have a batch axis first, and a plan says what is where.
 
+    For an lse that the attention has just computed: its values are not checked, NaN give NaN.
+
     Args:
         q: (B, Tq, Hq, D); k: (B, Tk, Hkv, D); lse: (B, Hq, Tq); key_bias: (B, Tk); rows: (B, Tq) bool.
         plan: from :meth:`AttentionPlan.from_rows`, or of a packed batch where B = 1.
@@ -123,7 +127,7 @@ def statistics_of_rows(
         the plan's sequences.
 
     Raises:
-        ValueError: as :func:`attention_statistics`.
+        ValueError: as :func:`attention_statistics`, shapes and values of lse apart.
     """
     low, high = horizon
     if window < 1:
@@ -135,8 +139,6 @@ def statistics_of_rows(
     expected = torch.float64 if q.dtype == torch.float64 else torch.float32
     if lse.dtype != expected or lse.device != q.device:
         raise ValueError(f"lse must be {expected} on {q.device}, got {lse.dtype} on {lse.device}")
-    if checks_values(lse) and bool(lse.isnan().any()):
-        raise ValueError(f"lse has {int(lse.isnan().sum())} NaN values")
     if rows is not None and (rows.dtype != torch.bool or rows.device != q.device):
         raise ValueError(f"rows must be bool on {q.device}, got {rows.dtype} on {rows.device}")
     distance, windowed, received, count = statistics_ops.attention_statistics(
@@ -147,3 +149,59 @@ def statistics_of_rows(
         window, low, high, need_distance,
     )  # fmt: skip
     return AttentionStatistics(distance, windowed.transpose(1, 2), received.transpose(1, 2), count)
+
+
+def attention_with_distance(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    *,
+    plan: AttentionPlan,
+    prefix: SharedPrefix | None = None,
+    sm_scale: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention and, along with it, the backward distance sum_s p[t,s] (t - s) of every row; no gradient.
+
+    The attention visits every pair anyway: the distance costs next to nothing here, and half of an attention's forward
+    in :func:`attention_statistics`. For operands that :func:`fuses_distance`, in a model whose attention is observed:
+    shapes and values are not checked.
+
+    Args:
+        q: (B, Tq, Hq, D); k, v: (B, Tk, Hkv, D); key_bias: (B, Tk) float32; a packed batch has B = 1.
+        plan: where the sequences lie; prefix, sm_scale, window: as in ``attention_varlen``.
+
+    Returns:
+        o (B, Tq, Hq, D) and lse (B, Hq, Tq), the bits of the attention itself; distance (B, Hq, Tq) float32 in tokens,
+        0 in rows without a key.
+    """
+    prefix_k, prefix_v = (None, None) if prefix is None else (prefix.k, prefix.v)
+    o, lse, distance = statistics_ops.attention_forward_distance(
+        q.detach(), k.detach(), v.detach(), None if key_bias is None else key_bias.detach(), prefix_k, prefix_v,
+        plan.sequences, plan.tiles_q, plan.tiles_k, 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale,
+        -1 if window is None else window, plan.covers,
+    )  # fmt: skip
+    return o, lse, distance
+
+
+def fuses_distance(q: Tensor) -> bool:
+    """Whether :func:`attention_with_distance` computes for these queries: where the C++ kernel does."""
+    return statistics_ops.fuses_distance(forced_backend(), q)
+
+
+def mean_of_chosen_rows(values: Tensor, plan: AttentionPlan, rows: Tensor | None) -> Tensor:
+    """(n_seq, H) means of ``values`` (B, H, T) over each sequence's chosen rows; 0 where none is chosen.
+
+    Args:
+        rows: (B, T) bool; None: all.
+    """
+    batch, start, length = plan.sequences[:, :K_START].long().unbind(1)
+    weights = values.new_ones(values.shape[0], values.shape[2]) if rows is None else rows
+    weights = weights.double()[:, :, None]
+    sums = torch.cat([weights, weights * values.double().transpose(1, 2)], dim=-1)
+    # Sums over all rows before each, in double precision, so that their differences are exact enough.
+    before = torch.nn.functional.pad(sums.cumsum(1), (0, 0, 1, 0))
+    own = before[batch, start + length] - before[batch, start]
+    means: Tensor = own[:, 1:] / own[:, :1].clamp(min=1)
+    return means.to(values.dtype)

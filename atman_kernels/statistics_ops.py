@@ -1,4 +1,4 @@
-"""The operator behind :func:`atman_kernels.attention_statistics`: schema, fake and choice of kernel.
+"""The operators behind :func:`atman_kernels.attention_statistics`: schemas, fakes and choice of kernel.
 
 ``atman_kernels::attention_statistics`` takes the operands of ``atman_kernels.ops`` as far as scores need them, and
 
@@ -9,6 +9,11 @@
 
 and returns distance (n_seq, Hq), (0, Hq) unless needed; windowed_distance (B, Hq, Tq); received (B, Hq, Tk);
 received_count (B, Tk) int32. It has no gradient.
+
+``atman_kernels::attention_forward_distance`` is the causal attention, which gives o and lse, bit for bit as
+``attention_forward`` does, and distance (B, Hq, Tq), sum_s p[t,s] (t - s) of every row. The attention visits all pairs
+anyway, so the distance costs next to nothing there and half a forward elsewhere. Only the C++ kernel has it
+(:func:`fuses_distance`); it has no gradient.
 """
 
 from __future__ import annotations
@@ -18,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels import ops, reference
-from atman_kernels.problem import Statistics, StatisticsProblem
+from atman_kernels import _cpu, ops, reference
+from atman_kernels.problem import AttentionProblem, Statistics, StatisticsProblem
 
 _library = torch.library.Library("atman_kernels", "FRAGMENT")
 _library.define(
@@ -28,7 +33,13 @@ _library.define(
     "str backend, SymInt window, SymInt low, SymInt high, bool need_distance) "
     "-> (Tensor distance, Tensor windowed_distance, Tensor received, Tensor received_count)"
 )
+_library.define(
+    "attention_forward_distance(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_k, Tensor? prefix_v, "
+    "Tensor sequences, Tensor tiles_q, Tensor tiles_k, float sm_scale, SymInt window, bool covers) "
+    "-> (Tensor o, Tensor lse, Tensor distance)"
+)
 
+attention_forward_distance = torch.ops.atman_kernels.attention_forward_distance.default
 attention_statistics = torch.ops.atman_kernels.attention_statistics.default
 
 
@@ -43,6 +54,7 @@ def _statistics(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x._replace(
         q=ops.unit_stride(x.q),
         k=ops.unit_stride(x.k),
+        prefix_k=None if x.prefix_k is None else ops.unit_stride(x.prefix_k),
         lse=x.lse.contiguous(),
         rows=None if x.rows is None else x.rows.contiguous().view(torch.uint8),
     )
@@ -69,6 +81,37 @@ def _statistics_fake(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, 
     return _outputs(q, k, sequences=rest[4], need_distance=rest[-1])
 
 
+def fuses_distance(backend: str, q: Tensor) -> bool:
+    """Whether the kernel for this device and forced backend computes distances along with the attention."""
+    return q.device.type == "cpu" and ops.kernels_for(backend, q) is _cpu
+
+
+def _forward_distance(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of the schema, in its order."""
+    *tensors, sequences, tiles_q, tiles_k, sm_scale, window, covers = operands
+    tensors = [None if tensor is None else ops.unit_stride(tensor) for tensor in tensors]
+    bounds = (sm_scale, True, None if window < 0 else window)
+    x = AttentionProblem._make((*tensors, sequences, tiles_q, tiles_k, *bounds))
+    o, lse, distance = outputs = _forward_distance_fake(x.q)
+    if not covers:
+        o.zero_()
+        lse.fill_(-torch.inf)
+        distance.zero_()
+    _cpu.attention_forward(o, lse, x, distance=distance)
+    return outputs
+
+
+def _forward_distance_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (q.shape[0], q.shape[2], q.shape[1])
+    return (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        q.new_empty(rows, dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.float32),
+    )
+
+
 for _device in ("CPU", "CUDA"):
     _library.impl("attention_statistics", _statistics, _device)
+_library.impl("attention_forward_distance", _forward_distance, "CPU")
+torch.library.register_fake("atman_kernels::attention_forward_distance", _forward_distance_fake, lib=_library)
 torch.library.register_fake("atman_kernels::attention_statistics", _statistics_fake, lib=_library)

@@ -6,20 +6,21 @@ token s later on. Source: arXiv 2510.13554 (v2), equations 7 to 10.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atman_kernels import AttentionPlan
-from atman_kernels.hf import AttentionCall, observing
+from atman_kernels.hf import AttentionCall, KeyValueRecord, observing
 from atmanrl.config import SeriesConfig
 from atmanrl.saliency.frozen import frozen
-
-Heads = list[tuple[int, int]]
+from atmanrl.saliency.heads import Heads, layers_of, sampled_layers, select_heads
 
 
 @dataclass(frozen=True)
@@ -30,37 +31,13 @@ class RolloutSeries:
         waad: (T,) windowed average attention distance; fai: (T,) future attention influence, 0 where no row of the
             horizon exists.
         entropy: (T,) of the distribution each token was drawn from, nats; None unless asked for.
+        loss: mean negative log-likelihood of the answer's tokens, nats; NaN unless asked for.
     """
 
     waad: Tensor
     fai: Tensor
     entropy: Tensor | None = None
-
-
-def sampled_layers(n_layers: int, count: int = 5) -> list[int]:
-    """``count`` evenly spaced layers from floor(L / 3) to floor(2 L / 3), both included; fewer in a shallow model."""
-    first, last = n_layers // 3, 2 * n_layers // 3
-    spaced = torch.linspace(first, min(last, n_layers - 1), count, dtype=torch.float64)
-    return sorted({round(place) for place in spaced.tolist()})
-
-
-def layers_of(model: PreTrainedModel) -> int:
-    """The number of decoder layers."""
-    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
-
-
-def select_heads(distance: dict[int, Tensor], share: float = 0.3) -> tuple[Heads, Heads]:
-    """The ``share`` of all (layer, head) with the lowest and with the highest mean distance, at least one each.
-
-    Args:
-        distance: (Hq,) mean backward attention distance of each sampled layer's heads.
-    """
-    ranked = sorted(
-        (value, layer, head) for layer, values in distance.items() for head, value in enumerate(values.tolist())
-    )
-    count = max(1, round(share * len(ranked)))
-    heads = [(layer, head) for _, layer, head in ranked]
-    return heads[:count], heads[-count:]
+    loss: float = math.nan
 
 
 class SeriesCollector:
@@ -90,6 +67,10 @@ class SeriesCollector:
         counts = _response_rows(call.plan.sequences, rows)
         self._distances[call.layer_idx].append((counts.to(found.distance.dtype) @ found.distance, counts.sum()))
         self._series[call.layer_idx].append((found.windowed_distance[rows], found.received[rows]))
+
+    def reads_distance(self, layer_idx: int) -> bool:
+        """In the sampled layers."""
+        return layer_idx in self._series
 
     def distance(self) -> dict[int, Tensor]:
         """(Hq,) mean distance of every sampled layer over all response rows."""
@@ -125,46 +106,132 @@ def attention_series(
     config: SeriesConfig | None = None,
     *,
     entropy: bool = False,
+    answers: Sequence[range] | None = None,
     token_budget: int = 16384,
 ) -> list[RolloutSeries]:
-    """WAAD and FAI of every response token, from one packed forward of prompts and responses.
+    """WAAD and FAI of every response token, from one packed forward of the responses behind their prompts.
+
+    Equal prompts run once: the responses see their keys and values as a shared prefix.
 
     Args:
         model: a causal LM whose attention goes through transformers' AttentionInterface; restored on return.
-        prompts, responses: token ids; an empty response gives empty series.
+        prompts, responses: token ids; prompts are not empty, an empty response gives empty series.
         config: heads and windows; default: the paper's.
         entropy: also compute the entropies, which takes the logits of all response tokens.
-        token_budget: tokens of one packed batch; a longer rollout goes alone.
+        answers: of each response the places of the tokens whose ``loss`` is wanted, or an empty range; takes the logits
+            of those tokens.
+        token_budget: tokens of one packed batch, prompts included; a longer rollout goes alone.
     """
     config = SeriesConfig() if config is None else config
+    answers = [range(0)] * len(responses) if answers is None else answers
     parts = _parts([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], token_budget)
-    device = model.device
-    is_response, entropies = [], []
-    for part in parts:
-        flags = [flag for i in part for flag in [False] * len(prompts[i]) + [True] * len(responses[i])]
-        is_response.append(torch.tensor(flags, dtype=torch.bool, device=device)[None])
-    collector = SeriesCollector(layers_of(model), is_response, config)
-    with frozen(model), torch.no_grad(), observing(collector):
-        for part, rows in zip(parts, is_response, strict=True):
-            ids = [token for i in part for token in (*prompts[i], *responses[i])]
-            lengths = [len(prompts[i]) + len(responses[i]) for i in part]
-            # The logits that drew a token stand one row before it.
-            drawn_at = rows[0].nonzero()[:, 0] - 1 if entropy else torch.zeros(1, dtype=torch.int64, device=device)
-            output: Any = model(
-                input_ids=torch.tensor(ids, device=device)[None],
-                position_ids=torch.cat([torch.arange(n, device=device) for n in lengths])[None],
-                attention_mask=torch.empty(1, 1, 0, 0, device=device),
-                use_cache=False,
-                logits_to_keep=drawn_at,
-                attention_plan=AttentionPlan(lengths, device=device),
-            )
-            if entropy:
-                entropies.append(torch.distributions.Categorical(logits=output.logits[0].float()).entropy())
+    batches = [_pack([prompts[i] for i in part], [responses[i] for i in part], model.device) for part in parts]
+    collector = SeriesCollector(layers_of(model), [batch.is_response for batch in batches], config)
+    read: list[tuple[Tensor | None, float]] = []
+    with frozen(model), torch.no_grad():
+        for part, batch in zip(parts, batches, strict=True):
+            lengths, spans = [len(responses[i]) for i in part], [answers[i] for i in part]
+            logits = _logits(model, batch, collector, _wanted(batch, lengths, spans, entropy))
+            read += _read(logits, batch, lengths, spans, entropy)
     found = collector.series([len(response) for response in responses])
-    if not entropy:
-        return found
-    split = torch.cat(entropies).split([len(response) for response in responses])
-    return [RolloutSeries(one.waad, one.fai, part) for one, part in zip(found, split, strict=True)]
+    return [replace(one, entropy=own, loss=loss) for one, (own, loss) in zip(found, read, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Responses, each behind its prompt's last token, whose logits draw the first; the rest of each prompt, once.
+
+    Attributes:
+        prefix_ids, prefix_positions: (P_total,) int64, the distinct prompts without their last tokens.
+        prefix_plan: one sequence per distinct prompt.
+        ids, positions: (R_total,) int64; plan: one sequence per response, behind its part of the prefix.
+        is_response: (1, R_total) bool, not the prompts' last tokens.
+    """
+
+    prefix_ids: Tensor
+    prefix_positions: Tensor
+    prefix_plan: AttentionPlan
+    ids: Tensor
+    positions: Tensor
+    plan: AttentionPlan
+    is_response: Tensor
+
+
+def _pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device) -> _Packed:
+    starts: dict[tuple[int, ...], int] = {}
+    end = 0
+    for prompt in prompts:
+        prefix = tuple(prompt[:-1])
+        if prefix not in starts:
+            starts[prefix] = end
+            end += len(prefix)
+    own = [[*prompt[-1:], *response] for prompt, response in zip(prompts, responses, strict=True)]
+    before = [len(prompt) - 1 for prompt in prompts]
+
+    def on_device(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=device)
+
+    lengths = [len(ids) for ids in own]
+    return _Packed(
+        prefix_ids=on_device(chain.from_iterable(starts)),
+        prefix_positions=on_device(chain.from_iterable(range(len(prefix)) for prefix in starts)),
+        prefix_plan=AttentionPlan([len(prefix) for prefix in starts], device=device),
+        ids=on_device(chain.from_iterable(own)),
+        positions=on_device(chain.from_iterable(range(b, b + n) for b, n in zip(before, lengths, strict=True))),
+        plan=AttentionPlan(lengths, lengths, [starts[tuple(prompt[:-1])] for prompt in prompts], before, device=device),
+        is_response=on_device(i > 0 for n in lengths for i in range(n)).bool()[None],
+    )
+
+
+def _wanted(batch: _Packed, lengths: Sequence[int], answers: Sequence[range], entropy: bool) -> Tensor:
+    """The rows that draw the tokens whose logits are read: all of the responses, or those of the answers."""
+    first = [sum(lengths[:i]) + i for i in range(len(lengths))]
+    places = [range(n) if entropy else answer for n, answer in zip(lengths, answers, strict=True)]
+    rows = [start + place for start, own in zip(first, places, strict=True) for place in own]
+    return torch.tensor(rows, dtype=torch.int64, device=batch.ids.device)
+
+
+def _logits(model: PreTrainedModel, batch: _Packed, collector: SeriesCollector, rows: Tensor) -> Tensor:
+    """(len(rows), V) float32, while the collector looks on at the responses' rows."""
+    # The plan says what each row sees; a 4-D mask, unused, keeps transformers from reading that off the positions.
+    fixed: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 0, 0, device=batch.ids.device), "use_cache": False}
+    prefix = None
+    if len(batch.prefix_ids):
+        prefix = KeyValueRecord()
+        model(
+            input_ids=batch.prefix_ids[None],
+            position_ids=batch.prefix_positions[None],
+            attention_plan=batch.prefix_plan,
+            logits_to_keep=1,
+            capture=prefix,
+            **fixed,
+        )
+    with observing(collector):
+        output: Any = model(
+            input_ids=batch.ids[None],
+            position_ids=batch.positions[None],
+            attention_plan=batch.plan,
+            shared_prefix=prefix,
+            logits_to_keep=rows,
+            **fixed,
+        )
+    logits: Tensor = output.logits[0].float()
+    return logits
+
+
+def _read(
+    logits: Tensor, batch: _Packed, lengths: Sequence[int], answers: Sequence[range], entropy: bool
+) -> list[tuple[Tensor | None, float]]:
+    """Entropies and mean loss of the answer of each response, from the logits of the rows of :func:`_wanted`."""
+    tokens = batch.ids[batch.is_response[0]].split(list(lengths))
+    own = logits.split(list(lengths) if entropy else [len(answer) for answer in answers])
+    found = []
+    for ids, rows, answer in zip(tokens, own, answers, strict=True):
+        entropies = torch.distributions.Categorical(logits=rows).entropy() if entropy else None
+        of_answer = rows[answer.start : answer.stop] if entropy else rows
+        loss = nn.functional.cross_entropy(of_answer, ids[answer.start : answer.stop]).item() if answer else math.nan
+        found.append((entropies, loss))
+    return found
 
 
 def _parts(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -51,7 +51,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Map
     else:
         if tokenizer.chat_template is None:
             raise ValueError(
-                'the tokenizer has no chat template, so messages cannot be rendered; set data.prompt_style to "plain"'
+                "the tokenizer has no chat template, so messages cannot be rendered; give the prompt as text "
+                '(a task: set data.prompt_style to "plain")'
             )
         text = tokenizer.apply_chat_template([dict(m) for m in prompt], tokenize=False, add_generation_prompt=True)
         ids = tokenizer.encode(text, add_special_tokens=False)

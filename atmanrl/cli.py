@@ -77,6 +77,8 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
     if known.statistics:
         return _statistics(known, overrides)
+    if known.plot is not None:
+        raise ValueError("--plot needs --statistics")
     return explain_command(
         ModelConfig(known.model, known.revision, known.dtype),
         overrides,
@@ -91,7 +93,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         temperature=known.temperature,
         seed=known.seed,
         color=known.color,
-        estimator=known.estimator,
+        estimators=known.estimator,
         deletion=known.deletion,
         record_every=known.record_every,
     )
@@ -101,6 +103,9 @@ def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     from atmanrl.commands.explain import examples_of, generation_of
     from atmanrl.commands.statistics import statistics_command
 
+    for option in ("html", "csv", "deletion", "record_every"):
+        if getattr(known, option):
+            raise ValueError(f"--{option.replace('_', '-')} is not for --statistics, which scores no tokens")
     return statistics_command(
         ModelConfig(known.model, known.revision, known.dtype),
         examples_of(known.input, known.prompt, known.completion, known.answer),
@@ -108,6 +113,7 @@ def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
         plot=known.plot,
         json=known.json,
         generation=generation_of(known.max_new_tokens, known.temperature),
+        temperature=known.temperature,
         seed=known.seed,
         color=known.color,
     )
@@ -161,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="compare two files of explain or evaluate, prompt by prompt",
-        description="Print the paired comparison of two files that explain or evaluate wrote.",
+        description="Print the paired comparison of two files that explain or evaluate wrote: two models' completions "
+        "of the same prompts, or two estimators' scores of the same completions.",
     )
     compare.add_argument("before", type=Path, metavar="BEFORE.json")
     compare.add_argument("after", type=Path, metavar="AFTER.json")
@@ -240,10 +247,11 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument("--seed", type=int, default=0)
     explain.add_argument(
         "--estimator",
-        default="mask",
+        nargs="+",
+        default=["mask"],
         metavar="NAME",
         help="what scores the tokens: mask (the paper's), best, sparse-mask, integrated, gradient, leave-one-out, "
-        "atman, atman-concept, attention or random",
+        "atman, atman-concept, attention, fai or random; the page can switch between several",
     )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")

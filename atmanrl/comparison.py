@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from atmanrl.agreement import spearman
 from atmanrl.plots import plot_comparison, plot_training
-from atmanrl.records import Run, write_text_atomically
+from atmanrl.records import Run, paired_rollouts, write_text_atomically
 from atmanrl.report import markdown_table, print_summary, write_page
 from atmanrl.summary import Summary, compare, summarize
 
@@ -42,6 +46,40 @@ def write_comparison(
     metrics = Path(directory) / "metrics.jsonl" if metrics is None else Path(metrics)
     _write(Path(directory), summary, [before, after], metrics, title=title, note=note, console=console)
     return summary
+
+
+def with_scores_of(first: Run, second: Run) -> Run:
+    """The completions that two runs share, with the scores of both.
+
+    Measures say how far the scores agree within a completion: ``spearman_with_S``, the rank correlation with the second
+    run's score S, and ``top_fifth_shared_with_S``, the share of the highest fifth of the tokens (at least one) that is
+    the highest fifth of the other as well.
+
+    Raises:
+        ValueError: if the runs share no prompt, or completions that ought to be the same are not.
+    """
+    name = second.score
+    records = []
+    for one, other in paired_rollouts(first, second):
+        if (one.cot.ids, one.answer.ids) != (other.cot.ids, other.answer.ids):
+            raise ValueError(
+                f"{first.label!r} is scored by {first.score!r}, {second.label!r} by {name!r}, and the completions of"
+                f" prompt {one.prompt_id!r} differ: neither scores nor completions can be compared"
+            )
+        measures = {**one.measures}
+        if first.score in one.scores and name in other.scores:
+            pair = one.scores[first.score], other.scores[name]
+            found = {f"spearman_with_{name}": spearman(*pair), f"top_fifth_shared_with_{name}": _top_shared(*pair)}
+            measures |= {key: value for key, value in found.items() if math.isfinite(value)}
+        records.append(replace(one, scores={**other.scores, **one.scores}, measures=measures))
+    settings = {**first.settings, "second": second.settings}
+    return Run(f"{first.label}, {first.score} and {name}", tuple(records), first.score, settings)
+
+
+def _top_shared(one: Sequence[float], other: Sequence[float]) -> float:
+    count = max(1, round(len(one) / 5))
+    highest = [set(sorted(range(len(values)), key=lambda i: -values[i])[:count]) for values in (one, other)]
+    return len(highest[0] & highest[1]) / count
 
 
 def write_single(

@@ -2,18 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from atman_kernels.hf import observing
 from atmanrl import credit
-from atmanrl.attention_series import RolloutSeries
+from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series
 from atmanrl.config import CreditConfig
+from atmanrl.saliency.heads import layers_of
 
 READ_FROM_ATTENTION = ("local", "global", "coupled")
 NEEDS_SERIES = (*READ_FROM_ATTENTION, "entropy")
 """Strategies that read the attention or the logits of a forward pass."""
+
+
+class CreditAssignment:
+    """Gamma of one batch of rollouts after another, from a forward that runs anyway or from one of its own.
+
+    Args:
+        config: the strategy and its parameters.
+    """
+
+    def __init__(self, config: CreditConfig) -> None:
+        self.config = config
+        self._series: list[RolloutSeries] | None = None
+
+    def begin(self) -> None:
+        """Forget the batch before."""
+        self._series = None
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether the strategy reads a forward of the batch and none has been read."""
+        return self.config.strategy in NEEDS_SERIES and self._series is None
+
+    @contextmanager
+    def watching(self, model: PreTrainedModel, response: Tensor, size: int) -> Iterator[None]:
+        """Read the series from the forwards inside the block, where the strategy and the model's attention allow it.
+
+        Args:
+            response: (B, T) bool, the response tokens; size: rows of it that each forward shows.
+        """
+        if self.config.strategy not in READ_FROM_ATTENTION or model.config._attn_implementation != "atman":
+            yield
+            return
+        collector = SeriesCollector(layers_of(model), response.split(size), self.config.series)
+        with observing(collector):
+            yield
+        self._series = collector.series(response.sum(1).tolist())
+
+    def forward(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        answers: Mapping[int, range] | None = None,
+    ) -> list[float]:
+        """Read the series from a forward of its own.
+
+        Args:
+            answers: places of the answer in some of the responses, by index.
+
+        Returns:
+            the mean negative log-likelihood of each answer; NaN without one.
+        """
+        places = {} if answers is None else answers
+        self._series = attention_series(
+            model,
+            prompts,
+            responses,
+            self.config.series,
+            entropy=self.config.strategy == "entropy",
+            answers=[places.get(i, range(0)) for i in range(len(responses))],
+        )
+        return [one.loss for one in self._series]
+
+    def gammas(self, lengths: Sequence[int], restored: Mapping[int, Tensor], seed: int) -> list[Tensor]:
+        """gamma of the batch; arguments as in :func:`gammas`."""
+        return gammas(self.config, lengths, series=self._series, restored=restored, seed=seed)
 
 
 def gammas(
@@ -29,7 +99,7 @@ def gammas(
     Args:
         config: the strategy and its parameters.
         lengths: response tokens of each rollout.
-        series: of each rollout, for the strategies in `NEEDS_SERIES`.
+        series: of each rollout, for the strategies in `NEEDS_SERIES`; tokens behind the end of one get 1.
         restored: for "saliency": restored values of the response's leading tokens, by index of the rollout. Tokens and
             rollouts without one get 1.
         seed: of the "random" strategy.
@@ -46,8 +116,11 @@ def gammas(
     for i, length in enumerate(lengths):
         one = series[i] if series is not None else RolloutSeries(torch.zeros(0), torch.zeros(0))
         values = None if restored is None else restored.get(i)
-        gamma = _gamma(config, length, one, values, generator) if length else torch.ones(0)
-        found.append(gamma.float().cpu())
+        gamma = torch.ones(length)
+        if length:
+            own = _gamma(config, length, one, values, generator)
+            gamma[: len(own)] = own
+        found.append(gamma)
     return found
 
 

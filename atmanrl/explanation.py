@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER, AnswerFormat, ParsedAnswer
 from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
-from atmanrl.data.sources import json_rows
+from atmanrl.data.sources import Row, json_rows
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.recording import Completion, record, score_name
 from atmanrl.records import Run
 from atmanrl.saliency.estimators import make_estimator
 
+_KEYS = ("prompt", "completion", "answer", "expected", "id")
 # Tried in this order: the announcements that cannot be mistaken first, a lone number last.
 _FORMATS = (LEDGER_ANSWER, MMLU_ANSWER, GSM8K_ANSWER.with_mode("flexible"))
 
@@ -69,26 +72,50 @@ def read_examples(path: str | Path) -> Iterator[Example]:
     """Examples of a JSONL file: "prompt" (text or messages); "completion", "answer", "expected" and "id" if given.
 
     Raises:
-        ValueError: for a line that is no such object, with file and line.
+        ValueError: for a line that is no such object, has a misspelt key or the id of an earlier one, with file and
+            line.
     """
+    places: dict[str, str] = {}
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     for number, row in enumerate(json_rows(Path(path)), start=1):
         values = row.values
-        prompt = values.get("prompt")
-        if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
-            raise ValueError(f'{row.place}: "prompt" must be a text or a list of messages, got {prompt!r}')
-        for key in ("completion", "answer", "expected"):
-            if not isinstance(values.get(key), str | None):
-                raise ValueError(f'{row.place}: "{key}" must be a text, got {values[key]!r}')
+        _check_keys(row)
+        name = str(values.get("id", number))
+        if name in places:
+            raise ValueError(f"{row.place}: the id {name!r} is that of {places[name]}")
+        places[name] = row.place
         yield Example(
-            prompt=prompt,
+            prompt=values["prompt"],
             completion=values.get("completion"),
             answer=values.get("answer"),
             expected=values.get("expected"),
-            name=str(values.get("id", number)),
+            name=name,
             place=row.place,
         )
+
+
+def _check_keys(row: Row) -> None:
+    values = row.values
+    for key in values:
+        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
+        # Other columns may stand beside these, but not one that is a slip of the pen.
+        if key not in _KEYS and near and near[0] not in values:
+            raise ValueError(f'{row.place}: unknown key "{key}"; did you mean "{near[0]}"?')
+    prompt = values.get("prompt")
+    if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
+        raise ValueError(f'{row.place}: "prompt" must be a text or a list of messages, got {prompt!r}')
+    for message in prompt if isinstance(prompt, list) else ():
+        parts = [message.get(part) for part in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f'{row.place}: a message of "prompt" needs the texts "role" and "content", got {message!r}'
+            )
+    for key in ("completion", "answer", "expected"):
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(f'{row.place}: "{key}" must be a text, got {values[key]!r}')
+    if values.get("answer") == "":
+        raise ValueError(f'{row.place}: "answer" is empty; leave it out to have the answer found')
 
 
 def explain(
@@ -98,6 +125,7 @@ def explain(
     *,
     label: str = "explained",
     generation: GenerationSettings | None = None,
+    temperature: float = 0.0,
     mask: MaskConfig | None = None,
     estimator: str = "mask",
     seed: int = 0,
@@ -112,7 +140,8 @@ def explain(
         tokenizer: its tokenizer.
         examples: prompts with completions; the model completes those that have none.
         label: what a reader calls this run.
-        generation: how missing completions are drawn, one per prompt; where None greedily, up to the context's end.
+        generation: how missing completions are drawn, one per prompt; where None at ``temperature``, greedily at 0, up
+            to the context's end.
         mask: how masks are optimised; the paper's numbers where None.
         estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
         seed: of the sampling.
@@ -126,10 +155,17 @@ def explain(
     """
     scorer = make_estimator(estimator, mask=mask, record_every=record_every)
     prompts, completion_ids, generation = completed(
-        model, tokenizer, examples, generation=generation, seed=seed, progress=progress
+        model, tokenizer, examples, generation=generation, temperature=temperature, seed=seed, progress=progress
     )
     completions = [
-        Completion(example.name, prompt, ids, _answer_format(example, str(tokenizer.decode(ids))), example.expected)
+        Completion(
+            example.name,
+            prompt,
+            ids,
+            _answer_format(example, str(tokenizer.decode(ids))),
+            example.expected,
+            given=example.completion is not None,
+        )
         for example, prompt, ids in zip(examples, prompts, completion_ids, strict=True)
     ]
     records = record(model, tokenizer, completions, estimator=scorer, progress=progress)
@@ -144,20 +180,21 @@ def completed(
     examples: Sequence[Example],
     *,
     generation: GenerationSettings | None = None,
+    temperature: float = 0.0,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[list[list[int]], list[list[int]], GenerationSettings | None]:
     """Token ids of the examples' prompts and completions, and how those that were missing were written.
 
     Args:
-        generation: how missing completions are drawn; where None greedily, up to the context's end.
+        generation: how missing completions are drawn; where None at ``temperature``, up to the context's end.
 
     Raises:
         ValueError: for no examples; for one that is empty or exceeds the model's context, with its place.
     """
     if not examples:
         raise ValueError("no prompts to explain")
-    prompts = [encode_prompt(tokenizer, example.prompt) for example in examples]
+    prompts = [_prompt_ids(tokenizer, example) for example in examples]
     completion_ids = [
         None if example.completion is None else tokenizer.encode(example.completion, add_special_tokens=False)
         for example in examples
@@ -165,17 +202,23 @@ def completed(
     _check_context(model, examples, prompts, completion_ids)
     missing = [i for i, ids in enumerate(completion_ids) if ids is None]
     if missing:
-        generation = generation or _greedy(model, [prompts[i] for i in missing])
+        generation = generation or _up_to_the_end(model, [prompts[i] for i in missing], temperature)
         written = generate(model, tokenizer, [prompts[i] for i in missing], generation, seed=seed, progress=progress)
         for i, samples in zip(missing, written, strict=True):
             completion_ids[i] = samples[0]
     return prompts, [ids or [] for ids in completion_ids], generation
 
 
-def _greedy(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> GenerationSettings:
-    longest = max(len(prompt) for prompt in prompts)
-    room = context_length(model) - longest
-    return GenerationSettings(max_new_tokens=max(1, min(GenerationSettings.max_new_tokens, room)), temperature=0.0)
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    try:
+        return encode_prompt(tokenizer, example.prompt)
+    except (ValueError, TemplateError) as error:
+        raise ValueError(f"{example.place}: {error}") from error
+
+
+def _up_to_the_end(model: PreTrainedModel, prompts: Sequence[Sequence[int]], temperature: float) -> GenerationSettings:
+    room = context_length(model) - max(len(prompt) for prompt in prompts)
+    return GenerationSettings(max(1, min(GenerationSettings.max_new_tokens, room)), temperature)
 
 
 def _answer_format(example: Example, completion: str) -> AnswerFormat:

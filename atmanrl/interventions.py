@@ -16,6 +16,7 @@ from atmanrl.rollouts import Rollout
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
+from atmanrl.saliency.working_copy import working_copy
 
 Mask = NDArray[np.bool_]
 
@@ -63,13 +64,19 @@ def answer_log_probabilities(
     Variants of one rollout share their prompt's forward where they stand in the same batch.
 
     Args:
-        model: a causal LM on transformers' AttentionInterface; borrowed frozen while a batch runs.
+        model: a causal LM on transformers' AttentionInterface, adapted or sharded as :func:`working_copy` allows (then
+            every rank must call); borrowed frozen while a batch runs.
         variants: taken as they are needed.
         rows: packed completion rows per forward, which bounds the memory.
 
     Raises:
         ValueError: for a rollout without an answer, or a ``hidden`` of another length than its chain of thought.
     """
+    # At the call, not at the first variant: a rank without any takes part in gathering a sharded model.
+    return _in_batches(working_copy(model), variants, rows)
+
+
+def _in_batches(model: PreTrainedModel, variants: Iterable[Variant], rows: int) -> Iterator[Tensor]:
     batch: list[Variant] = []
     size = 0
     for variant in variants:

@@ -29,6 +29,7 @@ class Completion:
         prompt_id, sample, expected: see `RolloutRecord`.
         prompt_ids, completion_ids: token ids, end of turn included where one was generated.
         answer_format: finds and compares the answer.
+        given: it was handed in, and is whole without an end of turn.
         classify: names the classes of the completion's tokens from their texts, where the task knows them.
     """
 
@@ -38,6 +39,7 @@ class Completion:
     answer_format: AnswerFormat
     expected: str | None = None
     sample: int = 0
+    given: bool = False
     classify: Callable[[Sequence[str]], list[str]] | None = None
 
 
@@ -148,7 +150,7 @@ def record_one(
         predicted=predicted,
         expected=item.expected,
         correct=correct,
-        truncated=not split.finished,
+        truncated=not (split.finished or item.given),
         skipped=skipped,
         loss=_loss(saliency),
         measures=_other_parser(item, split),
@@ -163,7 +165,7 @@ def _span(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> TokenSpan:
 def _scores(saliency: TokenScores | None) -> Mapping[str, tuple[float, ...]]:
     if saliency is None:
         return {}
-    return {score_name(saliency.estimator): _decimals(saliency.scores)}
+    return {score_name(saliency.estimator): decimals(saliency.scores)}
 
 
 def _loss(saliency: TokenScores | None) -> MaskLoss | None:
@@ -187,13 +189,13 @@ def _trajectory(saliency: TokenScores | None) -> Trajectory | None:
     course = saliency.course
     return Trajectory(
         steps=tuple(course.steps.tolist()),
-        loss=_decimals(course.losses),
-        restored=tuple(_decimals(row) for row in course.scores),
+        loss=decimals(course.losses),
+        restored=tuple(decimals(row) for row in course.scores),
     )
 
 
-def _decimals(values: Tensor) -> tuple[float, ...]:
-    # The shortest decimals that still tell float32 values apart: files stay small and lose nothing.
+def decimals(values: Tensor) -> tuple[float, ...]:
+    """The shortest decimals that still tell float32 values apart: files stay small and lose nothing."""
     return tuple(float(str(value)) for value in values.float().numpy())
 
 

@@ -29,6 +29,10 @@ FORMAT = "atmanrl.run"
 VERSION = 1
 RESTORED = "restored"
 """The mask's score 1 - H_v / c: 0 for a token left as suppressed as it started, 1 for one fully enabled."""
+DELETION = "deletion"
+"""Name of the score: rise of the answer's mean negative log-likelihood (nats) when the token is hidden."""
+DELETIONS = frozenset({DELETION, "leave-one-out"})
+"""Scores that are these effects, whichever name they were asked for by."""
 
 
 @dataclass(frozen=True)

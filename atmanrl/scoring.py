@@ -18,27 +18,55 @@ from atmanrl.faithfulness import (
     score_curves,
 )
 from atmanrl.interventions import Outcome, Variant, outcomes
-from atmanrl.records import RolloutRecord, Run
+from atmanrl.recording import decimals
+from atmanrl.records import DELETION, DELETIONS, RolloutRecord, Run
 from atmanrl.rollouts import Rollout
-from atmanrl.saliency.estimators import estimate_saliency
-
-DELETION = "deletion"
-"""Name of the score: rise of the answer's mean negative log-likelihood (nats) when the token is hidden."""
+from atmanrl.saliency.estimators import Estimator, estimate_saliency
+from atmanrl.summary import AGREEMENT
 
 # What stands in for a chain of thought, repeated to its length.
 FILLER = " ."
 
 
-def with_deletion_effects(model: PreTrainedModel, run: Run) -> Run:
-    """The run with a score ``DELETION`` beside its others wherever there is a chain of thought and an answer."""
+def with_scores(
+    model: PreTrainedModel, run: Run, estimator: str | Estimator, name: str, *, progress: bool | None = None
+) -> Run:
+    """The run with one more score per token wherever there is a chain of thought and an answer.
+
+    Args:
+        model: whose answers are explained.
+        run: recorded completions.
+        estimator: see `estimate_saliency`.
+        name: of the score in `RolloutRecord.scores`; one of that name is replaced.
+        progress: show progress bars on stderr; default: if stderr is a terminal.
+    """
     rollouts = _rollouts(run)
-    effects = estimate_saliency(model, list(rollouts.values()), "leave-one-out")
-    scores = {i: {DELETION: tuple(item.scores.tolist())} for i, item in zip(rollouts, effects, strict=True)}
+    found = estimate_saliency(model, list(rollouts.values()), estimator, progress=progress)
+    scores = {i: {name: decimals(item.scores)} for i, item in zip(rollouts, found, strict=True)}
     records = [
         replace(item, scores={**item.scores, **scores[i]}) if i in scores else item
         for i, item in enumerate(run.rollouts)
     ]
     return replace(run, rollouts=tuple(records))
+
+
+def with_deletion_effects(model: PreTrainedModel, run: Run, *, progress: bool | None = None) -> Run:
+    """The run with a score ``DELETION`` beside its others, and with the measure ``AGREEMENT``.
+
+    The measure is the rank correlation of the run's own score with the deletion effects within each completion, where
+    that score is another one and neither is constant.
+    """
+    run = with_scores(model, run, "leave-one-out", DELETION, progress=progress)
+    if run.score in DELETIONS:
+        return run
+    return replace(run, rollouts=tuple(_rated(item, run.score) for item in run.rollouts))
+
+
+def _rated(item: RolloutRecord, score: str) -> RolloutRecord:
+    if DELETION not in item.scores or score not in item.scores:
+        return item
+    agreement = spearman(item.scores[score], item.scores[DELETION])
+    return replace(item, measures={**item.measures, **_named({AGREEMENT: agreement}, "")})
 
 
 def with_faithfulness(
@@ -50,8 +78,7 @@ def with_faithfulness(
     and ``mistake_unchanged`` (see `atmanrl.faithfulness`), and ``accuracy_no_cot``, whether greedy decoding writes the
     ground truth without a chain of thought. A mistake changes a token with a digit, or any token where there is none,
     to another one of that kind in the run. Of the run's score, where there is one: ``comprehensiveness`` and
-    ``sufficiency`` with what random tokens reach, and ``deletion_spearman``, its rank correlation with the deletion
-    effects where the run holds them.
+    ``sufficiency`` with what random tokens reach.
 
     Args:
         model: whose answers are probed: the run's own, or the initial model to hold the reader fixed.
@@ -75,7 +102,7 @@ def with_faithfulness(
     scored = {i: rollout for i, rollout in rollouts.items() if run.score in run.rollouts[i].scores}
     curves = score_curves(model, list(scored.values()), [run.rollouts[i].scores[run.score] for i in scored], seed=seed)
     for i, curve in zip(scored, curves, strict=True):
-        measured[i] |= _of_the_score(run.rollouts[i], run.score, curve, own=not prefix)
+        measured[i] |= _of_the_score(curve)
     records = [
         replace(item, measures={**item.measures, **_named(measured[i], prefix)}) if i in measured else item
         for i, item in enumerate(run.rollouts)
@@ -133,17 +160,13 @@ def _of_the_chain(early: EarlyAnswering) -> dict[str, float]:
     }
 
 
-def _of_the_score(item: RolloutRecord, score: str, curves: ScoreCurves, *, own: bool) -> dict[str, float]:
-    values = {
+def _of_the_score(curves: ScoreCurves) -> dict[str, float]:
+    return {
         "comprehensiveness": curves.comprehensiveness,
         "random_comprehensiveness": curves.random_comprehensiveness,
         "sufficiency": curves.sufficiency,
         "random_sufficiency": curves.random_sufficiency,
     }
-    # The recorded deletion effects are those on the run's own model.
-    if own and DELETION in item.scores and score != DELETION:
-        values["deletion_spearman"] = spearman(item.scores[score], item.scores[DELETION])
-    return values
 
 
 def _named(values: Mapping[str, float], prefix: str) -> dict[str, float]:

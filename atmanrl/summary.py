@@ -22,10 +22,14 @@ SATURATED_LOSS = 0.01
 """Answer loss under the initial mask, in nats per token, below which a mask has nothing to restore: its values are then
 decided by rounding (fp32 and fp64 give different masks), not by the answer."""
 
+AGREEMENT = "deletion_spearman"
+"""Name of the measure: rank correlation of a run's score with the deletion effects, within a completion."""
+
 # The built-in task's classes in reading order; classes of other tasks follow alphabetically.
 _NEEDED = "needed"
 _WORTH_A_WARNING = 0.25
 
+_LABELS = {AGREEMENT: "rank correlation with deletion"}
 _Count = Callable[..., tuple[float, float]]
 _CLASS_ORDER = (_NEEDED, "filler", "other")
 
@@ -173,7 +177,8 @@ def metrics(
         ]
     for name in measures:
         unit = "%" if "accuracy" in name or name.endswith("_unchanged") else ""
-        rows.append(metric(name, name.replace("_", " "), unit, _measure, name=name))
+        label = _LABELS.get(name, name.replace("_", " "))
+        rows.append(metric(name, label, unit, _measure, name=name))
     return rows
 
 

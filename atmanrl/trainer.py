@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,12 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig
 
-from atman_kernels.hf import observing
-from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series, layers_of
 from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.config import CreditConfig, MaskConfig
-from atmanrl.credit_assignment import NEEDS_SERIES, READ_FROM_ATTENTION, gammas, weighted_advantages
+from atmanrl.credit_assignment import CreditAssignment, weighted_advantages
 from atmanrl.data import Task
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
 from atmanrl.recording import Completion, record_one, score_name
@@ -38,7 +36,8 @@ from atmanrl.resumable import ResumableGRPOTrainer
 from atmanrl.rewards import Direction, Reduction, saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
 from atmanrl.saliency import NonFiniteLossError, working_copy
-from atmanrl.saliency.estimators import Estimator, TokenScores, estimate_saliency, make_estimator
+from atmanrl.saliency.estimators import Estimator, Mask, TokenScores, estimate_saliency, make_estimator
+from atmanrl.saliency.packing import loss_tokens
 
 Target = Literal["predicted", "correct"]
 
@@ -182,7 +181,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         self._completion_ids: list[list[int]] = []
         self._splits: list[CompletionSplit] = []
         self._masks: dict[int, TokenScores] = {}
-        self._collector: SeriesCollector | None = None
+        self._credit = CreditAssignment(args.credit_assignment)
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
         if args.saliency_weight or args.log_saliency or args.credit_assignment.strategy == "saliency":
@@ -230,7 +229,10 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         # TRL leaves a rollout whose rewards are all NaN out of its group; one whose mask failed must get there.
         rewards[active] = torch.nan
         with self._clock("saliency"):
-            active, masks = self._scores(rollouts, active)
+            model = self._policy()
+        estimator = self._reading_credit(model, rollouts, active)
+        with self._clock("saliency"):
+            active, masks = self._scores(model, rollouts, active, estimator)
         self._masks = dict(zip(active, masks, strict=True))
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
         classes = self._classes()
@@ -292,7 +294,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._collector = None
+        self._credit.begin()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.args.credit_assignment.strategy != "none":
             with self._clock("credit"):
@@ -303,24 +305,14 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *rest: Any, **kwargs: Any
     ) -> Any:
         plain = partial(super()._get_per_token_logps_and_entropies, model, input_ids, attention_mask, logits_to_keep)
-        policy = self.accelerator.unwrap_model(self.model)
-        # The old log-probabilities, where the policy itself attends through "atman": its statistics come along.
-        looks_on = (
-            self.args.credit_assignment.strategy in READ_FROM_ATTENTION
-            and model is self.model
-            and not torch.is_grad_enabled()
-            and policy.config._attn_implementation == "atman"
-        )
-        if not looks_on:
+        # The old log-probabilities. Where the reference is the policy without its adapter, its pass looks the same.
+        if model is not self.model or torch.is_grad_enabled() or (self.beta and self.ref_model is None):
             return plain(*rest, **kwargs)
         response = attention_mask.bool()
         response[:, :-logits_to_keep] = False
         size = kwargs.get("batch_size") or (rest[0] if rest and rest[0] else len(input_ids))
-        collector = SeriesCollector(layers_of(policy), response.split(size), self.args.credit_assignment.series)
-        with observing(collector):
-            found = plain(*rest, **kwargs)
-        self._collector = collector
-        return found
+        with self._credit.watching(self.accelerator.unwrap_model(self.model), response, size):
+            return plain(*rest, **kwargs)
 
     def _compute_loss(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
         loss: Tensor = super()._compute_loss(model, inputs)
@@ -374,15 +366,32 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             for prompt_ids, completion_ids, gold in zip(self._prompt_ids, self._completion_ids, answer, strict=True)
         ]
 
-    def _scores(self, rollouts: Sequence[Rollout], active: list[int]) -> tuple[list[int], list[TokenScores]]:
-        """Scores of the ``active`` rollouts, in one call; those left out as non-finite are missing from both."""
+    def _policy(self) -> PreTrainedModel:
+        """The policy to compute on without training it; gathering a sharded one takes every process."""
         with self.accelerator.autocast():
-            # Once, however often the loop runs: gathering a sharded policy takes every process.
-            model = working_copy(self.accelerator.unwrap_model(self.model))
+            return working_copy(self.accelerator.unwrap_model(self.model))
+
+    def _reading_credit(self, model: PreTrainedModel, rollouts: Sequence[Rollout], active: Sequence[int]) -> Estimator:
+        """What scores the tokens. A forward that the credit needs runs now, and gives it the losses without a mask."""
+        estimator: Estimator = self.args.estimator()
+        if not self._credit.needs_forward:
+            return estimator
+        answers = {}
+        if isinstance(estimator, Mask) and self.args.target == "predicted":
+            answers = {i: loss_tokens(rollouts[i], estimator.config.answer_loss) for i in active}
+        with self._clock("credit"):
+            losses = self._credit.forward(model, self._prompt_ids, self._completion_ids, answers)
+        if isinstance(estimator, Mask) and answers:
+            estimator = replace(estimator, loss_unmasked={rollouts[i]: losses[i] for i in answers})
+        return estimator
+
+    def _scores(
+        self, model: PreTrainedModel, rollouts: Sequence[Rollout], active: list[int], estimator: Estimator
+    ) -> tuple[list[int], list[TokenScores]]:
+        """Scores of the ``active`` rollouts, in one call; those left out as non-finite are missing from both."""
         while True:
             try:
-                scored = estimate_saliency(model, [rollouts[i] for i in active], self.args.estimator(), progress=False)
-                return active, scored
+                return active, estimate_saliency(model, [rollouts[i] for i in active], estimator, progress=False)
             except NonFiniteLossError as error:
                 index = active[error.rollout]
                 rollout = rollouts[index]
@@ -392,30 +401,20 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
 
     def _assign_credit(self, output: Mapping[str, Tensor]) -> Tensor:
         """(B, T) advantages gamma_t A of the completions' tokens; TRL's loss takes them in place of (B,)."""
-        config, n_tokens = self.args.credit_assignment, output["completion_ids"].shape[1]
-        lengths = [len(ids) for ids in self._completion_ids]
-        series: list[RolloutSeries] | None = None
-        if self._collector is not None:
-            series = self._collector.series(lengths)
-        elif config.strategy in NEEDS_SERIES:
-            with self.accelerator.autocast():
-                # Gathering a sharded policy takes every process.
-                model = working_copy(self.accelerator.unwrap_model(self.model))
-            series = attention_series(
-                model, self._prompt_ids, self._completion_ids, config.series, entropy=config.strategy == "entropy"
-            )
-        found = gammas(
-            config,
-            lengths,
-            series=series,
-            restored={i: mask.restored for i, mask in self._masks.items()},
-            seed=self.args.seed + self.state.global_step,
+        if self._credit.needs_forward:
+            self._credit.forward(self._policy(), self._prompt_ids, self._completion_ids)
+        found = self._credit.gammas(
+            [len(ids) for ids in self._completion_ids],
+            {i: mask.restored for i, mask in self._masks.items()},
+            self.args.seed + self.state.global_step,
         )
         values = torch.cat(found)
         own = self._metrics["train" if self.model.training else "eval"]
         own["credit/gamma_mean"].append(float(values.mean()))
         own["credit/gamma_std"].append(float(values.std(correction=0)))
-        return weighted_advantages(output["advantages"], found, n_tokens, config.sign)
+        return weighted_advantages(
+            output["advantages"], found, output["completion_ids"].shape[1], self._credit.config.sign
+        )
 
     def _classes(self) -> list[list[str]]:
         """The class of each chain-of-thought token of the batch; nothing per rollout where the task knows none."""

@@ -15,16 +15,16 @@ import datetime
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig, load_recipe
-from atmanrl.records import RESTORED, Run, write_text_atomically
-from atmanrl.scoring import DELETION, with_deletion_effects
+from atmanrl.records import DELETION, RESTORED, Run, write_text_atomically
+from atmanrl.scoring import with_deletion_effects
 from atmanrl.summary import summarize
 from benchmarks.device import RESULTS, commit
 
@@ -83,53 +83,77 @@ def train_and_measure(
     return content
 
 
-def run_one(arm: str, seed: int, work: Path) -> dict[str, Any]:
-    """Train one arm with one seed and measure it, unless the work directory holds the result."""
+@dataclass(frozen=True)
+class Comparison:
+    """Arms of one training run that differ in some options, each with the same seeds.
 
-    def measured(directory: Path) -> dict[str, Any]:
-        metrics = measure(Run.load(directory / "after.json"), str(directory / "model"))
-        return {"arm": arm, "seed": seed, "metrics": metrics}
+    Attributes:
+        name: of the results file.
+        arms: by name, what each overrides in the Ledger recipe beside ``setting``.
+        setting: what all of them override.
+        seeds: of the whole comparison.
+        measure: the metrics of a held-out run and of the model that wrote it.
+    """
 
-    return train_and_measure(f"{arm}-{seed}", {**SETTING, **ARMS[arm], "seed": str(seed)}, work, measured)
+    name: str
+    arms: Mapping[str, Mapping[str, str]]
+    setting: Mapping[str, str]
+    seeds: Sequence[int]
+    measure: Callable[[Run, str], dict[str, float]]
 
-
-def start(work: Path) -> dict[str, float]:
-    """The metrics of the checkpoint every run starts from, on the same prompts with the same draws."""
-    path = work / "start.json"
-    if not path.is_file():
-        arguments = [part for name, value in SETTING.items() for part in (f"--{name}", value)]
-        command = ["evaluate", "--config", "ledger", "--checkpoints", "ledger", "--output", str(work / "start")]
-        subprocess.run([sys.executable, "-m", "atmanrl", *command, *arguments], check=True)
-        metrics = measure(Run.load(work / "start" / "ledger.json"), "ledger")
-        write_text_atomically(path, json.dumps(metrics, indent=1) + "\n")
-    content: dict[str, float] = json.loads(path.read_text())
-    return content
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", help="run these and write no results")
-    parser.add_argument("--work", type=Path, default=Path("runs/claim"), metavar="DIR")
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    seeds = SEEDS if arguments.seeds is None else arguments.seeds
-    runs = [run_one(arm, seed, arguments.work) for seed in seeds for arm in ARMS]
-    if arguments.seeds is not None:
+    def main(self, description: str | None) -> int:
+        """The command line: train and measure what is missing, and write the results file."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--seeds", type=int, nargs="+", help="run these and write no results")
+        parser.add_argument("--work", type=Path, default=Path("runs") / self.name, metavar="DIR")
+        arguments = parser.parse_args()
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        seeds = self.seeds if arguments.seeds is None else arguments.seeds
+        runs = [self.run_one(arm, seed, arguments.work) for seed in seeds for arm in self.arms]
+        if arguments.seeds is None:
+            self.save(runs, self.start(arguments.work))
         return 0
-    content = {
-        "commit": commit(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
-        "recipe": load_recipe("ledger", list(SETTING.items())).to_yaml(),
-        "arms": ARMS,
-        "start": start(arguments.work),
-        "runs": runs,
-    }
-    for old in RESULTS.glob("ledger_claim_*.json"):
-        old.unlink()
-    path = RESULTS / f"ledger_claim_{datetime.datetime.now(datetime.UTC).date()}_{content['commit']}.json"
-    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
-    return 0
+
+    def run_one(self, arm: str, seed: int, work: Path) -> dict[str, Any]:
+        """Train one arm with one seed and measure it, unless the work directory holds the result."""
+
+        def measured(directory: Path) -> dict[str, Any]:
+            metrics = self.measure(Run.load(directory / "after.json"), str(directory / "model"))
+            return {"arm": arm, "seed": seed, "metrics": metrics}
+
+        options = {**self.setting, **self.arms[arm], "seed": str(seed)}
+        return train_and_measure(f"{arm}-{seed}", options, work, measured)
+
+    def start(self, work: Path) -> dict[str, float]:
+        """The metrics of the checkpoint every run starts from, on the same prompts with the same draws."""
+        path = work / "start.json"
+        if not path.is_file():
+            arguments = [part for name, value in self.setting.items() for part in (f"--{name}", value)]
+            command = ["evaluate", "--config", "ledger", "--checkpoints", "ledger", "--output", str(work / "start")]
+            subprocess.run([sys.executable, "-m", "atmanrl", *command, *arguments], check=True)
+            metrics = self.measure(Run.load(work / "start" / "ledger.json"), "ledger")
+            write_text_atomically(path, json.dumps(metrics, indent=1) + "\n")
+        content: dict[str, float] = json.loads(path.read_text())
+        return content
+
+    def save(self, runs: Sequence[Mapping[str, Any]], start: Mapping[str, float]) -> None:
+        """Write the results file in place of an older one."""
+        content = {
+            "commit": commit(),
+            "versions": {package: version(package) for package in ("torch", "transformers", "trl")},
+            "recipe": load_recipe("ledger", list(self.setting.items())).to_yaml(),
+            "arms": self.arms,
+            "start": start,
+            "runs": runs,
+        }
+        for old in RESULTS.glob(f"{self.name}_*.json"):
+            old.unlink()
+        date = datetime.datetime.now(datetime.UTC).date()
+        write_text_atomically(RESULTS / f"{self.name}_{date}_{commit()}.json", json.dumps(content, indent=1) + "\n")
+
+
+CLAIM = Comparison("ledger_claim", ARMS, SETTING, SEEDS, measure)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(CLAIM.main(__doc__))

@@ -16,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from atmanrl.figure_style import FIGURE_STYLE
 from benchmarks.claim_report import Interval, interval
 
 ROOT = Path(__file__).parent.parent
@@ -40,15 +41,6 @@ _COLOURS = {
     "random": "#8a919c",
     "entropy": "#cc79a7",
     "saliency": "#e69f00",
-}
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e6e9",
-    "axes.edgecolor": "#e4e6e9",
 }
 
 
@@ -119,35 +111,46 @@ def coupling_table(content: dict[str, Any]) -> str:
 
 
 def statistics_table(content: dict[str, Any]) -> str:
-    """Markdown: time and memory of the statistics of one layer beside the attention itself and an eager map."""
+    """Markdown: time and memory of one layer's statistics beside the attention itself and an eager map."""
     lines = [
         f"{content['device']}, {content['threads']} threads, {content['instruction_set']}, torch"
-        f" {content['versions']['torch']}, commit {content['commit']}.\n",
-        "| length | attention forward, ms | WAAD and received, ms (of the forward) | with distance, ms (of the forward)"
-        " | eager map, ms | peak MiB: WAAD and received | with distance | eager map |",
-        "|" + " ---: |" * 8,
+        f" {content['versions']['torch']}, commit {content['commit']}. Milliseconds, and in brackets shares of the"
+        " attention's forward.\n",
+        "| dtype, length | attention forward | what the distance adds to it | WAAD and received | all, afterwards |"
+        " eager map | peak MiB: WAAD and received | all, afterwards | eager map |",
+        "| --- |" + " ---: |" * 8,
     ]
     for row in content["results"]:
         ms, peak = row["ms"], row["peak_mib"]
         forward = ms["attention forward"]
-        cells = [str(row["length"]), f"{forward:.1f}"]
-        cells += [f"{ms[n]:.1f} ({100 * ms[n] / forward:.1f} %)" for n in ("WAAD and received", "with distance")]
-        cells.append(f"{ms['eager map']:.0f}" if "eager map" in ms else f"not run: a map has {row['map_mib']:.0f} MiB")
-        cells += [f"{peak[name]:.1f}" for name in ("WAAD and received", "with distance")]
-        cells.append(f"{peak['eager map']:.0f}" if "eager map" in peak else "")
+        cells = [f"{row['dtype']}, {row['length']}", f"{forward:.1f}"]
+        cells.append(_share(ms["attention with distance"] - forward, forward))
+        cells += [_share(ms[name], forward) for name in ("WAAD and received", "all from q, k, lse")]
+        if "eager map" in ms:
+            cells.append(f"{ms['eager map']:.0f}")
+        else:
+            cells.append("" if not peak else f"not run: a map has {row['map_mib']:.0f} MiB")
+        measured = ("WAAD and received", "all from q, k, lse", "eager map")
+        cells += [f"{peak[name]:.1f}" if name in peak else "" for name in measured]
         lines.append("| " + " | ".join(cells) + " |")
-    models = []
+    lines += [
+        f"\nPacked forwards of a whole model of {content['models'][0]['layers']} layers and 30 M parameters, fp32:"
+        " alone; while WAAD and FAI of the responses are read off, head selection included; the series' own forward, in"
+        " which equal prompts run once. Milliseconds.\n",
+        "| rollouts x (prompt + response) | forward | observed | own forward |",
+        "| --- |" + " ---: |" * 3,
+    ]
     for row in content["models"]:
-        alone, both = row["ms"]["forward"], row["ms"]["with series"]
-        models.append(
-            f"{row['rollouts']} x ({row['prompt']} + {row['response']}) tokens {alone:.0f} -> {both:.0f} ms"
-            f" ({100 * (both / alone - 1):+.1f} %)"
+        alone, observed, own = (row["ms"][name] for name in ("forward", "observed", "own forward"))
+        lines.append(
+            f"| {row['rollouts']} x ({row['prompt']} + {row['response']}) | {alone:.0f} |"
+            f" {observed:.0f} ({100 * (observed / alone - 1):+.1f} %) | {own:.0f} |"
         )
-    lines.append(
-        f"\nA forward of a whole model of {content['models'][0]['layers']} layers and 30 M parameters, alone and"
-    )
-    lines.append(f"with WAAD and FAI of its responses, head selection included: {'; '.join(models)}.")
     return "\n".join(lines) + "\n"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part:.1f} ({100 * part / whole:.1f} %)"
 
 
 def latest(kind: str) -> tuple[Path, dict[str, Any]] | None:
@@ -178,7 +181,7 @@ def page() -> str:
 def plot(content: dict[str, Any], path: Path) -> None:
     """Accuracy over the optimiser steps, one row per task: each arm's mean, with the interval of uniform credit."""
     tasks = list(content["tasks"])
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(9.5, 3.2 * len(tasks)), layout="constrained")
         axes = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
         for row, task in zip(axes, tasks, strict=True):

@@ -9,9 +9,7 @@ stage keeps its results as it goes, and a later call goes on where the last one 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -21,9 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from benchmarks.device import Device, add_device_options, results_file, save
+from benchmarks.device import Device, device_of_command, kept_results, save
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 570.0
@@ -97,18 +93,9 @@ def run_stage(stage: Stage, seconds: float, device: Device) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    parser.set_defaults(seconds=SECONDS)
-    arguments = parser.parse_args()
-    device = Device(arguments.rehearse)
-    if device.rehearsal is None and not torch.cuda.is_available():
-        print("benchmarks.gpu needs a CUDA GPU; what it measures stays not yet measured", file=sys.stderr)
-        return 1
-    deadline = time.monotonic() + arguments.seconds
-    facts = device.provenance()
-    path = results_file("stages", facts, device.results)
-    content = json.loads(path.read_text()) if path.exists() else {**facts, "stages": {}}
+    device, deadline = device_of_command("benchmarks.gpu", __doc__, SECONDS)
+    in_all = deadline - time.monotonic()
+    path, content = kept_results("stages", device, stages={})
     for stage in stages(device):
         if importlib.util.find_spec(stage.needs) is None:
             content["stages"][stage.name] = f"left out: {stage.needs} is not installed"
@@ -116,7 +103,7 @@ def main() -> int:
         # What may have more to do is called again: it returns at once where it has not.
         if content["stages"].get(stage.name) == "passed" and not stage.timed and stage.name != "tables":
             continue
-        seconds = min(stage.share * arguments.seconds, deadline - time.monotonic())
+        seconds = min(stage.share * in_all, deadline - time.monotonic())
         if seconds <= MARGIN:
             print("stopped in time; run again to go on")
             break

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import attention_cases
-from benchmarks.estimator_tables import estimator_tables, search_tables
+from benchmarks.estimator_tables import estimator_tables, reward_tables, search_tables
 from benchmarks.peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
@@ -217,8 +217,9 @@ def scaling_page() -> str:
 
 def estimators_page() -> str:
     """The generated part of docs/estimators.md."""
-    rated, searched = (_results(kind) for kind in ("estimators", "estimator_search"))
-    return f"{estimator_tables(rated)}\n### What was tried\n\n{search_tables(searched)}"
+    rated, trained, searched = (_results(kind) for kind in ("estimators", "reward_estimators", "estimator_search"))
+    rewards = f"### Trained on\n\n{reward_tables(trained)}"
+    return f"{estimator_tables(rated)}\n{rewards}\n### What was tried\n\n{search_tables(searched)}"
 
 
 def credit_page() -> str:

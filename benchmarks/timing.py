@@ -9,9 +9,7 @@ matrix rate measured in the same run, peak memory beyond the inputs.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
 import time
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import AttentionCase, attention_cases, make_inputs
-from benchmarks.device import Device, add_device_options, results_file, save, tuned
+from benchmarks.device import Device, device_of_command, kept_results, save, tuned
 from benchmarks.peers import PEERS, UnavailableError
 
 DIRECTIONS = ("forward+backward", "forward")
@@ -67,17 +65,8 @@ def peer_uses(peer: str, is_bias: bool) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    arguments = parser.parse_args()
-    device = Device(arguments.rehearse)
-    if device.rehearsal is None and not torch.cuda.is_available():
-        print("benchmarks.timing needs a CUDA GPU; the results stay not yet measured", file=sys.stderr)
-        return 1
-    deadline = time.monotonic() + arguments.seconds
-    facts = device.provenance()
-    path = results_file(f"attention{tuned()}", facts, device.results)
-    content = json.loads(path.read_text()) if path.exists() else {**facts, "results": []}
+    device, deadline = device_of_command("benchmarks.timing", __doc__)
+    path, content = kept_results(f"attention{tuned()}", device, results=[])
     if "matrix_rate_tflops" not in content:
         content["matrix_rate_tflops"] = matrix_rate(device)
     content["block_sizes"] = "tuned" if tuned() else "committed"

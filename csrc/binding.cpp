@@ -132,7 +132,7 @@ void check_threads(int threads) {
 
 void forward(nb::handle o, nb::handle lse, nb::handle q, nb::handle k, nb::handle v, nb::handle key_bias,
              nb::handle prefix_k, nb::handle prefix_v, nb::handle sequences, double sm_scale, bool causal,
-             int64_t window, int threads, const std::string& isa) {
+             int64_t window, int threads, const std::string& isa, nb::handle distance) {
   const Operands operands(q, k, v, key_bias, prefix_k, prefix_v, sequences);
   const Array o_array("o", o), lse_array("lse", lse);
   check_threads(threads);
@@ -143,6 +143,12 @@ void forward(nb::handle o, nb::handle lse, nb::handle q, nb::handle k, nb::handl
   expect_shape(lse_array, {f.batches, f.heads_q, f.rows});
   f.o = heads_tensor(o_array, f.dtype);
   f.lse = float_tensor(lse_array);
+  std::optional<Array> distance_array;
+  if (!distance.is_none()) {
+    if (!causal) throw nb::value_error("distance needs causal=True");
+    expect_shape(distance_array.emplace("distance", distance), {f.batches, f.heads_q, f.rows});
+    f.distance = float_tensor(*distance_array);
+  }
   nb::gil_scoped_release release;
   attention_forward(f, kernels, threads);
 }
@@ -192,10 +198,10 @@ void statistics(nb::handle distance, nb::handle windowed, nb::handle received, n
   const Operands operands(q, k, k, key_bias, prefix_k, prefix_k, sequences);
   const Array windowed_array("windowed", windowed), received_array("received", received);
   const Array count_array("received_count", received_count), lse_array("lse", lse);
-  const Kernels& kernels = kernels_for(isa);
   check_threads(threads);
   Statistics p{};
   operands.fill(p, sm_scale, true, attention_window);
+  const Kernels& kernels = kernels_for(isa, p.dtype);
   if (window < 1 || low < 0 || high < low)
     throw nb::value_error("window must be at least 1 and the horizon 0 <= low <= high");
   const std::vector<int64_t> like_lse{p.batches, p.heads_q, p.rows};
@@ -246,7 +252,8 @@ NB_MODULE(_C, m) {
   m.def("attention_forward", &atman::forward, nb::arg("o"), nb::arg("lse"), nb::arg("q"), nb::arg("k"), nb::arg("v"),
         nb::arg("key_bias").none(), nb::arg("prefix_k").none(), nb::arg("prefix_v").none(), nb::arg("sequences"),
         nb::arg("sm_scale"), nb::arg("causal"), nb::arg("window"), nb::arg("threads"), nb::arg("isa") = "",
-        "Writes o and lse; window -1 means none.");
+        nb::arg("distance") = nb::none(),
+        "Writes o, lse and, unless it is None, the distance of each row; window -1 means none.");
   m.def("attention_backward", &atman::backward, nb::arg("dq").none(), nb::arg("dk").none(), nb::arg("dv").none(),
         nb::arg("dkey_bias").none(), nb::arg("do"), nb::arg("dlse").none(), nb::arg("o"), nb::arg("lse"), nb::arg("q"),
         nb::arg("k"), nb::arg("v"), nb::arg("key_bias").none(), nb::arg("prefix_k").none(), nb::arg("prefix_v").none(),

@@ -11,10 +11,11 @@ template <class W>
 struct ForwardBuffers {
   W *k_panels, *v_rows, *q, *p;
   float *bias_log2, *o, *scores;
-  // Per row: running maximum (base 2), factor of the last rescaling, per-lane sums of p.
-  float *highest, *factor, *sums;
+  // Per row: running maximum (base 2), factor of the last rescaling, per-lane sums of p and, where wanted, of p times
+  // the distance back to the key.
+  float *highest, *factor, *sums, *distances;
 
-  ForwardBuffers(Arena& arena, int64_t keys, int64_t rows, int64_t head_dim) {
+  ForwardBuffers(Arena& arena, int64_t keys, int64_t rows, int64_t head_dim, bool need_distances) {
     const int64_t padded = padded_head_dim(head_dim), padded_rows = rows + kRowPadding;
     k_panels = arena.take<W>(keys * words<W>(head_dim));
     v_rows = arena.take<W>(words<W>(keys) * padded);
@@ -26,12 +27,14 @@ struct ForwardBuffers {
     highest = arena.take<float>(padded_rows + kLanes);
     factor = arena.take<float>(padded_rows + kLanes);
     sums = arena.take<float>(padded_rows * kLanes);
+    distances = need_distances ? arena.take<float>(padded_rows * kLanes) : nullptr;
   }
 };
 
 // Turns the scores of one strip into p relative to the new running maximum and updates the row statistics.
-template <class W>
-void softmax_strip(int64_t row, int64_t rows, Range vectors, const ForwardBuffers<W>& b) {
+template <bool kDistances, class W>
+void softmax_strip(const Tile& tile, int64_t row, int64_t rows, Range vectors, const ForwardBuffers<W>& b) {
+  [[maybe_unused]] const Vec lanes = lane_numbers();
   alignas(64) float highest[kStrip + kLanes];
   for (int64_t i = 0; i < kStrip + kLanes; ++i) highest[i] = -kInfinity;
   for (int64_t i = 0; i < rows; ++i) {
@@ -52,14 +55,23 @@ void softmax_strip(int64_t row, int64_t rows, Range vectors, const ForwardBuffer
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* s = b.scores + (row + i) * kTileRow;
-    const Vec shift = broadcast(highest[i]);
-    Vec sum = mul(load(b.sums + (row + i) * kLanes), broadcast(b.factor[row + i]));
+    const Vec shift = broadcast(highest[i]), factor = broadcast(b.factor[row + i]);
+    Vec sum = mul(load(b.sums + (row + i) * kLanes), factor);
+    // Distances of the lanes of vector 0.
+    [[maybe_unused]] Vec back, distance;
+    if constexpr (kDistances) {
+      back = sub(broadcast(tile.distance(row + i)), lanes);
+      distance = mul(load(b.distances + (row + i) * kLanes), factor);
+    }
     for (int64_t j = vectors.begin; j < vectors.end; ++j) {
       const Vec p = exp2(sub(load(s + j * kLanes), shift));
       store(s + j * kLanes, p);
       sum = add(sum, p);
+      if constexpr (kDistances)
+        distance = fma(p, sub(back, broadcast(static_cast<float>(j * kLanes))), distance);
     }
     store(b.sums + (row + i) * kLanes, sum);
+    if constexpr (kDistances) store(b.distances + (row + i) * kLanes, distance);
   }
 }
 
@@ -90,7 +102,11 @@ void forward_tile(const Tile& tile, const W* k_panels, const W* v_rows, const fl
       hide_edges(tile, row, vectors, -kInfinity, b.scores);
       clear_outside(all, vectors, row, rows, b.scores);
     }
-    if (!vectors.empty()) softmax_strip(row, rows, vectors, b);
+    if (vectors.empty()) continue;
+    if (b.distances == nullptr)
+      softmax_strip<false>(tile, row, rows, vectors, b);
+    else
+      softmax_strip<true>(tile, row, rows, vectors, b);
   }
   accumulate(over_keys(b.scores, tile.rows, all, b.p), v_rows, padded, b.o, padded, {0, tile.rows}, padded / kLanes,
              b.factor, [&](int64_t first, int64_t last) {
@@ -109,7 +125,7 @@ void forward_task(const Forward& f, const Task& task, Arena& arena, bool run) {
   const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kPanel);
   const int64_t block = minimum<int64_t>(kForwardRows, task.row_end - task.row_begin);
   using W = Packed<T>;
-  const ForwardBuffers<W> b(arena, n_keys, block, head_dim);
+  const ForwardBuffers<W> b(arena, n_keys, block, head_dim, static_cast<bool>(f.distance));
   if (!run) return;
 
   pack_panels<T>(KeyRows<T>(s, f.prefix_k, f.k, task.head_kv), keys, head_dim, b.k_panels);
@@ -125,6 +141,7 @@ void forward_task(const Forward& f, const Task& task, Arena& arena, bool run) {
       fill(b.o, (rows + kRowPadding) * padded, 0.0f);
       fill(b.highest, rows, -kInfinity);
       fill(b.sums, rows * kLanes, 0.0f);
+      if (f.distance) fill(b.distances, rows * kLanes, 0.0f);
       const Range seen = visible.keys(first, first + rows - 1);
       for (int64_t key = round_down(seen.begin, kKeyTile); key < seen.end; key += kKeyTile) {
         const int64_t at = key - keys.begin;
@@ -136,6 +153,8 @@ void forward_task(const Forward& f, const Task& task, Arena& arena, bool run) {
         const int64_t row = s.q_start + first + i;
         unpack_row(b.o + i * padded, sum == 0.0f ? 0.0f : 1.0f / sum, head_dim, f.o.at<T>(s.batch, row, head));
         f.lse.at(s.batch, head, row) = sum == 0.0f ? -kInfinity : b.highest[i] * kLn2 + __builtin_logf(sum);
+        if (f.distance)
+          f.distance.at(s.batch, head, row) = sum == 0.0f ? 0.0f : sum_lanes(load(b.distances + i * kLanes)) / sum;
       }
     }
   }

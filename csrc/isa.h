@@ -19,6 +19,6 @@ struct Isa {
 const std::vector<Isa>& available_isas();
 
 // The kernels called `name`, or the best for "", for tensors of `dtype`. Throws std::invalid_argument.
-const Kernels& kernels_for(std::string_view name, Dtype dtype = Dtype::f32);
+const Kernels& kernels_for(std::string_view name, Dtype dtype);
 
 }  // namespace atman

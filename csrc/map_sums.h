@@ -7,33 +7,27 @@ namespace atman::ATMAN_ISA {
 
 constexpr int64_t kStatisticsRows = 96;
 
+template <class W>
 struct StatisticsBuffers {
-  float *k_panels, *bias_log2;
-  float *q, *scores, *lse_log2;
+  W *k_panels, *q;
+  float *bias_log2, *scores, *lse_log2;
   // Per row of a block and lane, or per key of a tile.
   float* sums;
 
   StatisticsBuffers(Arena& arena, int64_t keys, int64_t head_dim) {
     const int64_t padded_rows = kStatisticsRows + kRowPadding;
-    k_panels = arena.take<float>(keys * head_dim);
+    k_panels = arena.take<W>(keys * words<W>(head_dim));
     bias_log2 = arena.take<float>(keys);
-    q = arena.take<float>(padded_rows * padded_head_dim(head_dim));
+    q = arena.take<W>(padded_rows * padded_words<W>(head_dim));
     scores = arena.take<float>(padded_rows * kTileRow);
     lse_log2 = arena.take<float>(padded_rows);
     sums = arena.take<float>(maximum<int64_t>(padded_rows * kLanes, kKeyTile));
   }
 };
 
-// The numbers 0, 1, ... of the lanes.
-inline Vec lane_numbers() {
-  alignas(64) float numbers[kLanes];
-  for (int i = 0; i < kLanes; ++i) numbers[i] = static_cast<float>(i);
-  return load(numbers);
-}
-
 template <class T>
 void pack_statistics_rows(const Statistics& p, const Sequence& s, int64_t head, int64_t first, int64_t rows,
-                          const StatisticsBuffers& b) {
+                          const StatisticsBuffers<Packed<T>>& b) {
   const auto q_row = [&](int64_t row) { return p.q.at<const T>(s.batch, s.q_start + row, head); };
   pack_rows<T>(q_row, {first, first + rows}, kRowPadding, p.head_dim, b.q);
   for (int64_t i = 0; i < rows; ++i) {
@@ -44,15 +38,15 @@ void pack_statistics_rows(const Statistics& p, const Sequence& s, int64_t head, 
 }
 
 // Calls each(row, vectors) for every row of the tile that sees a key of it, with p in the row's scores.
-template <class Each>
-void for_each_row(const Tile& tile, const Statistics& p, const float* k_panels, const float* bias_log2,
-                  const StatisticsBuffers& b, Each each) {
+template <class W, class Each>
+void for_each_row(const Tile& tile, const Statistics& p, const W* k_panels, const float* bias_log2,
+                  const StatisticsBuffers<W>& b, Each each) {
   const Range all = tile.vectors();
   if (all.empty()) return;
   const Vec scale = broadcast(p.sm_scale * kLog2E);
   for (int64_t panel = all.begin / kTileVectors; panel * kTileVectors < all.end; ++panel) {
-    multiply_panel(tile, panel, b.q, padded_head_dim(p.head_dim), k_panels + panel * kPanel * p.head_dim, p.head_dim,
-                   [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
+    multiply_panel(tile, panel, b.q, padded_words<W>(p.head_dim), k_panels + panel * kPanel * words<W>(p.head_dim),
+                   p.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
                      for (int j = 0; j < nv; ++j) {
                        const Vec bias = load(bias_log2 + (vector + j) * kLanes);
                        float* s = b.scores + row * kTileRow + (vector + j) * kLanes;
@@ -83,7 +77,8 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
   Range keys = visible.keys(task.row_begin, task.row_end - 1);
   keys.begin = round_down(keys.begin, kKeyTile);
   const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kKeyTile);
-  const StatisticsBuffers b(arena, n_keys, p.head_dim);
+  using W = Packed<T>;
+  const StatisticsBuffers<W> b(arena, n_keys, p.head_dim);
   if (!run) return;
 
   pack_panels<T>(KeyRows<T>(s, p.prefix_k, p.k, task.head_kv), keys, p.head_dim, b.k_panels);
@@ -101,9 +96,8 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
       for (int64_t key = round_down(seen.begin, kKeyTile); key < seen.end; key += kKeyTile) {
         const int64_t at = key - keys.begin;
         const Tile tile{visible, first, rows, key};
-        for_each_row(tile, p, b.k_panels + at * p.head_dim, b.bias_log2 + at, b, [&](int64_t row, Range vectors) {
-          // d of lane 0 of the tile's first vector.
-          const float back = static_cast<float>(first + row + visible.shift - key);
+        for_each_row(tile, p, b.k_panels + at * words<W>(p.head_dim), b.bias_log2 + at, b, [&](int64_t row, Range vectors) {
+          const float back = tile.distance(row);
           Vec sum = load(b.sums + row * kLanes);
           for (int64_t j = vectors.begin; j < vectors.end; ++j) {
             const Vec key_in_tile = add(lanes, broadcast(static_cast<float>(j * kLanes)));
@@ -132,7 +126,7 @@ void column_statistics_task(const Statistics& p, const Task& task, Arena& arena,
   const int64_t high = p.window == kNoWindow ? p.high : minimum<int64_t>(p.high, p.window - 1);
   band.shift -= p.low;
   band.window = high - p.low + 1;
-  const StatisticsBuffers b(arena, kKeyTile, p.head_dim);
+  const StatisticsBuffers<Packed<T>> b(arena, kKeyTile, p.head_dim);
   if (!run) return;
 
   const int64_t first_own = maximum<int64_t>(task.key_begin, s.prefix_length);

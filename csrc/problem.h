@@ -70,6 +70,8 @@ struct Problem {
 struct Forward : Problem {
   Tensor o;
   Scalars lse;
+  // Where given, sum_v p d of each row over the distance d back to a key; of causal attention.
+  Scalars distance;
 };
 
 struct Backward : Problem {

@@ -38,8 +38,18 @@ struct Tile {
     return {maximum<int64_t>(all.begin - first_row, 0), minimum<int64_t>(all.end - first_row, rows)};
   }
 
+  // The distance of a row back to the first key of the tile.
+  float distance(int64_t row) const { return static_cast<float>(first_row + row + visible.shift - first_key); }
+
   bool has_edge() const { return !visible.all(first_row, first_row + rows - 1, {first_key, first_key + kKeyTile}); }
 };
+
+// The numbers 0, 1, ... of the lanes.
+inline Vec lane_numbers() {
+  alignas(64) float numbers[kLanes];
+  for (int i = 0; i < kLanes; ++i) numbers[i] = static_cast<float>(i);
+  return load(numbers);
+}
 
 // finish(Int<MR>, Int<NV>, row, vector, acc) for every strip of rows and panel of the tile: acc = left panel.
 template <class W, class Finish>

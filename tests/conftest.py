@@ -8,10 +8,16 @@ import sys
 
 import pytest
 import torch
+from hypothesis import settings
+
+from tests.random_cases import PROFILE
 
 # Without a GPU the kernels are tested in Triton's interpreter, which has to be chosen before they are decorated.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("random cases", PROFILE)
+settings.load_profile("random cases")
 
 # An extension built elsewhere, in the place of the package's own: `make sanitize`.
 if extension := os.environ.get("ATMAN_EXTENSION"):

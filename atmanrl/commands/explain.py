@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from atmanrl.explanation import Example, explain, read_examples
 from atmanrl.generation import GenerationSettings
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig, RecipeError, build, mask_preset
+from atmanrl.recording import score_name
 from atmanrl.records import Run
 from atmanrl.report import print_run, write_page
 from atmanrl.saliency.estimators import make_estimator
-from atmanrl.scoring import with_deletion_effects
+from atmanrl.scoring import with_deletion_effects, with_scores
 
 
 def explain_command(
@@ -37,7 +38,7 @@ def explain_command(
     temperature: float = 0.0,
     seed: int = 0,
     color: bool = True,
-    estimator: str = "mask",
+    estimators: Sequence[str] = ("mask",),
     deletion: bool = False,
     record_every: int | None = None,
 ) -> int:
@@ -51,7 +52,8 @@ def explain_command(
         html, json, csv: files to write.
         max_new_tokens, temperature, seed: of completions that the model writes.
         color: whether the terminal's colours may be used.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
+        estimators: what scores the tokens, of `atmanrl.ESTIMATORS` and "best"; the first one's scores are summarised
+            and shown first.
         deletion: also hide each token in turn and record how much the answer's loss rises.
         record_every: also record the masks' and losses' course, every so many optimiser steps.
 
@@ -59,8 +61,14 @@ def explain_command(
         ValueError: for examples or options that cannot be used, before anything is computed.
     """
     mask = mask_config(overrides)
-    if make_estimator(estimator).name != "mask" and (overrides or record_every is not None):
-        raise ValueError(f"--mask.* and --record-every belong to --estimator mask, not {estimator!r}")
+    named = [make_estimator(name, mask=mask, record_every=record_every) for name in estimators]
+    names = [each.name for each in named]
+    if len(set(names)) < len(names):
+        raise ValueError(f"an estimator is named twice: {', '.join(estimators)}")
+    if overrides and "mask" not in names:
+        raise ValueError(f"--mask.* belongs to --estimator mask, not {', '.join(estimators)}")
+    if record_every is not None and names[0] not in ("mask", "sparse-mask"):
+        raise ValueError(f"--record-every belongs to a mask as the first estimator, not to {estimators[0]!r}")
     for path in (html, json, csv):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {path.parent}")
@@ -72,13 +80,16 @@ def explain_command(
         items,
         label=Path(model.name).name,
         generation=generation_of(max_new_tokens, temperature),
+        temperature=temperature,
         mask=mask,
-        estimator=estimator,
+        estimator=estimators[0],
         seed=seed,
-        settings={"model": model.name},
+        settings={"model": model.name} | ({"mask": asdict(mask)} if "mask" in names else {}),
         record_every=record_every,
         progress=sys.stderr.isatty(),
     )
+    for each in named[1:]:
+        run = with_scores(policy, run, each, score_name(each.name))
     if deletion:
         run = with_deletion_effects(policy, run)
     console = Console(no_color=not color, highlight=False)
@@ -103,11 +114,8 @@ def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
 
 
 def generation_of(max_new_tokens: int | None, temperature: float) -> GenerationSettings | None:
-    """How completions are written, None where nothing is asked for."""
-    if max_new_tokens is None and temperature <= 0:
-        return None
-    generation = GenerationSettings(temperature=temperature)
-    return generation if max_new_tokens is None else replace(generation, max_new_tokens=max_new_tokens)
+    """How completions are written; None without a limit of their length, which is then the context's end."""
+    return None if max_new_tokens is None else GenerationSettings(max_new_tokens, temperature)
 
 
 def examples_of(path: Path | None, prompt: str | None, completion: str | None, answer: str | None) -> list[Example]:

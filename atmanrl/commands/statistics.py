@@ -33,6 +33,7 @@ def statistics_command(
     plot: Path | None = None,
     json: Path | None = None,
     generation: GenerationSettings | None = None,
+    temperature: float = 0.0,
     seed: int = 0,
     color: bool = True,
 ) -> int:
@@ -43,7 +44,8 @@ def statistics_command(
         examples: prompts; the model writes completions that are not given.
         overrides: ``series.*`` keys, the fields of `SeriesConfig`.
         plot: picture of the first example (.png, .svg, .pdf); json: every series and number.
-        generation: how completions are written; seed: of the sampling.
+        generation: how completions are written, where None at ``temperature`` up to the context's end; seed: of the
+            sampling.
 
     Raises:
         ValueError: for examples or options that cannot be used, before anything is computed.
@@ -53,7 +55,9 @@ def statistics_command(
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {path.parent}")
     policy, tokenizer = load_policy(model)
-    prompts, responses, _ = completed(policy, tokenizer, examples, generation=generation, seed=seed)
+    prompts, responses, generated = completed(
+        policy, tokenizer, examples, generation=generation, temperature=temperature, seed=seed
+    )
     series = attention_series(policy, prompts, responses, config, entropy=True)
     texts = [token_texts(tokenizer, response) for response in responses]
     coupled = couplings(series)
@@ -61,13 +65,15 @@ def statistics_command(
     prompt_words = [str(tokenizer.decode(prompt)).split() for prompt in prompts]
     needed = needed_rank(series, [_needed(p, t) for p, t in zip(prompt_words, texts, strict=True)])
     console = Console(no_color=not color, highlight=False)
+    console.print(_origin(len(responses), generated), markup=False)
     _print(console, coupled, changed, needed)
     if plot is not None:
-        _plot(plot, texts[0], series[0])
+        _plot(plot, texts[0], series[0], config)
         console.print(f"written: {plot}", markup=False)
     if json is not None:
         content = {
             "model": model.name,
+            "generation": None if generated is None else asdict(generated) | {"seed": seed},
             "series": asdict(config),
             "couplings": [{**asdict(item), "lift": item.lift} for item in coupled],
             "perturbation": asdict(changed),
@@ -107,6 +113,15 @@ def _needed(prompt: Sequence[str], tokens: Sequence[str]) -> list[bool]:
     return [kind == "needed" for kind in classify_tokens({"asked": asked}, words)[:end]]
 
 
+def _origin(n: int, generated: GenerationSettings | None) -> str:
+    """Whose attention the numbers are of: how the completions came about."""
+    if generated is None:
+        return f"{n} completions as given"
+    if generated.temperature > 0:
+        return f"{n} rollouts, completions sampled at temperature {generated.temperature:g}"
+    return f"{n} rollouts, completions greedy; --temperature 1 reads samples of the policy, as the paper does"
+
+
 def _print(console: Console, coupled: Sequence[Coupling], changed: Perturbation, needed: NeededRank) -> None:
     table = Table("coupling", "observed", "by chance", "lift", "peaks", box=None)
     for item in coupled:
@@ -128,7 +143,7 @@ def _print(console: Console, coupled: Sequence[Coupling], changed: Perturbation,
         )
 
 
-def _plot(path: Path, tokens: Sequence[str], series: RolloutSeries) -> None:
+def _plot(path: Path, tokens: Sequence[str], series: RolloutSeries, config: SeriesConfig) -> None:
     dominated, _ = credit.locally_dominated(series.waad, series.fai)
     plot_series(
         path,
@@ -138,4 +153,5 @@ def _plot(path: Path, tokens: Sequence[str], series: RolloutSeries) -> None:
         local=credit.highest(credit.waad_change(series.waad), 0.4).tolist(),
         anchors=credit.highest(series.fai, 0.4).tolist(),
         dominated=dominated.tolist(),
+        first_distance=config.horizon[0],
     )

@@ -5,6 +5,8 @@
   let current = null;
   let pinned = false;
   let pointer = "";
+  const { body } = document;
+  const scales = JSON.parse(body.dataset.scales);
 
   // A chain of thought's tokens and numbers, read on first use: a page may hold very many.
   const chain = (box) => {
@@ -13,6 +15,46 @@
       loaded.set(box, { data, tokens: box.querySelectorAll(".t") });
     }
     return loaded.get(box);
+  };
+
+  const level = (value, { centre, reach, curve }) => {
+    const x = (value - centre) / reach;
+    const share = -Math.sign(x) * Math.expm1(-Math.abs(x));
+    return Math.round(10 * (curve === "share" ? share : Math.max(-1, Math.min(1, x))));
+  };
+
+  // The shade is the one class that is a letter and a number, or z.
+  const tint = (unit, values, first, count, scale) => {
+    let sum = 0;
+    for (let i = first; i < first + count; i++) sum += values?.[i] ?? 0;
+    const shade = values ? level(sum / count, scale) : 0;
+    unit.className = unit.className.replace(/ (?:z|[ud]\d+)(?= |$)/, ` ${shade > 0 ? `u${shade}` : shade < 0 ? `d${-shade}` : "z"}`);
+  };
+
+  const repaint = () => {
+    const { score } = body.dataset;
+    const scale = scales[score][body.dataset.scale];
+    for (const box of document.querySelectorAll(".cot")) {
+      const { data, tokens } = chain(box);
+      tokens.forEach((token, i) => tint(token, data.scores[score], i, 1, scale));
+      for (const unit of box.querySelectorAll(".w, .s")) {
+        const inner = unit.querySelectorAll(".t");
+        tint(unit, data.scores[score], Number(inner[0].dataset.i), inner.length, scale);
+      }
+    }
+    for (const part of document.querySelectorAll("[data-for]"))
+      part.hidden = part.dataset.for !== score || (part.dataset.kind ?? body.dataset.scale) !== body.dataset.scale;
+  };
+
+  const choose = (name, value) => {
+    body.dataset[name] = value;
+    if (name === "score") {
+      const [fixed, fitted] = document.querySelectorAll("input[name=scale]");
+      fixed.disabled = !scales[value].fixed;
+      if (fixed.disabled) fitted.checked = true;
+      body.dataset.scale = fitted.checked ? "fitted" : "fixed";
+    }
+    if (name !== "unit") repaint();
   };
 
   const element = (name, text, parent) => {
@@ -41,7 +83,8 @@
     row("position", `${i + 1} of ${data.ids.length}`);
     if (data.classes.length) row("class", data.classes[i]);
     for (const [name, values] of Object.entries(data.scores)) {
-      row(name, values[i]);
+      const nats = scales[name].fixed?.curve === "share";
+      row(name, nats ? `${values[i]} nats${name === "deletion" ? " of loss if hidden" : ""}` : values[i]);
       if (name === "restored") row("normalised mask", Number((1 - values[i]).toPrecision(4)));
     }
     const course = data.trajectory;
@@ -51,7 +94,10 @@
       svg.setAttribute("preserveAspectRatio", "none");
       svg.append(curve(course.loss, "loss"), curve(course.restored.map((step) => step[i]), "restored"));
       card.append(svg);
-      row("course", `steps ${course.steps[0]} to ${course.steps.at(-1)}: restored (line), loss (dashes)`);
+      const ends = (values) => `${values[0]} → ${values.at(-1)}`;
+      row("steps", ends(course.steps));
+      row("enabled, line", ends(course.restored.map((step) => step[i])));
+      row("loss, dashes", ends(course.loss));
     }
   };
 
@@ -118,8 +164,16 @@
   document.addEventListener("focusout", (event) => { if (event.target.matches(".cot") && !pinned) hide(); });
   document.addEventListener("scroll", () => { if (current) show(current); }, { passive: true, capture: true });
 
+  // What explains the colours goes along on paper.
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = [...document.querySelectorAll("footer details:not([open])")];
+    for (const part of closed) part.open = true;
+  });
+  addEventListener("afterprint", () => { for (const part of closed) part.open = false; });
+
   document.querySelector(".controls").addEventListener("change", (event) => {
-    if (event.target.name === "unit") document.body.dataset.unit = event.target.value;
+    if (event.target.name !== "filter") choose(event.target.name, event.target.value);
     else
       for (const example of document.querySelectorAll(".example"))
         example.hidden = event.target.value !== "all" && example.dataset[event.target.value] !== "yes";

@@ -14,12 +14,13 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from atmanrl.records import RolloutRecord, Run, paired_rollouts, write_text_atomically
+from atmanrl.agreement import spearman
+from atmanrl.records import DELETION, DELETIONS, RolloutRecord, Run, paired_rollouts, write_text_atomically
 from atmanrl.report.meaning import meaning_of
-from atmanrl.report.numbers import interval, loss, number
-from atmanrl.report.scale import LEVELS, Scale, scale_for
+from atmanrl.report.numbers import interval, loss, number, tick
+from atmanrl.report.scale import LEVELS, Scale, fitted_scale, fixed_scale, scale_for
 from atmanrl.report.tokens import scored_html, span_html
-from atmanrl.summary import Summary, compare, summarize, token_classes
+from atmanrl.summary import AGREEMENT, Summary, compare, summarize, token_classes
 
 _SHOWN = 40
 
@@ -65,7 +66,7 @@ def render_page(
     runs = [before] if after is None else [before, after]
     if summary is None:
         summary = summarize(before) if after is None else compare(before, after)
-    scale = scale_for(runs)
+    views = [_score_view(runs, name) for name in _scores(runs)]
     rows: list[tuple[RolloutRecord, ...]]
     rows = [(item,) for item in before.rollouts] if after is None else list(paired_rollouts(before, after))
     return (
@@ -77,13 +78,14 @@ def render_page(
             runs=runs,
             summary=summary,
             headline=list(_headline(summary)),
-            scale=scale,
+            views=views,
+            scales={
+                view["name"]: {scale["kind"]: scale["scale"].to_json() for scale in view["scales"]} for view in views
+            },
             levels=range(-LEVELS, LEVELS + 1),
             classes=token_classes(item for row in rows for item in row),
-            score=before.score,
-            meaning=meaning_of(before.score),
             plots=[_embedded(plot) for plot in plots],
-            examples=list(islice(_examples(rows, runs, scale), shown)),
+            examples=list(islice(_examples(rows, runs, scale_for(runs, before.score)), shown)),
             total=len(rows),
             css=Markup(_asset("page.css")),
             script=Markup(_asset("page.js")),
@@ -92,12 +94,24 @@ def render_page(
 
 
 def _headline(summary: Summary) -> Iterator[Any]:
-    wanted = ["accuracy", "cot_tokens", "filler_tokens"]
+    wanted = ["accuracy", "cot_tokens", "filler_tokens", AGREEMENT]
     by_class = [row.name for row in summary.rows if row.name.endswith(("_needed", "_filler"))]
     wanted += by_class or [row.name for row in summary.rows if row.name.endswith(("_mean", "_mass"))]
     for row in summary.rows:
         if row.name in wanted:
             yield row
+
+
+def _scores(runs: Sequence[Run]) -> list[str]:
+    """Every score the runs hold, the one that they are summarised by first."""
+    found = dict.fromkeys(name for run in runs for rollout in run.rollouts for name in rollout.scores)
+    return [runs[0].score, *(name for name in found if name != runs[0].score)]
+
+
+def _score_view(runs: Sequence[Run], name: str) -> dict[str, Any]:
+    kinds = {"fixed": fixed_scale(runs, name), "fitted": fitted_scale(runs, name)}
+    scales = [{"kind": kind, "scale": scale} for kind, scale in kinds.items() if scale is not None]
+    return {"name": name, "meaning": meaning_of(name), "scales": scales}
 
 
 def _examples(rows: Iterable[tuple[RolloutRecord, ...]], runs: Sequence[Run], scale: Scale) -> Iterator[dict[str, Any]]:
@@ -114,6 +128,7 @@ def _examples(rows: Iterable[tuple[RolloutRecord, ...]], runs: Sequence[Run], sc
 
 
 def _side(rollout: RolloutRecord, run: Run, scale: Scale) -> dict[str, Any]:
+    # The script colours by the values on the page, so the first colours come from the same ones.
     rounded = {name: [_short(value) for value in values] for name, values in rollout.scores.items()}
     data: dict[str, Any] = {"ids": rollout.cot.ids, "classes": rollout.classes, "scores": rounded}
     if rollout.trajectory is not None:
@@ -125,11 +140,16 @@ def _side(rollout: RolloutRecord, run: Run, scale: Scale) -> dict[str, Any]:
     return {
         "label": run.label,
         "rollout": rollout,
-        "cot": scored_html(rollout, run.score, scale),
+        "cot": scored_html(rollout, rounded.get(run.score), scale),
         "marker": span_html(rollout.marker),
         "answer": span_html(rollout.answer),
         "rest": span_html(rollout.rest),
         "data": data,
+        "agreement": {
+            name: spearman(values, rollout.scores[DELETION])
+            for name, values in rollout.scores.items()
+            if DELETION in rollout.scores and name not in DELETIONS
+        },
     }
 
 
@@ -161,6 +181,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, interval=interval, loss=loss)
+    environment.filters.update(number=number, interval=interval, loss=loss, tick=tick)
     environment.globals.update(zip=zip)
     return environment

@@ -1,32 +1,43 @@
-"""The fixed diverging colour scale of a score.
+"""Diverging colour scales: one that is fixed by what the score is, one fitted to the values of a page.
 
-The scale comes from how the score was computed, not from the values at hand, so that two pages can be compared by eye.
-For the mask it is centred on what weight decay alone restores, 1 - (1 - lr * weight_decay) ** steps, and reaches as far
-as ``steps`` steps of AdamW's nominal size ``lr`` move a token: steps * lr / |init|. With the paper's numbers that is
-0.00995 +- 0.5. A token at the centre is one that the answer's gradient did not move. AdamW's steps can exceed ``lr``
-where gradients grow, so some values lie beyond the ends and take their colour.
+A fixed scale comes from how the score was computed, not from the values at hand, so that two pages can be compared by
+eye. For the mask it is centred on what weight decay alone restores, 1 - (1 - lr * weight_decay) ** steps, and reaches
+as far as ``steps`` steps of AdamW's nominal size ``lr`` move a token: steps * lr / |init|. With the paper's numbers
+that is 0.00995 +- 0.5. A token at the centre is one that the answer's gradient did not move. AdamW's steps can exceed
+``lr`` where gradients grow, so some values lie beyond the ends and take their colour. The sparse mask's reaches from -1
+to 1. A score in nats is coloured by the share of the answer's probability that it stands for, 1 - exp(-|x|), which has
+no end: half the colour at log 2 = 0.69 nats, all of it from 3 nats on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from atmanrl.config import MaskConfig
-from atmanrl.records import RESTORED, Run
+from atmanrl.records import DELETION, RESTORED, Run
 
-_SPARSE_MASK = "sparse-mask"
+IN_NATS = frozenset({DELETION, "leave-one-out", "atman", "atman-concept", "integrated", "gradient"})
+"""Scores that are a rise of the answer's mean negative log-likelihood."""
 LEVELS = 10
 """Shades on each side of the centre."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Colours values from ``centre - reach`` to ``centre + reach``; values beyond take the end's colour."""
+    """Colours x = (value - centre) / reach.
+
+    Attributes:
+        centre, reach: in the score's unit.
+        curve: "linear" colours by x from -1 to 1, beyond which it is that of the end; "share" by
+            sign(x) (1 - exp(-|x|)).
+    """
 
     centre: float
     reach: float
+    curve: Literal["linear", "share"] = "linear"
 
     def __post_init__(self) -> None:
         if not self.reach > 0:
@@ -34,29 +45,51 @@ class Scale:
 
     def level(self, value: float) -> int:
         """Shade of a value: -LEVELS .. LEVELS, 0 at the centre."""
-        position = (value - self.centre) / self.reach
-        return round(LEVELS * min(1.0, max(-1.0, position)))
+        x = (value - self.centre) / self.reach
+        position = math.copysign(-math.expm1(-abs(x)), x) if self.curve == "share" else min(1.0, max(-1.0, x))
+        # Halves upwards, as browsers round.
+        return math.floor(LEVELS * position + 0.5)
 
     @property
-    def ticks(self) -> tuple[float, float, float]:
-        """Lowest value, centre and highest value."""
-        return self.centre - self.reach, self.centre, self.centre + self.reach
+    def ticks(self) -> tuple[float, ...]:
+        """Values at even distances along the colours, from the lowest to the highest; the centre in the middle."""
+        if self.curve == "linear":
+            return self.centre - self.reach, self.centre, self.centre + self.reach
+        # Where the last shade begins, and where half of the colour is reached.
+        last, half = -math.log(0.5 / LEVELS), math.log(2)
+        return tuple(self.centre + self.reach * x for x in (-last, -half, 0.0, half, last))
+
+    def to_json(self) -> dict[str, Any]:
+        """For the page's script."""
+        return asdict(self)
 
 
-def scale_for(runs: Iterable[Run]) -> Scale:
-    """The scale shared by runs of one score.
+def fixed_scale(runs: Iterable[Run], score: str) -> Scale | None:
+    """The scale that follows from what the score is; None where its size depends on the chain's length (attention).
 
-    For the mask it follows from the mask's configuration in ``settings["mask"]``, the paper's where a run does not say;
-    configurations that differ share the widest. The sparse mask's reaches from -1 to 1. Any other score is centred on 0
-    and reaches its largest magnitude.
+    The mask's follows from its configuration in ``settings["mask"]``, the paper's where a run does not say;
+    configurations that differ share the widest.
     """
-    runs = list(runs)
-    if all(run.score == _SPARSE_MASK for run in runs):
-        return Scale(0.0, 1.0)
-    if all(run.score == RESTORED for run in runs):
+    if score == RESTORED:
         return max((_mask_scale(run.settings.get("mask") or {}) for run in runs), key=lambda scale: scale.reach)
-    values = (value for run in runs for rollout in run.rollouts for value in rollout.scores.get(run.score, ()))
-    return Scale(0.0, max((abs(value) for value in values), default=0.0) or 1.0)
+    if score == "sparse-mask":
+        return Scale(0.0, 1.0)
+    return Scale(0.0, 1.0, "share") if score in IN_NATS else None
+
+
+def fitted_scale(runs: Iterable[Run], score: str) -> Scale:
+    """The scale whose end is the value of the largest magnitude; the centre is that of the fixed one, 0 without."""
+    runs = list(runs)
+    fixed = fixed_scale(runs, score)
+    centre = 0.0 if fixed is None else fixed.centre
+    values = (value for run in runs for rollout in run.rollouts for value in rollout.scores.get(score, ()))
+    return Scale(centre, max((abs(value - centre) for value in values), default=0.0) or 1.0)
+
+
+def scale_for(runs: Iterable[Run], score: str) -> Scale:
+    """The fixed scale, or the fitted one where there is none."""
+    runs = list(runs)
+    return fixed_scale(runs, score) or fitted_scale(runs, score)
 
 
 def _mask_scale(settings: Mapping[str, Any]) -> Scale:

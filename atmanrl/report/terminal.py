@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,9 +11,9 @@ from rich.text import Text
 from atmanrl.intervals import Estimate
 from atmanrl.records import RolloutRecord, Run
 from atmanrl.report.glyphs import visible
-from atmanrl.report.numbers import footnote, interval, number
+from atmanrl.report.numbers import footnote, interval, number, tick
 from atmanrl.report.scale import LEVELS, Scale, scale_for
-from atmanrl.summary import Summary
+from atmanrl.summary import AGREEMENT, Summary
 
 _UP, _DOWN = (213, 94, 0), (0, 114, 178)
 _TOP_TOKENS = 8
@@ -36,7 +38,7 @@ def print_run(run: Run, console: Console | None = None) -> None:
     Without colours the list alone tells the scores. Characters that could move the cursor are shown as code points.
     """
     console = console or Console()
-    scale = scale_for([run])
+    scale = scale_for([run], run.score)
     for rollout in run.rollouts:
         _print_rollout(rollout, run.score, scale, console)
 
@@ -59,9 +61,10 @@ def _print_rollout(rollout: RolloutRecord, score: str, scale: Scale, console: Co
     if values is None:
         console.print(Text(f"no saliency: {rollout.skipped or 'not computed'}", style="dim"))
     else:
-        top = sorted(range(len(values)), key=lambda i: -values[i])[:_TOP_TOKENS]
-        listed = ", ".join(f"{visible(rollout.cot.texts[i]).strip()} @{i + 1} {number(values[i])}" for i in top)
-        console.print(Text(f"highest {score}: {listed}", style="dim"))
+        for name in (score, *(other for other in rollout.scores if other != score)):
+            console.print(Text(f"highest {name}: {_highest(rollout, rollout.scores[name])}", style="dim"))
+        if (agreement := rollout.measures.get(AGREEMENT)) is not None:
+            console.print(Text(f"rank correlation with deletion: {number(agreement)}", style="dim"))
     console.print()
 
 
@@ -81,6 +84,16 @@ def _table(summary: Summary, separator: str) -> Table:
 def _cell(estimate: Estimate, unit: str, separator: str, *, sign: bool = False) -> Text:
     bounds = interval(estimate, unit, sign=sign)
     return Text.assemble(number(estimate.value, unit, sign=sign), (f"{separator}{bounds}" if bounds else "", "dim"))
+
+
+def _highest(rollout: RolloutRecord, values: Sequence[float]) -> str:
+    top = sorted(range(len(values)), key=lambda i: -values[i])[:_TOP_TOKENS]
+    return ", ".join(f"{visible(rollout.cot.texts[i]).strip()} @{i + 1} {_score(values[i])}" for i in top)
+
+
+def _score(value: float) -> str:
+    # Scores of a long chain of thought are small.
+    return number(value) if value == 0 or abs(value) >= 0.01 else tick(value)
 
 
 def _style(level: int) -> str:

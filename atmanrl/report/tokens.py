@@ -22,13 +22,12 @@ def span_html(span: TokenSpan) -> Markup:
     return _without_indent(Markup("").join(lead + html for lead, html in pieces))
 
 
-def scored_html(rollout: RolloutRecord, score: str, scale: Scale) -> Markup:
+def scored_html(rollout: RolloutRecord, values: Sequence[float] | None, scale: Scale) -> Markup:
     """The chain of thought of a rollout; a word's and a sentence's score is the mean over its tokens.
 
-    Without scores the tokens stand untinted. Every character that came from a tokenizer is escaped.
+    Without ``values`` the tokens stand untinted. Every character that came from a tokenizer is escaped.
     """
     texts = rollout.cot.texts
-    values = rollout.scores.get(score)
     unused = deque(words(texts))
     html: list[Markup] = []
     blocks: list[Markup] = []

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
@@ -22,6 +18,7 @@ from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.optimization import BatchOptimization
 from atmanrl.saliency.packing import PackedRollouts
+from atmanrl.saliency.progress import progress_bar
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
 from atmanrl.saliency.working_copy import working_copy
 
@@ -38,6 +35,7 @@ def optimize_masks(
     progress: bool | None = None,
     record_every: int | None = None,
     token_budget: int | None = None,
+    loss_unmasked: Mapping[Rollout, float] | None = None,
     likelihood: MakeLikelihood | None = None,
 ) -> SaliencyResult:
     """Learn, for every rollout at once, which CoT tokens must be re-enabled for its answer to become likely again.
@@ -59,6 +57,8 @@ def optimize_masks(
         record_every: keep each mask and its loss every so many steps as ``trajectory``; default: never.
         token_budget: rows packed into one batch, prompts included; default: as many as are predicted to fit the free
             memory on the fast path, all on the general one. If memory runs out, half of it is tried once.
+        loss_unmasked: losses without a mask that a forward elsewhere has found. A batch whose rollouts are all there
+            takes none of its own, except with ``early_stop``, which decides by them.
         likelihood: computes the answers' likelihood of a packed batch; default: :class:`FrozenDecoder` where it
             supports the model, else :class:`ModelLikelihood`.
 
@@ -95,7 +95,7 @@ def optimize_masks(
         )
     learned: dict[int, RolloutSaliency] = {}
     if active:
-        with frozen(model), _progress_bar(config.steps * len(active), progress) as show:
+        with frozen(model), progress_bar("saliency masks, rollout-steps", config.steps * len(active), progress) as show:
             make = likelihood or _default_likelihood(model, config)
             if token_budget is None and likelihood is None:
                 fast = make is not ModelLikelihood
@@ -111,6 +111,7 @@ def optimize_masks(
                     device=model.device,
                     dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
                     record_every=record_every,
+                    loss_unmasked=loss_unmasked if config.early_stop is None else None,
                 ).run(lambda steps: show(finished + steps))
 
             def run(budget: int) -> None:
@@ -161,15 +162,3 @@ def check_fits(model: PreTrainedModel, rollout: Rollout, index: int) -> None:
         raise ValueError(
             f"rollout {index} holds the token id {highest}, the model's vocabulary has {text_config.vocab_size} entries"
         )
-
-
-@contextmanager
-def _progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
-    shown = sys.stderr.isatty() if shown is None else shown
-    if not shown:
-        yield lambda completed: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("saliency masks, rollout-steps", total=total)
-        yield lambda completed: bar.update(task, completed=completed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class BatchOptimization:
         device: where the batch and H lie.
         dtype: of H.
         record_every: keep mask and loss every so many steps; None: never.
+        loss_unmasked: losses without a mask that are known, by rollout.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class BatchOptimization:
         device: torch.device,
         dtype: torch.dtype,
         record_every: int | None,
+        loss_unmasked: Mapping[Rollout, float] | None = None,
     ) -> None:
         self._rollouts, self._make, self._config, self._numbers = rollouts, make, config, numbers
         self._device, self._record_every = device, record_every
@@ -50,8 +52,12 @@ class BatchOptimization:
         self._replayed: Replayed | None = None
         self._mask = TrainableMask(n_tokens, config, device=device, dtype=dtype)
         self._pack(list(range(len(rollouts))))
-        with torch.no_grad():
-            self._unmasked = self._losses_under(torch.zeros_like(self._mask.values))
+        known = {} if loss_unmasked is None else loss_unmasked
+        if all(rollout in known for rollout in rollouts):
+            self._unmasked = torch.tensor([known[rollout] for rollout in rollouts], device=device, dtype=dtype)
+        else:
+            with torch.no_grad():
+                self._unmasked = self._losses_under(torch.zeros_like(self._mask.values))
         self._check_finite(self._unmasked, "without a mask")
         self._initial: Tensor | None = None
 

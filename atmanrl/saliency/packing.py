@@ -95,7 +95,7 @@ def pack(rollouts: Sequence[Rollout], *, answer_loss: AnswerLoss, device: torch.
         ids += completion[:-1]
         positions += range(prompt, prompt + len(completion) - 1)
         cot_columns += range(start, start + len(rollout.cot_ids))
-        targets = completion[first_loss_token(rollout, answer_loss) :]
+        targets = [completion[place] for place in loss_tokens(rollout, answer_loss)]
         # The row before a token predicts it; the CoT is not empty, so that row exists.
         loss_rows += range(start + len(completion) - len(targets) - 1, start + len(completion) - 1)
         loss_targets += targets
@@ -131,6 +131,7 @@ def pack(rollouts: Sequence[Rollout], *, answer_loss: AnswerLoss, device: torch.
     )
 
 
-def first_loss_token(rollout: Rollout, answer_loss: AnswerLoss) -> int:
-    """Index into the completion of the first token of the loss: the answer's, or the marker's for "all"."""
-    return len(rollout.cot_ids) + (len(rollout.marker_ids) if answer_loss == "value" else 0)
+def loss_tokens(rollout: Rollout, answer_loss: AnswerLoss) -> range:
+    """Places in the completion of the tokens of the loss: the answer's, for "all" the marker's as well."""
+    behind = len(rollout.cot_ids) + (len(rollout.marker_ids) if answer_loss == "value" else 0)
+    return range(behind, len(rollout.completion_ids))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ from atman_kernels import AttentionPlan, SharedPrefix, attention, attention_varl
 from tests.oracle import assert_as_exact_as_reference
 
 NAMES = ("o", "lse", "dq", "dk", "dv", "dkey_bias")
+LAYOUTS = ("contiguous", "heads_first", "dim_first", "interleaved", "embedded", "broadcast")
 
 
 class Case(NamedTuple):
@@ -50,11 +52,15 @@ class Operands(NamedTuple):
     do: Tensor
     dlse: Tensor | None
 
-    def as_float64(self) -> Operands:
-        """The same numbers in double precision."""
-        prefix = self.prefix and self.prefix._replace(k=self.prefix.k.double(), v=self.prefix.v.double())
-        wide = [None if x is None else x.double() for x in (self.q, self.k, self.v, self.key_bias, self.do, self.dlse)]
-        return Operands(wide[0], wide[1], wide[2], wide[3], prefix, wide[4], wide[5])
+    def as_float64(self, device: str | None = None) -> Operands:
+        """The same numbers in double precision, where they are or on another device."""
+
+        def wide(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, torch.float64)
+
+        prefix = self.prefix and self.prefix._replace(k=wide(self.prefix.k), v=wide(self.prefix.v))
+        tensors = (wide(x) for x in (self.q, self.k, self.v, self.key_bias))
+        return Operands(*tensors, prefix, wide(self.do), wide(self.dlse))
 
 
 def make_operands(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Operands:
@@ -100,6 +106,24 @@ def make_operands(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int
     return Operands(q, k, v, key_bias, prefix, do, dlse)
 
 
+def restrided(x: Tensor, layout: str) -> Tensor:
+    """The numbers of x, (..., T, H, D), in another layout, NaN between them; "broadcast": those of one head for all."""
+    if layout == "heads_first":
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    if layout == "dim_first":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "broadcast":
+        return x[..., :1, :].expand_as(x)
+    *batch, rows, heads, dim = x.shape
+    if layout == "interleaved":
+        view = x.new_full((*batch, rows, heads, 2 * dim + 1), math.nan)[..., 1::2]
+    elif layout == "embedded":
+        view = x.new_full((*batch, rows + 2, heads + 1, dim + 5), math.nan)[..., 1:-1, :heads, 2:-3]
+    else:
+        return x
+    return view.copy_(x)
+
+
 def run(
     name: Literal["triton", "cpu", "reference"], case: Case, x: Operands, *, deterministic: bool = True
 ) -> dict[str, Tensor]:
@@ -125,14 +149,16 @@ def assert_exact(case: Case, name: Literal["triton", "cpu"], dtype: torch.dtype,
     assert_operands_exact(case, name, make_operands(case, dtype, device))
 
 
-def assert_operands_exact(case: Case, name: Literal["triton", "cpu"], operands: Operands) -> None:
-    """:func:`assert_exact` on tensors of any strides."""
+def assert_operands_exact(
+    case: Case, name: Literal["triton", "cpu"], operands: Operands, terms: Mapping[str, float] | None = None
+) -> None:
+    """:func:`assert_exact` on tensors of any strides; ``terms`` of each result as in the pass criterion."""
     oracle = run("reference", case, operands.as_float64())
     reference = run("reference", case, operands)
     with poisoned_memory():
         actual = run(name, case, operands)
     for key, value in actual.items():
-        assert_as_exact_as_reference(key, value, reference[key], oracle[key])
+        assert_as_exact_as_reference(key, value, reference[key], oracle[key], terms[key] if terms else 0.0)
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from atman_kernels import _cpu, reference
 from atman_kernels.problem import AttentionProblem
 from tests.oracle import assert_as_exact_as_reference
+from tests.random_cases import random_cases
 
 pytestmark = pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
 
@@ -82,7 +83,7 @@ def backward_arguments(forward: dict[str, Any], gap: int = 0) -> dict[str, Any]:
     return {**found, "do": do, "dlse": dlse, **forward}
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@random_cases(30)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=3),
     heads=st.sampled_from([(1, 1), (3, 1), (4, 2)]),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from atman_kernels import AttentionPlan, attention
 from atman_kernels.plan import TILE, dense_plan
+from tests.random_cases import random_cases
 
 lengths = st.lists(st.integers(0, 3 * TILE), min_size=0, max_size=6)
 
@@ -28,7 +29,7 @@ def assert_visits_all_once(tiles: Tensor, lengths: list[int]) -> None:
 
 
 @given(lengths, lengths)
-@settings(deadline=None, max_examples=50)
+@random_cases(50)
 def test_every_tile_of_every_sequence_is_visited_once(lengths_q, lengths_k):
     n = min(len(lengths_q), len(lengths_k))
     lengths_q, lengths_k = lengths_q[:n], lengths_k[:n]
@@ -38,7 +39,7 @@ def test_every_tile_of_every_sequence_is_visited_once(lengths_q, lengths_k):
 
 
 @given(lengths)
-@settings(deadline=None, max_examples=30)
+@random_cases(30)
 def test_the_plan_of_device_offsets_equals_the_plan_of_host_lengths(lengths):
     cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     host = AttentionPlan(lengths)

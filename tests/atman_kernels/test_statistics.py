@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen, backend, statistics_ops
 from atman_kernels.attention import attention_rows
 from atman_kernels.problem import Statistics, StatisticsProblem
-from atman_kernels.statistics import statistics_of_rows
-from tests.atman_kernels.grid import Case, Operands, make_operands, poisoned_memory
+from atman_kernels.statistics import attention_with_distance, mean_of_chosen_rows, statistics_of_rows
+from tests.atman_kernels.grid import LAYOUTS, Case, Operands, make_operands, poisoned_memory, restrided
 from tests.oracle import assert_as_exact_as_reference
+from tests.random_cases import random_cases
 
 needs_extension = pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
 BACKENDS = ["triton", pytest.param("cpu", marks=needs_extension)]
@@ -160,29 +161,94 @@ def test_statistics_are_as_exact_as_pytorch_in_bfloat16(name: str, given: Settin
     _assert_exact(name, given, torch.bfloat16, "cpu" if name == "cpu" else "cuda")
 
 
+@st.composite
+def any_settings(draw: st.DrawFn, longest: int, head_dims: st.SearchStrategy[int]) -> Settings:
+    length = st.integers(0, longest)
+    lengths, lengths_k = zip(*draw(st.lists(st.tuples(length, length), min_size=1, max_size=3)), strict=True)
+    case = Case(
+        lengths,
+        heads=draw(st.sampled_from([(1, 1), (2, 2), (6, 2)])),
+        head_dim=draw(head_dims),
+        window=draw(st.none() | st.integers(1, longest)),
+        lengths_k=lengths_k,
+        prefix=draw(st.just(()) | st.tuples(*[st.tuples(st.integers(0, 20), length)] * len(lengths))),
+    )
+    low = draw(st.integers(0, 60))
+    horizon = (low, low + draw(st.integers(0, longest)))
+    return Settings(case, draw(st.integers(1, longest)), horizon, draw(st.none() | st.floats(0, 1)))
+
+
 @needs_extension
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=3),
-    heads=st.sampled_from([(1, 1), (2, 2), (6, 2)]),
-    head_dim=st.integers(1, 70) | st.sampled_from([96, 256]),
-    attention_window=st.none() | st.integers(1, 150),
-    window=st.integers(1, 200),
-    low=st.integers(0, 60),
-    reach=st.integers(0, 150),
-    rows=st.none() | st.floats(0, 1),
-    prefix_length=st.none() | st.integers(0, 150),
-    isa=st.sampled_from(_cpu.isas() or [""]),
-)
-def test_any_shape_on_every_instruction_set_agrees_with_the_reference(
-    lengths, heads, head_dim, attention_window, window, low, reach, rows, prefix_length, isa
-) -> None:
-    lengths_q, lengths_k = zip(*lengths, strict=True)
-    prefix = () if prefix_length is None else ((0, prefix_length),) * len(lengths)
-    case = Case(lengths_q, heads, head_dim, window=attention_window, lengths_k=lengths_k, prefix=prefix)
+@random_cases(40)
+@given(any_settings(200, st.integers(1, 70) | st.sampled_from([96, 256])), st.sampled_from(_cpu.isas() or [""]))
+def test_any_shape_on_every_instruction_set_agrees_with_the_reference(given: Settings, isa: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cpu, "_isa", isa)
-        _assert_exact("cpu", Settings(case, window, (low, low + reach), rows), torch.float32, "cpu")
+        _assert_exact("cpu", given, torch.float32, "cpu")
+
+
+@random_cases(6)
+@given(any_settings(70, st.sampled_from([1, 3, 16, 24])))
+def test_any_shape_on_the_triton_kernels_agrees_with_the_reference(given: Settings) -> None:
+    _assert_exact("triton", given, torch.float32, DEVICE)
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_the_attention_finds_every_rows_distance_on_its_way(
+    dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With o and lse bit for bit as without it, and as exact as PyTorch's sum over the map."""
+    monkeypatch.setattr(_cpu, "_isa", isa)
+    for problem in CASES:
+        case = problem.case
+        x = make_operands(case, dtype)
+        plan = _plan(case, "cpu")
+        bias = None if x.key_bias is None else x.key_bias[None]
+        o, lse = attention_varlen(
+            x.q, x.k, x.v, x.key_bias, plan=plan, prefix=x.prefix, window=case.window, return_lse=True
+        )
+        with poisoned_memory():
+            found = attention_with_distance(
+                x.q[None], x.k[None], x.v[None], bias, plan=plan, prefix=x.prefix, window=case.window
+            )
+        assert torch.equal(found[0][0], o)
+        assert torch.equal(found[1][0], lse)
+        # No row is that long: min(d, window) is d.
+        unbounded = problem._replace(window=10**6)
+        reference, oracle = (
+            _compute("reference", unbounded, operands)["windowed_distance"].T for operands in (x, x.as_float64())
+        )
+        assert_as_exact_as_reference(str(case), found[2][0], reference, oracle)
+
+
+@needs_extension
+def test_means_over_chosen_rows_are_those_of_the_statistics() -> None:
+    for problem in CASES:
+        x = make_operands(problem.case, torch.float32)
+        plan = _plan(problem.case, "cpu")
+        bias = None if x.key_bias is None else x.key_bias[None]
+        _, _, distance = attention_with_distance(
+            x.q[None], x.k[None], x.v[None], bias, plan=plan, prefix=x.prefix, window=problem.case.window
+        )
+        rows = _chosen(problem.rows, x.q.shape[0], "cpu")
+        means = mean_of_chosen_rows(distance, plan, None if rows is None else rows[None])
+        torch.testing.assert_close(means, _compute("cpu", problem, x)["distance"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_layouts_change_no_number(name: str, layout: str) -> None:
+    """Queries, keys and prefix keys in every layout, NaN between their numbers, against contiguous copies of them."""
+    given = Settings(Case((17, 3), heads=(4, 2), prefix=((0, 20), (2, 9))), window=4, horizon=(1, 8))
+    x = make_operands(given.case, torch.float32, "cpu" if name == "cpu" else DEVICE)
+    q, k, prefix_k = (restrided(t, layout) for t in (x.q, x.k, x.prefix.k))
+    strided = x._replace(q=q, k=k, prefix=x.prefix._replace(k=prefix_k))
+    copied = x._replace(q=q.contiguous(), k=k.contiguous(), prefix=x.prefix._replace(k=prefix_k.contiguous()))
+    found, expected = (_compute(name, given, operands) for operands in (strided, copied))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -263,6 +329,20 @@ def test_the_operator_is_registered_soundly(name: str) -> None:
         (
             *(x.q[None], x.k[None], torch.randn(1, 2, 14), x.key_bias[None], None, rows),
             *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, -1, True, name, 10, 1, 5, True),
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@needs_extension
+def test_the_operator_of_attention_with_distance_is_registered_soundly() -> None:
+    x = make_operands(Case((9, 5), heads=(2, 1)), torch.float32)
+    plan = AttentionPlan((9, 5))
+    torch.library.opcheck(
+        statistics_ops.attention_forward_distance,
+        (
+            *(x.q[None], x.k[None], x.v[None], x.key_bias[None], None, None),
+            *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, -1, True),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )

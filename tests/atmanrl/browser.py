@@ -65,6 +65,12 @@ class Browser:
         strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self._act({"type": "key", "id": "keyboard", "actions": strokes})
 
+    def emulate(self, media: str = "", scheme: str = "light") -> None:
+        """Show the page as on that medium ("print"; "" for a screen) and under that colour scheme."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        command = {"cmd": "Emulation.setEmulatedMedia", "params": {"media": media, "features": features}}
+        self._call("POST", f"{self._session}/goog/cdp/execute", command)
+
     def messages(self) -> list[str]:
         """What the console was told since the last call."""
         return [entry["message"] for entry in self._call("POST", f"{self._session}/se/log", {"type": "browser"})]

@@ -6,6 +6,27 @@ from collections.abc import Sequence
 
 from atmanrl.records import MaskLoss, RolloutRecord, Run, TokenSpan
 
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "'&amp;<b>",
+    "{{ 7 * 7 }}",
+    "\u202egnp.exe",
+    "\u2067",
+    "\u200b",
+    "👩‍👩‍👧‍👦",
+    "שלום",
+    "\x1b[31m",
+    "\x00",
+    "]]>",
+    "<!--",
+    "",
+    " ",
+    "\n\n",
+    "\ue000",
+)
+
 
 def span(*texts: str) -> TokenSpan:
     return TokenSpan(tuple(range(len(texts))), texts)

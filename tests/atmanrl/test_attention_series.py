@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from atman_kernels import _cpu, backend, observation
 from atman_kernels.hf import observing
-from atmanrl.attention_series import (
-    SeriesCollector,
-    attention_series,
-    layers_of,
-    sampled_layers,
-    select_heads,
-)
+from atmanrl.attention_series import SeriesCollector, attention_series
 from atmanrl.config import SeriesConfig
+from atmanrl.saliency.heads import layers_of, sampled_layers, select_heads
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 CONFIG = SeriesConfig(window=4, horizon=(2, 12))
@@ -103,6 +101,56 @@ def test_a_padded_forward_of_the_model_itself_shows_the_same_series() -> None:
     for series, other in zip(collector.series([len(r) for r in responses]), expected, strict=True):
         torch.testing.assert_close(series.waad, other.waad, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(series.fai, other.fai, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
+def test_the_sampled_layers_find_the_distance_with_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    (rollout,) = random_rollouts([(40, 1, 2)])
+    model = tiny_model()
+    calls: list[bool] = []
+    statistics = observation.statistics_of_rows
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["need_distance"])
+        return statistics(*args, **kwargs)
+
+    monkeypatch.setattr(observation, "statistics_of_rows", counted)
+    arguments = ([list(rollout.prompt_ids)], [list(rollout.completion_ids)], CONFIG)
+    (found,) = attention_series(model, *arguments)
+    with backend("reference"):
+        (expected,) = attention_series(model, *arguments)
+    n_layers = len(sampled_layers(layers_of(model)))
+    assert calls == [False] * n_layers + [True] * n_layers
+    torch.testing.assert_close(found.waad, expected.waad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_that_of_the_answers_tokens() -> None:
+    rollouts = random_rollouts([(9, 1, 2), (5, 2, 3), (7, 0, 1)])
+    model = tiny_model()
+    prompts = [list(rollout.prompt_ids) for rollout in rollouts]
+    responses = [list(rollout.completion_ids) for rollout in rollouts]
+    answers = [range(len(r) - 2, len(r)) for r in responses[:2]] + [range(0)]
+    expected = []
+    for prompt, response, answer in zip(prompts, responses, answers, strict=True):
+        with torch.no_grad():
+            log_p = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected.append(-log_p.gather(1, torch.tensor(response)[:, None])[answer.start : answer.stop].mean().item())
+    for entropy in (False, True):
+        found = attention_series(model, prompts, responses, CONFIG, answers=answers, entropy=entropy)
+        assert [one.loss for one in found] == pytest.approx(expected, rel=1e-4, nan_ok=True)
+        assert [one.entropy is not None for one in found] == [entropy] * 3
+
+
+def test_equal_prompts_run_once() -> None:
+    (rollout,) = random_rollouts([(9, 1, 2)])
+    model = tiny_model()
+    rows: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    prompt, response = list(rollout.prompt_ids), list(rollout.completion_ids)
+    attention_series(model, [prompt] * 8, [response] * 8, CONFIG)
+    assert rows == [len(prompt) - 1, 8 * (1 + len(response))]
 
 
 def test_five_layers_lie_evenly_in_the_middle_third() -> None:

@@ -55,7 +55,7 @@ def test_plain_prompts_get_the_tokenizers_bos(tokenizer):
 
 
 def test_messages_without_a_chat_template_are_an_error():
-    with pytest.raises(ValueError, match=r'no chat template.*set data\.prompt_style to "plain"'):
+    with pytest.raises(ValueError, match=r'no chat template.*prompt as text.*set data\.prompt_style to "plain"'):
         encode_prompt(byte_level_tokenizer(chat_template=None), MESSAGES)
 
 

@@ -119,6 +119,20 @@ def test_doctor_tests_the_backends_and_fails_when_one_is_wrong(
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_doctor_fails_where_a_gradient_is_nan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = doctor._output_and_gradients
+
+    def spoiled(name: doctor.Backend, values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        output, *gradients = computed(name, values)
+        return output, *gradients[:-1], gradients[-1] * (1.0 if values["q"].dtype == torch.float64 else torch.nan)
+
+    monkeypatch.setattr(doctor, "_output_and_gradients", spoiled)
+    assert main(["doctor"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
 def test_a_directory_with_another_run_is_refused_and_overwriting_deletes_a_runs_files_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

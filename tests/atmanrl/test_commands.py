@@ -3,12 +3,14 @@ import json
 import pytest
 
 from atmanrl import Rollout, estimate_saliency
+from atmanrl.agreement import spearman
 from atmanrl.cli import main
 from atmanrl.commands.evaluate import labels
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig
 from atmanrl.records import Run
+from atmanrl.report.numbers import number
 from atmanrl.saliency.estimators import make_estimator
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
@@ -46,6 +48,40 @@ def test_explain_scores_with_the_estimator_asked_for(estimator, tmp_path, capsys
     rollout = Rollout(item.prompt.ids, item.cot.ids, item.answer.ids, item.marker.ids)
     (expected,) = estimate_saliency(load_policy(ModelConfig("ledger"))[0], [rollout], estimator)
     assert item.scores[name] == pytest.approx(expected.scores.tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_several_estimators_stand_in_one_file_and_on_one_page(tmp_path, capsys):
+    file, page = tmp_path / "out.json", tmp_path / "out.html"
+    given = ["--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION, "--record-every", "3"]
+    several = ["--estimator", "best", "attention", "fai", "--deletion"]
+    assert main(["explain", *given, *several, "--json", str(file), "--html", str(page)]) == 0
+    run = Run.load(file)
+    (item,) = run.rollouts
+    assert (run.score, set(item.scores)) == ("sparse-mask", {"sparse-mask", "attention", "fai", "deletion"})
+    assert item.trajectory.steps == (0, 3, 6, 9)
+    assert item.trajectory.restored[0] == (1.0,) * len(item.cot)
+    assert item.trajectory.loss[-1] == pytest.approx(item.loss.final, rel=1e-4)
+    agreement = spearman(item.scores["sparse-mask"], item.scores["deletion"])
+    output = capsys.readouterr().out
+    assert f"rank correlation with deletion: {number(agreement)}" in output
+    listed = [line.split(":")[0] for line in output.splitlines() if line.startswith("highest")]
+    assert listed == [f"highest {name}" for name in ("sparse-mask", "attention", "fai", "deletion")]
+    assert page.read_text(encoding="utf-8").count('name="score"') == 4
+
+
+def test_two_scores_of_the_same_completions_are_compared_token_by_token(tmp_path, capsys):
+    files = {name: str(tmp_path / f"{name}.json") for name in ("leave-one-out", "gradient")}
+    given = ["--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION]
+    for name, file in files.items():
+        assert main(["explain", *given, "--estimator", name, "--json", file]) == 0
+    assert main(["compare", *files.values(), "--output", str(tmp_path / "both")]) == 0
+    scores = [Run.load(file).rollouts[0].scores[name] for name, file in files.items()]
+    assert f"spearman with gradient {number(spearman(*scores))}" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "both" / "report.html").read_text(encoding="utf-8").count('name="score"') == 2
+    other = str(tmp_path / "other.json")
+    assert main(["explain", *given[:-1], COMPLETION.replace(".", "~"), "--estimator", "fai", "--json", other]) == 0
+    assert main(["compare", files["gradient"], other]) == 2
+    assert "neither scores nor completions can be compared" in capsys.readouterr().err
 
 
 def test_explain_reads_a_file_and_lets_the_model_complete(tmp_path, capsys):
@@ -102,7 +138,15 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         ),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "best", "--mask.steps", "2"],
-            "--mask.* and --record-every belong to --estimator mask, not 'best'",
+            "--mask.* belongs to --estimator mask, not best",
+        ),
+        (
+            ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "gradient", "mask", "--record-every", "2"],
+            "--record-every belongs to a mask as the first estimator, not to 'gradient'",
+        ),
+        (
+            ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "best", "sparse-mask"],
+            "an estimator is named twice: best, sparse-mask",
         ),
         (["explain", "--model", "/no/such/model", "--prompt", "a"], "'/no/such/model' cannot be loaded"),
         (["evaluate", "--config", "ledger", "--evaluation.prompts", "0"], "evaluation.prompts is 0"),

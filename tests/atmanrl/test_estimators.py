@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, optimize_masks, saliency_reward
+from atmanrl.attention_series import attention_series
+from atmanrl.config import SeriesConfig
 from atmanrl.interventions import Variant, outcomes
+from atmanrl.saliency import budget
 from atmanrl.saliency.estimators import (
+    FutureInfluence,
     Gradient,
     Integrated,
     Mask,
@@ -24,6 +28,7 @@ from atmanrl.saliency.estimators import (
 )
 from atmanrl.saliency.estimators.suffixes import Suffix, suffix_losses
 from atmanrl.saliency.estimators.suppression import similar_tokens
+from atmanrl.saliency.packing import PackedRollouts
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 # transformers' norms round to float32, whatever the model's dtype.
@@ -182,16 +187,74 @@ def test_received_attention_is_that_of_the_eager_maps():
         torch.testing.assert_close(item.scores, columns.mean((0, 1, 2)), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral window"])
+def test_fai_is_the_series_of_each_rollout_alone(family):
+    # The series is held against eager maps in test_attention_series.py; the answer's last token has no row here.
+    model, rollouts, config = tiny_model(family), random_rollouts(LENGTHS), SeriesConfig(horizon=(1, 4))
+    for rollout, item in zip(rollouts, estimate_saliency(model, rollouts, FutureInfluence(config)), strict=True):
+        (series,) = attention_series(model, [rollout.prompt_ids], [rollout.completion_ids[:-1]], config)
+        torch.testing.assert_close(item.scores, series.fai[: len(rollout.cot_ids)], atol=1e-6, rtol=1e-4)
+        assert item.scores.max() > 0
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_scores_depend_on_neither_companions_nor_budget(name):
     model, rollouts = tiny_model(), random_rollouts(LENGTHS)
     estimator = Mask(MaskConfig(steps=3)) if name == "mask" else make_estimator(name)
     together = estimate_saliency(model, rollouts, estimator)
-    for budget in (1, 17):
-        for a, b in zip(together, estimate_saliency(model, rollouts, estimator, token_budget=budget), strict=True):
+    for rows in (1, 17):
+        for a, b in zip(together, estimate_saliency(model, rollouts, estimator, token_budget=rows), strict=True):
             torch.testing.assert_close(a.scores, b.scores, atol=2e-4, rtol=1e-3)
     (alone,) = estimate_saliency(model, rollouts[1:2], estimator)
     torch.testing.assert_close(alone.scores, together[1].scores, atol=2e-4, rtol=1e-3)
+
+
+def watch_rows(model):
+    """The packed rows of every forward that takes a gradient, listed as the model runs."""
+    rows = []
+
+    def watch(module, args, kwargs, output):
+        if output.logits.requires_grad:
+            rows.append(kwargs["input_ids"].shape[1])
+
+    model.register_forward_hook(watch, with_kwargs=True)
+    return rows
+
+
+def test_the_general_path_packs_what_fits_the_free_memory(monkeypatch):
+    model, rollouts = tiny_model("gemma3"), random_rollouts([(9, 2, 3)] * 6, per_prompt=1)
+    plenty = estimate_saliency(model, rollouts, "gradient")
+    rows = watch_rows(model)
+    estimate_saliency(model, rollouts, "gradient")
+    probe, *batches = rows
+    assert batches == [6 * probe]
+    monkeypatch.setattr(budget, "_free_bytes", lambda device: 4 * budget.kept_bytes_of(model, rollouts[0]))
+    rows.clear()
+    scarce = estimate_saliency(model, rollouts, "gradient")
+    assert len(rows) > 4
+    assert max(rows) <= 2 * probe
+    for a, b in zip(plenty, scarce, strict=True):
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gradient", "attention", "leave-one-out"])
+def test_where_memory_runs_out_half_of_the_batch_is_tried(monkeypatch, name):
+    model, rollouts = tiny_model(), random_rollouts(LENGTHS)
+    expected = estimate_saliency(model, rollouts, name)
+    rows = []
+
+    def short_of_memory(packed, nll):
+        rows.append(packed.n_rows)
+        if len(rows) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return whole(packed, nll)
+
+    whole = PackedRollouts.mean_per_rollout
+    monkeypatch.setattr(PackedRollouts, "mean_per_rollout", short_of_memory)
+    found = estimate_saliency(model, rollouts, name)
+    assert max(rows[1:]) < rows[0]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +268,7 @@ def test_scores_depend_on_neither_companions_nor_budget(name):
         Suppression(),
         Suppression(log_factor=-2.3),
         ReceivedAttention(),
+        FutureInfluence(),
         Random(),
     ],
     ids=repr,

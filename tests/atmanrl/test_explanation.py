@@ -44,6 +44,8 @@ def test_a_missing_completion_is_written_by_the_model(model_and_tokenizer):
     run = explain(*model_and_tokenizer, examples, mask=QUICK)
     assert [item.prompt_id for item in run.rollouts] == ["own", "given"]
     assert len(run.rollouts[0].cot) > 0
+    # What was given has no end of turn, and lacks none.
+    assert [item.truncated for item in run.rollouts] == [True, False]
     assert run.settings["generation"]["temperature"] == 0.0
 
 
@@ -54,6 +56,10 @@ def test_what_cannot_be_explained_is_named_by_its_place(model_and_tokenizer):
     long = Example("Q?", "1 " * 600, place="pairs.jsonl, line 8")
     with pytest.raises(ValueError, match=r"pairs\.jsonl, line 8: \d+ tokens, more than the model's context of 512"):
         explain(*model_and_tokenizer, [long], mask=QUICK)
+    unfit = Example([{"role": "user", "content": "Q?"}], place="pairs.jsonl, line 9")
+    plain = byte_level_tokenizer(chat_template=None)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 9: the tokenizer has no chat template"):
+        explain(model_and_tokenizer[0], plain, [unfit], mask=QUICK)
     with pytest.raises(ValueError, match="no prompts"):
         explain(*model_and_tokenizer, [])
 
@@ -61,6 +67,13 @@ def test_what_cannot_be_explained_is_named_by_its_place(model_and_tokenizer):
 def test_a_completion_without_an_answer_is_shown_without_saliency(model_and_tokenizer):
     (item,) = explain(*model_and_tokenizer, [Example("Q?", "I do not know")], mask=QUICK).rollouts
     assert (item.restored, item.skipped) == (None, "no answer found")
+
+
+def test_columns_of_ones_own_may_stand_beside(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "source": "web", "answer": "1", "answers": ["1"]}\n', encoding="utf-8")
+    (example,) = read_examples(path)
+    assert example.answer == "1"
 
 
 def test_examples_are_read_with_ids_and_places(tmp_path):
@@ -81,6 +94,11 @@ def test_examples_are_read_with_ids_and_places(tmp_path):
         (b'{"completion": "x"}', 'line 2: "prompt" must be a text or a list of messages, got None'),
         (b'{"prompt": ""}', 'line 2: "prompt" must be'),
         (b'{"prompt": "a", "completion": 3}', 'line 2: "completion" must be a text, got 3'),
+        (b'{"prompt": "a", "answr": "3"}', 'line 2: unknown key "answr"; did you mean "answer"?'),
+        (b'{"prompt": "a", "answer": ""}', 'line 2: "answer" is empty'),
+        (b'{"prompt": [{"role": "user"}]}', 'line 2: a message of "prompt" needs the texts "role" and "content"'),
+        (b'{"prompt": ["a"]}', 'line 2: a message of "prompt" needs'),
+        (b'{"prompt": "a", "id": 1}', "line 2: the id '1' is that of .*line 1"),
         (b'{"prompt"', "line 2: not JSON"),
         (b"\xff", "line 2: not UTF-8"),
     ],

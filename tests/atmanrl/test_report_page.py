@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
@@ -7,30 +8,9 @@ import pytest
 
 from atmanrl.report import Plot, render_page, show, write_page
 from atmanrl.report.glyphs import visible
-from atmanrl.report.scale import Scale, scale_for
+from atmanrl.report.scale import Scale, fitted_scale, fixed_scale, scale_for
 from atmanrl.report.units import sentences, words
-from tests.atmanrl.saliency_runs import rollout, run
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</script><img src=x onerror=alert(1)>",
-    '" onmouseover="alert(1)',
-    "'&amp;<b>",
-    "{{ 7 * 7 }}",
-    "\u202egnp.exe",
-    "\u2067",
-    "\u200b",
-    "👩‍👩‍👧‍👦",
-    "שלום",
-    "\x1b[31m",
-    "\x00",
-    "]]>",
-    "<!--",
-    "",
-    " ",
-    "\n\n",
-    "\ue000",
-)
+from tests.atmanrl.saliency_runs import HOSTILE, rollout, run
 
 
 class Page(HTMLParser):
@@ -156,24 +136,37 @@ def test_a_hundred_thousand_tokens_make_a_page(tmp_path):
 
 
 def test_the_scale_is_centred_on_weight_decay_and_reaches_as_far_as_the_steps():
-    scale = scale_for([run(rollout())])
+    scale = scale_for([run(rollout())], "restored")
     assert scale.centre == pytest.approx(0.00995, abs=1e-5)
     assert scale.reach == pytest.approx(0.5)
     assert [scale.level(value) for value in (-1, -0.49, 0.00995, 0.06, 0.26, 0.51, 1)] == [-10, -10, 0, 1, 5, 10, 10]
 
 
-def test_another_score_is_centred_on_zero_and_reaches_its_largest_magnitude():
-    item = rollout()
-    other = type(item)(**{**vars(item), "scores": {"deletion": (-2.0, 0.5, 1.0)}})
-    scale = scale_for([type(run())("x", (other,), score="deletion")])
-    assert (scale.centre, scale.reach) == (0.0, 2.0)
+def scored(name, *values):
+    item = replace(rollout(), scores={name: values})
+    return replace(run(item), score=name)
 
 
-def test_the_sparse_masks_scale_is_the_same_on_every_page():
-    item = rollout()
-    other = type(item)(**{**vars(item), "scores": {"sparse-mask": (-0.2, 0.5, 0.1)}})
-    scale = scale_for([type(run())("x", (other,), score="sparse-mask")])
-    assert (scale.centre, scale.reach) == (0.0, 1.0)
+@pytest.mark.parametrize("name", ["restored", "sparse-mask", "deletion", "leave-one-out", "gradient"])
+def test_scores_whose_size_has_a_meaning_are_coloured_alike_on_every_page(name):
+    faint, strong = scored(name, -0.02, 0.005, 0.01), scored(name, -2.0, 0.5, 1.0)
+    assert scale_for([faint], name) == scale_for([strong], name) == fixed_scale([faint], name)
+    assert fitted_scale([faint], name) != fitted_scale([strong], name)
+
+
+def test_nats_are_coloured_by_the_share_of_the_probability_that_they_take_away():
+    scale = fixed_scale([run()], "deletion")
+    assert [scale.level(nats) for nats in (-50.0, -0.7, -0.04, 0.0, 0.3, 0.7, 1.6, 3.0, 50.0)] == [
+        *(-10, -5, 0, 0, 3, 5, 8, 10, 10)
+    ]
+    assert scale.ticks == pytest.approx((-2.996, -0.693, 0, 0.693, 2.996), abs=1e-3)
+    assert [scale.level(tick) for tick in scale.ticks[1:4]] == [-5, 0, 5]
+
+
+def test_attention_has_no_fixed_scale_and_reaches_its_largest_value():
+    attention = scored("attention", 0.02, 0.005, 0.001)
+    assert fixed_scale([attention], "attention") is None
+    assert scale_for([attention], "attention") == Scale(0.0, 0.02)
 
 
 @pytest.mark.parametrize(
@@ -182,13 +175,12 @@ def test_the_sparse_masks_scale_is_the_same_on_every_page():
         ("restored", "as far as the optimiser's steps go"),
         ("sparse-mask", "0 for one that left as an idle token does"),
         ("leave-one-out", "in nats of the answer's mean negative log-likelihood"),
-        ("attention", "The colours reach to the score's largest magnitude"),
+        ("attention", "the colours reach to the largest one on this page"),
+        ("random", "The colours reach to the score's largest magnitude"),
     ],
 )
 def test_the_page_explains_the_score_it_shows_and_no_other(score, said):
-    item = rollout()
-    other = type(item)(**{**vars(item), "scores": {score: (0.2, 0.5, 0.1)}})
-    page = unescape(render_page(type(run())("x", (other,), score=score)))
+    page = unescape(render_page(scored(score, 0.2, 0.5, 0.1)))
     assert said in page
     assert ("suppressed in every attention layer" in page) == (score == "restored")
 

@@ -63,10 +63,12 @@ def test_explain_statistics_finds_ledgers_needed_values_and_writes_what_it_found
     arguments += ["--series.horizon", "[3, 100]", "--plot", str(picture), "--json", str(numbers), "--no-color"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
+    assert "24 rollouts, completions greedy" in shown
     assert "high entropy at a WAAD peak" in shown
     assert "Jaccard" in shown
     content = json.loads(numbers.read_text())
     assert content["series"]["horizon"] == [3, 100]
+    assert content["generation"]["temperature"] == 0.0
     assert content["needed"]["rollouts"] == 24
     assert content["needed"]["auroc"] > 0.8
     assert content["perturbation"]["high"] < content["perturbation"]["low"]
@@ -80,8 +82,34 @@ def test_options_of_the_mask_are_refused_with_statistics(examples: Path, capsys:
     assert "with --statistics only --series.* can be set" in capsys.readouterr().err
 
 
+def test_sampled_completions_end_with_the_context(examples: Path, tmp_path: Path) -> None:
+    numbers = tmp_path / "series.json"
+    arguments = ["explain", "--model", "ledger", "--input", str(examples), "--statistics", "--json", str(numbers)]
+    assert main([*arguments, "--temperature", "1"]) == 0
+    generation = json.loads(numbers.read_text())["generation"]
+    assert generation["temperature"] == 1.0
+    assert generation["max_new_tokens"] < 256
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--statistics", "--html", "page.html"], "--html is not for --statistics"),
+        (["--statistics", "--record-every", "2"], "--record-every is not for --statistics"),
+        (["--plot", "series.png"], "--plot needs --statistics"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    examples: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "--model", "ledger", "--input", str(examples), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_plot_of_dollars_is_not_taken_for_a_formula(tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
     flags = [True, False]
-    plot_series(path, ["$a", "b$ _^"], [1.0, 2.0], [0.1, 0.2], local=flags, anchors=flags, dominated=flags)
+    plot_series(
+        path, ["$a", "b$ _^"], [1.0, 2.0], [0.1, 0.2], local=flags, anchors=flags, dominated=flags, first_distance=1
+    )
     assert path.stat().st_size > 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -13,6 +13,7 @@ from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER
 from atmanrl.data.ledger.vocabulary import build_tokenizer
 from atmanrl.rollouts import Rollout, rollout_from_completion, split_completion
 from tests.atmanrl.tiny import END_OF_TEXT, EOT, byte_level_tokenizer
+from tests.random_cases import random_cases
 
 FLEXIBLE = GSM8K_ANSWER.with_mode("flexible")
 
@@ -102,7 +103,7 @@ def _byte_characters() -> list[str]:
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-@settings(max_examples=150, deadline=None)
+@random_cases(150)
 @given(st.data())
 def test_borders_agree_with_byte_offsets_for_any_tokens(bpe, data):
     pieces = st.sampled_from(

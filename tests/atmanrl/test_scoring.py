@@ -5,10 +5,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import estimate_saliency
+from atmanrl.agreement import spearman
 from atmanrl.config import MaskConfig
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.explanation import Example, explain
-from atmanrl.records import Run
+from atmanrl.records import DELETION, Run
 from atmanrl.rollouts import Rollout
 from atmanrl.scoring import with_deletion_effects, with_faithfulness
 from atmanrl.summary import summarize
@@ -32,6 +33,7 @@ def test_deletion_effects_stand_beside_the_mask(ledger):
     (expected,) = estimate_saliency(model, [rollout], "leave-one-out")
     assert item.scores["deletion"] == pytest.approx(expected.scores.tolist(), abs=1e-5)
     assert item.restored == run.rollouts[0].restored
+    assert item.measures == {"deletion_spearman": pytest.approx(spearman(item.restored, expected.scores.numpy()))}
     assert scored.rollouts[2] == run.rollouts[2]
 
 
@@ -64,7 +66,7 @@ def test_faithfulness_is_measured_where_there_is_an_answer(ledger, tmp_path):
 
 def test_the_deletion_effects_themselves_are_the_more_comprehensive_score(ledger):
     model, tokenizer, run = ledger
-    by_deletion = replace(with_deletion_effects(model, run), score="deletion")
+    by_deletion = with_deletion_effects(model, replace(run, score=DELETION))
     summary = summarize(with_faithfulness(model, tokenizer, by_deletion))
     better = summary["comprehensiveness"].runs[0].value - summary["random_comprehensiveness"].runs[0].value
     assert better > 0.1

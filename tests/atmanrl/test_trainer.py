@@ -14,14 +14,14 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from atmanrl import MaskConfig, estimate_saliency, optimize_masks, saliency_reward
-from atmanrl import trainer as trainer_module
+from atmanrl import MaskConfig, credit_assignment, estimate_saliency, optimize_masks, saliency_reward
 from atmanrl.callbacks import RolloutPages
 from atmanrl.config import CreditConfig, DataConfig, LedgerConfig, SeriesConfig
 from atmanrl.data import Task, load_task
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig
 from atmanrl.rollouts import Rollout, split_completion
+from atmanrl.saliency.optimization import BatchOptimization
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer, NonFiniteError
 from tests.atmanrl.tiny import byte_level_tokenizer, llama, write_gsm8k
 
@@ -355,9 +355,11 @@ def test_the_loss_gets_the_credit_of_every_token_together_with_the_saliency_rewa
     losses = Losses()
     trainer = Advantages(model, args, longer, tokenizer, callbacks=[losses])
     own_forwards = []
-    original = trainer_module.attention_series
+    original = credit_assignment.attention_series
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "attention_series", lambda *a, **k: own_forwards.append(1) or original(*a, **k))
+        patch.setattr(
+            credit_assignment, "attention_series", lambda *a, **k: own_forwards.append(1) or original(*a, **k)
+        )
         trainer.train()
     # A policy on "atman" shows its attention in the pass for the old log-probabilities.
     assert len(own_forwards) == (1 if implementation == "sdpa" else 0)
@@ -372,6 +374,55 @@ def test_the_loss_gets_the_credit_of_every_token_together_with_the_saliency_rewa
     assert any(bool((advantages != 0).any()) for advantages, _ in trainer.seen)
     assert losses.lines[0]["credit/gamma_mean"] == pytest.approx(1.8, abs=0.1)
     assert "rewards/saliency/mean" in losses.lines[0]
+
+
+@pytest.mark.parametrize("strategy", ["coupled", "entropy"])
+def test_one_forward_serves_the_credit_and_the_masks(longer: Task, tmp_path: Path, strategy: str) -> None:
+    """What gives the series gives the losses without a mask too; the masks themselves stay the same, bit for bit."""
+    credit = CreditConfig(strategy=strategy, gain=1.0)
+    forwards = []
+    original = BatchOptimization._losses_under
+
+    def counted(self: BatchOptimization, cot_bias: torch.Tensor) -> torch.Tensor:
+        forwards[-1] += 1
+        return original(self, cot_bias)
+
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchOptimization, "_losses_under", counted)
+        for name, overrides in (("plain", {}), ("ours", {"credit_assignment": credit})):
+            forwards.append(0)
+            runs.append(train(longer, tmp_path / name, mask=FEW_STEPS, max_steps=4, **overrides))
+    # Two generation batches: a forward per step and a last one, and one without a mask where none is shared.
+    assert forwards == [2 * (FEW_STEPS.steps + 2), 2 * (FEW_STEPS.steps + 1)]
+    (plain, plain_lines), (ours, lines) = runs
+    for line, expected in zip(lines, plain_lines, strict=True):
+        shared = {key: value for key, value in line.items() if not key.startswith("credit/")}
+        unmasked = "mask/loss_unmasked"
+        assert shared.pop(unmasked, 0.0) == pytest.approx(expected.pop(unmasked, 0.0), rel=1e-5)
+        assert shared == expected
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), ours.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "atman"])
+def test_truncated_rollouts_that_the_loss_leaves_out_get_no_credit_of_their_own(
+    longer: Task, tmp_path: Path, implementation: str
+) -> None:
+    model, tokenizer = load_policy(ModelConfig("ledger", attn_implementation=implementation))
+    args = AtManGRPOConfig(
+        **settings(
+            tmp_path,
+            max_steps=2,
+            max_completion_length=14,
+            mask_truncated_completions=True,
+            saliency_weight=0.0,
+            credit_assignment=CreditConfig(strategy="coupled", series=SeriesConfig(horizon=(2, 50))),
+        )
+    )
+    trainer = Advantages(model, args, longer, tokenizer)
+    trainer.train()
+    left_out = [not bool(mask.any()) for _, masks in trainer.seen for mask in masks]
+    assert 0 < sum(left_out) < len(left_out)
 
 
 @pytest.mark.parametrize("strategy", ["local", "entropy", "saliency"])

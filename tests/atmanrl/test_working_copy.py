@@ -11,13 +11,16 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 
-from atmanrl import MaskConfig, optimize_masks
+from atmanrl import MaskConfig, estimate_saliency, optimize_masks
+from atmanrl.faithfulness import early_answering
 from atmanrl.saliency import working_copy
 from atmanrl.saliency.decoder import why_unsupported
+from atmanrl.saliency.estimators import substitution_effects
 from tests.atmanrl.test_saliency_projection import with_adapters
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 LENGTHS = [(9, 0, 3), (14, 2, 1), (5, 1, 2)]
+SCORES = ("sparse-mask", "integrated", "gradient", "leave-one-out", "atman-concept", "attention", "fai")
 SHORT = MaskConfig(steps=6, lr=4e-3)
 
 
@@ -83,6 +86,8 @@ def _on_each_rank(rank, port, directory):
             count = counts[rank]
             result = optimize_masks(model, random_rollouts(LENGTHS)[:count], SHORT)
             torch.save([(item.mask, item.loss_final) for item in result], directory / f"{name} {rank} {count}.pt")
+        # The second rank has no pass to run.
+        torch.save(_scores(model, random_rollouts(LENGTHS)[: 2 * (1 - rank)]), directory / f"{name} {rank} scores.pt")
         # The policy still runs, sharded, and trains.
         base.train()
         base(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
@@ -91,11 +96,25 @@ def _on_each_rank(rank, port, directory):
     dist.destroy_process_group()
 
 
+def _scores(model, rollouts):
+    found = {name: [item.scores for item in estimate_saliency(model, rollouts, name)] for name in SCORES}
+    found["substitution"] = substitution_effects(model, rollouts)
+    found["early answering"] = [torch.from_numpy(each.divergence) for each in early_answering(model, rollouts)]
+    return found
+
+
 def test_ranks_of_a_sharded_model_may_have_different_numbers_of_rollouts(tmp_path):
     spawn(_on_each_rank, (_free_port(), tmp_path), nprocs=2)
-    files = sorted(tmp_path.iterdir())
-    assert len(files) == 8
+    scores = sorted(tmp_path.glob("* scores.pt"))
+    files = sorted({*tmp_path.iterdir()} - {*scores})
+    assert (len(files), len(scores)) == (8, 4)
     models = _models()
+    for file in scores:
+        name, rank, _ = file.stem.split()
+        found, expected = torch.load(file), _scores(models[name], random_rollouts(LENGTHS)[: 2 * (1 - int(rank))])
+        for kind, columns in expected.items():
+            for one, other in zip(found[kind], columns, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3, msg=f"{file.stem}, {kind}")
     for file in files:
         name, _, count = file.stem.split()
         found, rollouts = torch.load(file), random_rollouts(LENGTHS)[: int(count)]

@@ -1,7 +1,8 @@
 """Estimators of token saliency behind one interface, from a single forward to hundreds."""
 
-from atmanrl.saliency.estimators.baselines import Random, ReceivedAttention
+from atmanrl.saliency.estimators.attention import FutureInfluence, ReceivedAttention
 from atmanrl.saliency.estimators.bias_path import Gradient, Integrated
+from atmanrl.saliency.estimators.chance import Random
 from atmanrl.saliency.estimators.estimate import BEST, ESTIMATORS, estimate_saliency, make_estimator
 from atmanrl.saliency.estimators.interface import Estimator, Passes, TokenScores
 from atmanrl.saliency.estimators.masks import Mask, SparseMask
@@ -11,6 +12,7 @@ __all__ = [
     "BEST",
     "ESTIMATORS",
     "Estimator",
+    "FutureInfluence",
     "Gradient",
     "Integrated",
     "Mask",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,13 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.rollouts import Rollout
-from atmanrl.saliency.budget import affordable_rows, split
+from atmanrl.saliency.budget import affordable_rows, halving_on_out_of_memory, split
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
+from atmanrl.saliency.estimators.interface import TokenScores
+from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.packing import PackedRollouts, pack
+from atmanrl.saliency.progress import progress_bar
 
 ROWS = 8192
-"""Packed rows per pass where no budget is given."""
+"""Most packed rows per pass where no budget is given: enough to fill a device, few enough that a bar moves."""
 
 _Item = TypeVar("_Item")
 
@@ -33,50 +37,81 @@ class Batch:
         packed: their layout.
         likelihood: of their answers.
         dtype: of biases and losses.
+        passed: called after every pass.
     """
 
     rollouts: list[Rollout]
     packed: PackedRollouts
     likelihood: AnswerLikelihood
     dtype: torch.dtype
+    passed: Callable[[], None]
 
     def losses(self, cot_bias: Tensor) -> Tensor:
         """(n,) mean negative log-likelihood of each answer under ``cot_bias`` (C_total,), differentiable in it."""
-        return self.packed.mean_per_rollout(self.likelihood(self.packed.key_bias(cot_bias)))
+        losses = self.packed.mean_per_rollout(self.likelihood(self.packed.key_bias(cot_bias)))
+        self.passed()
+        return losses
 
     def per_token(self, per_rollout: Tensor) -> Tensor:
         """(C_total,) each rollout's number at each of its tokens."""
         lengths = torch.tensor(self.packed.cot_lengths, device=per_rollout.device)
         return per_rollout.repeat_interleave(lengths)
 
-    def per_rollout(self, tokens: Tensor) -> Tensor:
-        """(n,) sums of ``tokens`` (C_total,) over each rollout."""
-        index = self.per_token(torch.arange(len(self.rollouts), device=tokens.device))
-        return tokens.new_zeros(len(self.rollouts)).index_add(0, index, tokens)
-
     def filled(self, value: float) -> Tensor:
         """(C_total,) of ``value``."""
         return torch.full((len(self.packed.cot_columns),), value, dtype=self.dtype, device=self.packed.ids.device)
 
 
-def each_batch(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], *, token_budget: int | None, progress: bool, what: str
-) -> Iterator[Batch]:
-    """Batches of ``rollouts`` in their order; ``model`` is inside :func:`atmanrl.saliency.frozen.frozen`.
+def score_in_batches(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    score: Callable[[Batch], list[TokenScores]],
+    *,
+    token_budget: int | None,
+    progress: bool,
+    what: str,
+    passes: int = 1,
+    observed: bool = False,
+) -> list[TokenScores]:
+    """What ``score`` finds in packed batches of ``rollouts``, in their order.
+
+    If memory runs out, the batches that are left are tried once more at half the size.
 
     Args:
-        token_budget: packed rows per batch, prompts included; None: `ROWS`, or what fits the free memory.
+        model: borrowed :func:`atmanrl.saliency.frozen.frozen`.
+        score: one `TokenScores` per rollout of a batch.
+        token_budget: packed rows per batch, prompts included; None: `ROWS`, or fewer where they are predicted not to
+            fit the free memory. A longer rollout forms a batch of its own.
         what: named beside the progress bar.
+        passes: over each batch, which the bar counts for each rollout.
+        observed: run the model's own modules, where their attention can be observed, and forwards only.
     """
-    fast = why_unsupported(model) is None
-    if token_budget is None:
-        affordable = affordable_rows(model, rollouts) if fast else None
-        token_budget = ROWS if affordable is None else min(ROWS, affordable)
-    make = FrozenDecoder if fast else ModelLikelihood
-    for group in shown(split(rollouts, range(len(rollouts)), token_budget), what, progress):
-        members = [rollouts[index] for index in group]
-        packed = pack(members, answer_loss="value", device=model.device)
-        yield Batch(members, packed, make(model, packed), bias_dtype(model))
+    results: list[TokenScores] = []
+    with frozen(model):
+        fast = why_unsupported(model) is None and not observed
+        make = FrozenDecoder if fast else ModelLikelihood
+        if token_budget is None:
+            token_budget = ROWS if observed else _rows_that_fit(model, rollouts, fast=fast)
+
+        def scored(group: list[int]) -> list[TokenScores]:
+            members = [rollouts[index] for index in group]
+            packed = pack(members, answer_loss="value", device=model.device)
+            done = itertools.count(passes * len(results) + len(group), len(group))
+            return score(Batch(members, packed, make(model, packed), bias_dtype(model), lambda: show(next(done))))
+
+        def run(budget: int) -> None:
+            for group in split(rollouts, range(len(results), len(rollouts)), budget):
+                results.extend(scored(group))
+
+        with progress_bar(f"{what}, passes", passes * len(rollouts), progress) as show:
+            halving_on_out_of_memory(run, min(token_budget, sum(map(len, rollouts))))
+    return results
+
+
+def _rows_that_fit(model: PreTrainedModel, rollouts: Sequence[Rollout], *, fast: bool) -> int:
+    # One rollout is one batch whatever fits, and predicting takes the general path a pass.
+    affordable = affordable_rows(model, rollouts, fast=fast) if len(rollouts) > 1 else None
+    return ROWS if affordable is None else min(ROWS, max(1, affordable))
 
 
 def bias_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
 from atmanrl.saliency.engine import check_fits, reason_to_skip
-from atmanrl.saliency.estimators.baselines import Random, ReceivedAttention
+from atmanrl.saliency.estimators.attention import FutureInfluence, ReceivedAttention
 from atmanrl.saliency.estimators.bias_path import Gradient, Integrated
+from atmanrl.saliency.estimators.chance import Random
 from atmanrl.saliency.estimators.interface import Estimator, TokenScores
 from atmanrl.saliency.estimators.masks import Mask, SparseMask
 from atmanrl.saliency.estimators.suppression import Suppression
@@ -36,6 +37,7 @@ _MAKE: Mapping[str, Callable[[], Estimator]] = MappingProxyType(
         "atman": lambda: Suppression(log_factor=math.log(0.1)),
         "atman-concept": lambda: Suppression(log_factor=math.log(0.1), similarity=0.6),
         "attention": ReceivedAttention,
+        "fai": FutureInfluence,
         "random": Random,
     }
 )
@@ -50,7 +52,8 @@ def make_estimator(name: str, *, mask: MaskConfig | None = None, record_every: i
     Args:
         name: one of `ESTIMATORS`, or "best".
         mask: how ``"mask"`` optimises, the paper's numbers where None; the others have no use for it.
-        record_every: keep the course of ``"mask"`` every so many steps, None: not at all.
+        record_every: keep the course of ``"mask"`` or ``"sparse-mask"`` every so many steps, None: not at all. The
+            others have none.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
@@ -62,6 +65,8 @@ def make_estimator(name: str, *, mask: MaskConfig | None = None, record_every: i
         raise ValueError(f"unknown estimator {name!r}; choose best, {', '.join(ESTIMATORS)}{hint}")
     if name == "mask":
         return Mask(mask or MaskConfig(), record_every)
+    if name == "sparse-mask":
+        return SparseMask(record_every=record_every)
     return _MAKE[name]()
 
 

@@ -36,7 +36,8 @@ class Course:
 
     Attributes:
         steps: (K,) int64, updates done before each record; the last is the number of steps.
-        scores: (K, T) after that many updates.
+        scores: (K, T) how far each token was enabled after that many updates: 1 - H / init of the paper's mask, m of
+            the sparse one.
         losses: (K,) of the answer, in nats.
     """
 

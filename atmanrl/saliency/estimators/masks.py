@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
 from atmanrl.rollouts import Rollout
 from atmanrl.saliency.engine import optimize_masks
-from atmanrl.saliency.estimators.batches import Batch, each_batch
+from atmanrl.saliency.estimators.batches import Batch, score_in_batches
 from atmanrl.saliency.estimators.bias_path import loss_and_gradient
 from atmanrl.saliency.estimators.interface import Course, Passes, TokenScores
-from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.result import RolloutSaliency
 
 Start = Literal["enabled", "suppressed"]
@@ -30,12 +30,14 @@ class Mask:
     Attributes:
         config: see :class:`atmanrl.MaskConfig`.
         record_every: keep the course every so many steps, None: not at all.
+        loss_unmasked: see :func:`optimize_masks`.
 
     Source: AtManRL (arXiv 2604.16158), section 3.
     """
 
     config: MaskConfig = field(default_factory=MaskConfig)
     record_every: int | None = None
+    loss_unmasked: Mapping[Rollout, float] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -57,6 +59,7 @@ class Mask:
             progress=progress,
             record_every=self.record_every,
             token_budget=token_budget,
+            loss_unmasked=self.loss_unmasked,
         )
         return [
             TokenScores(
@@ -89,9 +92,11 @@ class SparseMask:
         rule: "adam" moves every token by about ``lr`` whatever its gradient's size; "normalized-sgd" divides each
             rollout's gradient by its largest magnitude, which keeps the ratios between tokens.
         reading: "last" m after the last step, or its "mean" over the steps, which tells early leavers from late ones.
+        record_every: keep m and the loss every so many steps as the course, None: not at all.
 
     Raises:
-        ValueError: for a depth that is not negative, no steps, sparsity or lr <= 0, or an unknown choice.
+        ValueError: for a depth that is not negative, no steps, sparsity or lr <= 0, recording every 0 steps, or an
+            unknown choice.
     """
 
     start: Start = "enabled"
@@ -101,6 +106,7 @@ class SparseMask:
     lr: float = 0.3
     rule: StepRule = "normalized-sgd"
     reading: Reading = "mean"
+    record_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("start", Start), ("rule", StepRule), ("reading", Reading)):
@@ -112,6 +118,9 @@ class SparseMask:
             raise ValueError(
                 f"need steps >= 1, lr > 0 and sparsity > 0, got {self.steps}, {self.lr} and {self.sparsity}"
             )
+
+        if self.record_every is not None and self.record_every < 1:
+            raise ValueError(f"record_every must be at least 1, got {self.record_every}")
 
     @property
     def name(self) -> str:
@@ -126,11 +135,15 @@ class SparseMask:
         self, model: PreTrainedModel, rollouts: Sequence[Rollout], *, token_budget: int | None, progress: bool
     ) -> list[TokenScores]:
         """See `Estimator`."""
-        results: list[TokenScores] = []
-        with frozen(model):
-            for batch in each_batch(model, rollouts, token_budget=token_budget, progress=progress, what=self.name):
-                results += self._optimize(batch)
-        return results
+        return score_in_batches(
+            model,
+            rollouts,
+            self._optimize,
+            token_budget=token_budget,
+            progress=progress,
+            what=self.name,
+            passes=self.steps + 2,
+        )
 
     def _optimize(self, batch: Batch) -> list[TokenScores]:
         tokens, rollouts = len(batch.packed.cot_columns), len(batch.rollouts)
@@ -144,10 +157,11 @@ class SparseMask:
             unmasked = batch.losses(torch.zeros_like(start))
         adam = torch.optim.Adam([enabled], lr=self.lr)
         mean = torch.zeros_like(enabled)
-        initial = unmasked
+        course: list[tuple[int, Tensor, Tensor]] = []
         for step in range(self.steps):
             losses, slope = loss_and_gradient(batch, self.depth * (1 - enabled[:tokens]))
-            initial = losses if step == 0 else initial
+            if step == 0 or (self.record_every and step % self.record_every == 0):
+                course.append((step, losses, enabled[:tokens].clone()))
             gradient = torch.cat([-self.depth * slope, no_slope]) + self.sparsity
             with torch.no_grad():
                 if self.rule == "adam":
@@ -160,14 +174,24 @@ class SparseMask:
                 mean += enabled / self.steps
         with torch.no_grad():
             final = batch.losses(self.depth * (1 - enabled[:tokens]))
+        course.append((self.steps, final, enabled[:tokens]))
         values, idle = (enabled if self.reading == "last" else mean).split([tokens, rollouts])
         idle = batch.per_token(idle)
         scores = ((values - idle) / (1 - idle)).clamp(min=-1).cpu().split(batch.packed.cot_lengths)
-        columns = zip(initial.tolist(), final.tolist(), unmasked.tolist(), strict=True)
+        columns = zip(course[0][1].tolist(), final.tolist(), unmasked.tolist(), strict=True)
+        courses = [None] * rollouts if self.record_every is None else _courses(batch, course)
         return [
-            TokenScores(self.name, rollout, score, score.clamp(min=0), *losses)
-            for rollout, score, losses in zip(batch.rollouts, scores, columns, strict=True)
+            TokenScores(self.name, rollout, score, score.clamp(min=0), *losses, course=own)
+            for rollout, score, losses, own in zip(batch.rollouts, scores, columns, courses, strict=True)
         ]
+
+
+def _courses(batch: Batch, records: Sequence[tuple[int, Tensor, Tensor]]) -> list[Course]:
+    """Each rollout's part of the batch's (step, losses (n,), m (C_total,))."""
+    steps = torch.tensor([step for step, _, _ in records])
+    losses = torch.stack([losses for _, losses, _ in records]).cpu()
+    enabled = torch.stack([values for _, _, values in records]).cpu().split(batch.packed.cot_lengths, dim=1)
+    return [Course(steps, own, losses[:, i]) for i, own in enumerate(enabled)]
 
 
 def _course(item: RolloutSaliency) -> Course | None:

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from atman_kernels import AttentionPlan
 from atman_kernels.hf import KeyValueRecord
 from atmanrl.rollouts import Rollout
+from atmanrl.saliency.budget import halving_on_out_of_memory
 from atmanrl.saliency.estimators.batches import ROWS, bias_dtype, shown
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood, prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
+from atmanrl.saliency.working_copy import working_copy
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,26 @@ def suffix_losses(
     Equals a full forward per variant up to rounding.
 
     Args:
-        model: a causal LM on transformers' AttentionInterface, borrowed frozen.
+        model: a causal LM on transformers' AttentionInterface, adapted or sharded as :func:`working_copy` allows (then
+            every rank must call); borrowed frozen.
         rollouts: each with a chain of thought and an answer.
         suffixes: in any order; those of neighbouring rollouts share batches.
         bias: of the suppressed columns, natural-log units; -inf hides them.
         token_budget: rows per forward, both of unaltered runs and of suffixes; one that is longer runs alone. What is
-            kept between forwards is the keys and values of at most so many rows. None: `ROWS`.
+            kept between forwards is the keys and values of at most so many rows. None: `ROWS`. If memory runs out, half
+            of it is tried once.
         progress: show a bar on stderr, labelled ``what``.
     """
-    budget = ROWS if token_budget is None else token_budget
     by_rollout: dict[int, list[int]] = {}
     for number, suffix in enumerate(suffixes):
         by_rollout.setdefault(suffix.rollout, []).append(number)
     losses = torch.full((len(suffixes),), torch.nan, dtype=torch.float64)
-    work = _work(rollouts, suffixes, by_rollout, budget)
-    total = sum(1 for _ in _work(rollouts, suffixes, by_rollout, budget)) if progress else None
-    bases: tuple[int, ...] = ()
-    prefix: KeyValueRecord | None = None
-    with frozen(model), torch.no_grad():
+
+    def run(budget: int) -> None:
+        total = sum(1 for _ in _work(rollouts, suffixes, by_rollout, budget)) if progress else None
+        bases: tuple[int, ...] = ()
+        prefix: KeyValueRecord | None = None
+        work = _work(rollouts, suffixes, by_rollout, budget)
         for members, numbers in shown(work, what, progress, total=total):
             batch = _pack(rollouts, members, [suffixes[number] for number in numbers], model.device)
             if prefix is None or members != bases:
@@ -87,6 +91,11 @@ def suffix_losses(
             cot_bias = torch.full((len(batch.cot_columns),), bias, dtype=bias_dtype(model), device=model.device)
             nll = ModelLikelihood(model, batch, prefix)(batch.key_bias(cot_bias))
             losses[numbers] = batch.mean_per_rollout(nll.double()).cpu()
+
+    model = working_copy(model)
+    with frozen(model), torch.no_grad():
+        rows = sum(suffix_rows(rollouts[suffix.rollout], suffix.start) for suffix in suffixes)
+        halving_on_out_of_memory(run, min(ROWS if token_budget is None else token_budget, rows))
     return losses
 
 
