@@ -15,7 +15,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
 from torch import Tensor
 
 from atman_kernels.problem import AttentionProblem, StatisticsProblem
@@ -60,8 +59,8 @@ def attention(
     scores = _scores(_group_heads(q, k.shape[2]), k, key_bias, scale, visible)
     p, lse = _softmax(scores)
     o = torch.einsum("b h g q k, b k h d -> b q h g d", p.to(v.dtype), v)
-    o = rearrange(o, "b q h g d -> b q (h g) d")
-    return (o, rearrange(lse, "b h g q -> b (h g) q")) if return_lse else o
+    o = o.flatten(2, 3)
+    return (o, lse.flatten(1, 2)) if return_lse else o
 
 
 def visible_keys(
@@ -143,17 +142,17 @@ def attention_backward(do: Tensor, dlse: Tensor | None, x: AttentionProblem) -> 
         dp = torch.einsum("b q h g d, b k h d -> b h g q k", do_i, v_i).to(p.dtype)
         row_term = (p * dp).sum(-1, keepdim=True)
         if dlse is not None:
-            grouped = rearrange(dlse[span.batch, None, :, span.queries], "b (h g) q -> b h g q 1", h=heads_kv)
-            row_term = row_term - grouped
+            # (1, Hq, Tq) as the (1, Hkv, group, Tq, 1) of row_term.
+            row_term = row_term - dlse[span.batch, None, :, span.queries].view(*row_term.shape)
         ds = p * (dp - row_term)
         ds_rounded = (ds * sm_scale).to(q.dtype)
         dq_i = torch.einsum("b h g q k, b k h d -> b q h g d", ds_rounded, k_i)
         dk_i = torch.einsum("b h g q k, b q h g d -> b k h d", ds_rounded, q_i)
         dv_i = torch.einsum("b h g q k, b q h g d -> b k h d", p.to(do.dtype), do_i)
-        dq[span.batch, span.queries] = rearrange(dq_i, "1 q h g d -> q (h g) d")
+        dq[span.batch, span.queries] = dq_i[0].flatten(1, 2)
         dk[span.batch, span.keys] = dk_i[0, n_prefix:]
         dv[span.batch, span.keys] = dv_i[0, n_prefix:]
-        dkey_bias[span.batch, span.keys] = reduce(ds[..., n_prefix:], "1 h g q k -> k", "sum")
+        dkey_bias[span.batch, span.keys] = ds[..., n_prefix:].sum((0, 1, 2, 3))
     return dq, dk, dv, dkey_bias
 
 
@@ -182,7 +181,7 @@ def attention_statistics(x: StatisticsProblem, need_distance: bool) -> tuple[Ten
             n_rows, n_keys - n_prefix, n_prefix, causal=True, window=x.attention_window, device=q.device
         )
         scores = _scores(_group_heads(q_i, heads_kv), k_i, _bias_with_prefix(x.key_bias, span), x.sm_scale, visible)
-        scores = rearrange(scores, "1 h g q k -> (h g) q k")
+        scores = scores[0].flatten(0, 1)
         lse_i = lse[span.batch, :, span.queries, None]
         p = torch.exp(scores - lse_i.masked_fill(lse_i == -torch.inf, torch.inf))
         d = torch.arange(n_rows, device=q.device)[:, None] + (n_keys - n_rows) - torch.arange(n_keys, device=q.device)
@@ -201,7 +200,8 @@ def attention_statistics(x: StatisticsProblem, need_distance: bool) -> tuple[Ten
 
 
 def _group_heads(x: Tensor, heads_kv: int) -> Tensor:
-    return rearrange(x, "b q (h g) d -> b q h g d", h=heads_kv)
+    """(B, Tq, Hq, D) as (B, Tq, Hkv, group, D)."""
+    return x.view(*x.shape[:2], heads_kv, x.shape[2] // heads_kv, x.shape[3])
 
 
 def _scores(q: Tensor, k: Tensor, key_bias: Tensor | None, sm_scale: float, visible: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def configurations() -> list[Configuration]:
             found.append(Configuration(target, "bfloat16", head_dim))
         found.append(Configuration(target, "float16"))
         found.append(Configuration(target, "float32", 64))
+        found.append(Configuration(target, "float32"))
         found.append(Configuration(target, bias=False))
         found.append(Configuration(target, prefix=True))
         found.append(Configuration(target, gradients="key_bias"))

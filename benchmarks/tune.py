@@ -9,7 +9,6 @@ this one stopped.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import itertools
 import json
@@ -32,7 +31,7 @@ from atman_kernels._triton.launch import Launch, device_family
 from atman_kernels.problem import AttentionProblem, Gradients
 from benchmarks.cases import AttentionCase
 from benchmarks.compiled import TARGETS, compile_launch, count
-from benchmarks.device import Device, add_device_options, results_file, save
+from benchmarks.device import Device, device_of_command, kept_results, save
 
 # What a search is named after, and the kernel whose launch it times.
 KERNELS = {
@@ -143,17 +142,8 @@ def write_table(table: dict[str, Any], path: Path = BLOCK_SIZES_FILE) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    arguments = parser.parse_args()
-    device = Device(arguments.rehearse)
-    if device.rehearsal is None and not torch.cuda.is_available():
-        print("benchmarks.tune needs a CUDA GPU", file=sys.stderr)
-        return 1
-    deadline = time.monotonic() + arguments.seconds
-    facts = device.provenance()
-    path = results_file("tuning", facts, device.results)
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**facts, "timings": {}}
+    device, deadline = device_of_command("benchmarks.tune", __doc__)
+    path, content = kept_results("tuning", device, timings={})
     family = device_family(torch.device(device.name))
     shapes, head_dims, table_file = list(candidates()), HEAD_DIMS, BLOCK_SIZES_FILE
     if device.rehearsal is not None:

@@ -34,7 +34,6 @@ def _accumulate_dq(
     first,
     last,
     sm_scale,
-    to_log2,
     window,
     HAS_KEY_BIAS: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
@@ -60,7 +59,7 @@ def _accumulate_dq(
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
             k = load_keys(keys.k_desc, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
             v = load_keys(keys.v_desc, keys.v_ptr, keys.stride_vt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            scores = attention_scores(
+            scores, to_log2 = attention_scores(
                 q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, BIAS_ROWS, SCALE_FIRST,
                 IS_CAUSAL, HAS_WINDOW, MASKED, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
@@ -152,7 +151,6 @@ def backward_queries_kernel(
         return
     head_kv = head // GROUP
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
-    to_log2 = LOG2_E if SCALE_FIRST else sm_scale * LOG2_E
 
     rows = first + tl.arange(0, BLOCK_M)
     row_offset = batch * stride_lb + head * stride_lh + q_start
@@ -192,7 +190,7 @@ def backward_queries_kernel(
                     n_prefix + n_keys - n_rows, stride_pkt, stride_pvt, stride_bt,
                 )  # fmt: skip
             dq, ds_sum = _accumulate_dq(
-                dq, ds_sum, q, do, lse_log2, row_term, keys, first, last, sm_scale, to_log2, window,
+                dq, ds_sum, q, do, lse_log2, row_term, keys, first, last, sm_scale, window,
                 HAS_KEY_BIAS and OWN, BIAS_ROWS, SUM_COLUMNS, SCALE_FIRST, IS_CAUSAL, HAS_WINDOW, NEED_DQ, EXACT_DELTA,
                 HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip

@@ -1,8 +1,6 @@
 """Forward: one program owns a tile of query rows of one head and streams the keys it sees.
 
-Without a bias, sm_scale log2(e) is applied together with the subtraction of the running maximum, in one fused
-multiply-add per score; that needs sm_scale > 0. With one (SCALE_FIRST) a score is sm_scale q k^T + key_bias, one more
-multiply-add, and log2(e) is applied with the maximum.
+The running maximum is in log2 units: one fused multiply-add per score converts and subtracts it.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from atman_kernels._triton.launch import Launch, strides_of
 from atman_kernels._triton.operands import attention_operands, streamed_operands
 from atman_kernels._triton.tiles import (
     LN_2,
-    LOG2_E,
     Keys,
     attention_scores,
     count_tiles,
@@ -32,8 +29,8 @@ from atman_kernels._triton.tiles import (
 from atman_kernels.plan import TILE
 from atman_kernels.problem import AttentionProblem
 
-# Start of the running maximum: finite, so that rows without a key need no special case in the loop, and far enough from
-# the end of fp32 that its scaled value is finite too. Scores below it count as -inf.
+# Start of the running maximum: finite, so that rows without a key need no special case in the loop. Scores below it
+# count as -inf.
 LOWEST = tl.constexpr(-1e30)
 
 
@@ -41,13 +38,12 @@ LOWEST = tl.constexpr(-1e30)
 def _attend(
     acc,
     row_sum,
-    row_max,
+    max_log2,
     q,
     keys,
     first,
     last,
     sm_scale,
-    to_log2,
     window,
     HAS_KEY_BIAS: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
@@ -70,18 +66,18 @@ def _attend(
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
             k = load_keys(keys.k_desc, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            scores = attention_scores(
+            scores, to_log2 = attention_scores(
                 q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, BIAS_ROWS, SCALE_FIRST,
                 IS_CAUSAL, HAS_WINDOW, MASKED, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
-            new_max = tl.maximum(row_max, tl.max(scores, 1))
-            p = tl.exp2(scores * to_log2 - (new_max * to_log2)[:, None])
-            rescale = tl.exp2((row_max - new_max) * to_log2)
+            new_max = tl.maximum(max_log2, tl.max(scores, 1) * to_log2)
+            p = tl.exp2(scores * to_log2 - new_max[:, None])
+            rescale = tl.exp2(max_log2 - new_max)
             row_sum = row_sum * rescale[:, None] + partial_sums(p, SUM_COLUMNS)
             v = load_keys(keys.v_desc, keys.v_ptr, keys.stride_vt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-            row_max = new_max
-    return acc, row_sum, row_max
+            max_log2 = new_max
+    return acc, row_sum, max_log2
 
 
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_bb", "window"])
@@ -145,12 +141,11 @@ def forward_kernel(
         return
     head_kv = head // GROUP
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
-    to_log2 = LOG2_E if SCALE_FIRST else sm_scale * LOG2_E
     q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
     q = load_rows(q_base, first, n_rows, stride_qt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
-    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    max_log2 = tl.full([BLOCK_M], LOWEST, tl.float32)
     for OWN in tl.static_range(1 - HAS_PREFIX, 2):
         if OWN:
             keys = Keys(
@@ -167,15 +162,15 @@ def forward_kernel(
                 key_bias_ptr, prefix_k_desc, prefix_v_desc, tl.cast(0, tl.int64), prefix_start, head_kv, n_prefix,
                 n_prefix + n_keys - n_rows, stride_pkt, stride_pvt, stride_bt,
             )  # fmt: skip
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q, keys, first, last, sm_scale, to_log2, window, HAS_KEY_BIAS and OWN, BIAS_ROWS,
+        acc, row_sum, max_log2 = _attend(
+            acc, row_sum, max_log2, q, keys, first, last, sm_scale, window, HAS_KEY_BIAS and OWN, BIAS_ROWS,
             SUM_COLUMNS, SCALE_FIRST, IS_CAUSAL, HAS_WINDOW, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 
     row_sum = tl.sum(row_sum, 1)
     without_key = row_sum == 0.0
     row_sum = tl.where(without_key, 1.0, row_sum)
-    lse = tl.where(without_key, float("-inf"), (row_max * to_log2 + tl.log2(row_sum)) * LN_2)
+    lse = tl.where(without_key, float("-inf"), (max_log2 + tl.log2(row_sum)) * LN_2)
     rows = first + tl.arange(0, BLOCK_M)
     lse_base = lse_ptr + batch * stride_lb + head * stride_lh + q_start
     tl.store(lse_base + rows, lse, mask=rows < n_rows)

@@ -79,8 +79,7 @@ def streamed_operands(family: str, blocks: BlockSizes, x: AttentionProblem) -> d
     }
     return {
         **{name: None if t is None else tile_descriptor(family, t, block) for name, t in sources.items()},
-        # Unscaled scores have their maximum elsewhere if the scale is negative, and leave fp32 if it is far from 1.
-        "SCALE_FIRST": x.key_bias is not None or not 1e-6 < x.sm_scale < 1e6,
+        "SCALE_FIRST": not 1e-6 < x.sm_scale < 1e6,
         **vector_shapes(family, blocks, x.q.dtype),
     }
 

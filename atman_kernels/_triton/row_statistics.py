@@ -32,7 +32,6 @@ def _weighted_sum(
     first,
     last,
     sm_scale,
-    to_log2,
     window,
     reach,
     HAS_KEY_BIAS: tl.constexpr,
@@ -55,7 +54,7 @@ def _weighted_sum(
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
             k = load_keys(None, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            scores = attention_scores(
+            scores, to_log2 = attention_scores(
                 q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, BIAS_ROWS, SCALE_FIRST,
                 True, HAS_WINDOW, MASKED, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
@@ -119,7 +118,6 @@ def row_statistics_kernel(
         return
     head_kv = head // GROUP
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
-    to_log2 = LOG2_E if SCALE_FIRST else sm_scale * LOG2_E
     rows = first + tl.arange(0, BLOCK_M)
     row_offset = batch * stride_lb + head * stride_lh + q_start
     inside = rows < n_rows
@@ -151,7 +149,7 @@ def row_statistics_kernel(
                 batch, prefix_start, head_kv, n_prefix, n_prefix + n_keys - n_rows, stride_pkt, None, stride_bt,
             )  # fmt: skip
         total = _weighted_sum(
-            total, q, lse_log2, keys, first, last, sm_scale, to_log2, window, reach, HAS_KEY_BIAS and OWN, BIAS_ROWS,
+            total, q, lse_log2, keys, first, last, sm_scale, window, reach, HAS_KEY_BIAS and OWN, BIAS_ROWS,
             SCALE_FIRST, HAS_WINDOW, NEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     if NEAR:

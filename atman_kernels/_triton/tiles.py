@@ -286,17 +286,23 @@ def attention_scores(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(BLOCK_M, BLOCK_N) sm_scale q k^T + key_bias if SCALE_FIRST, else q k^T; -inf where a row does not see a key."""
+    """(BLOCK_M, BLOCK_N) scores, -inf where a row does not see a key, and what turns them into log2 units.
+
+    That is sm_scale q k^T + key_bias with a bias, one multiply-add per score, and q k^T without one. Unscaled scores
+    have their maximum elsewhere if the scale is negative, and may leave fp32 if it is far from 1: SCALE_FIRST.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SCALE_FIRST:
+    to_log2 = sm_scale * LOG2_E
+    if HAS_KEY_BIAS or SCALE_FIRST:
         scores *= sm_scale
+        to_log2 = tl.cast(LOG2_E, tl.float32)
     if HAS_KEY_BIAS:
         scores += load_bias(keys, start, MASKED, BIAS_ROWS, BLOCK_M, BLOCK_N)
     if MASKED:
         key = (start + tl.arange(0, BLOCK_N))[None, :]
         seen = is_visible(row_position[:, None], key, keys.length, window, IS_CAUSAL, HAS_WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
-    return scores
+    return scores, to_log2
 
 
 @triton.jit

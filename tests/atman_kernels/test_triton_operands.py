@@ -50,18 +50,11 @@ def test_devices_without_a_bulk_engine_get_no_descriptor() -> None:
     assert tile_descriptor("sm_80", _keys(2, 40, 3, 16), BLOCK) is None
 
 
-@pytest.mark.parametrize(
-    ("biased", "sm_scale", "scales_first"),
-    [(True, 0.25, True), (False, 0.25, False), (False, -0.25, True), (False, 1e-30, True)],
-)
-def test_scores_are_scaled_before_the_maximum_where_it_would_be_another(
-    biased: bool, sm_scale: float, scales_first: bool
-) -> None:
+@pytest.mark.parametrize(("sm_scale", "scales_first"), [(0.25, False), (-0.25, True), (1e-30, True)])
+def test_scores_are_scaled_before_the_maximum_where_it_would_be_another(sm_scale: float, scales_first: bool) -> None:
     plan, k = AttentionPlan([40]), _keys(1, 40, 1, 16)
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    problem = AttentionProblem(
-        k, k, k, torch.zeros(1, 40) if biased else None, None, None, *tables, sm_scale, True, None
-    )
+    problem = AttentionProblem(k, k, k, None, None, None, *tables, sm_scale, True, None)
     assert streamed_operands("sm_90", BlockSizes(64, 32, 4, 1), problem)["SCALE_FIRST"] is scales_first
 
 
