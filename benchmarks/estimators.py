@@ -219,9 +219,9 @@ def variants() -> Iterator[tuple[str, Estimator]]:
     for depth, share in product((-8.0, -15.0), (0.3, 0.8)):
         yield f"integrated, calibrated to {share:g} of depth {depth:g}", Integrated(depth, 5, calibrate=share)
     for start, rule, steps, reading in product(
-        ("enabled", "suppressed"), ("adam", "normalized-sgd"), (9, 19), ("last", "mean")
+        ("enabled", "suppressed"), ("adam", "normalized-sgd", "spectral"), (9, 19), ("last", "mean")
     ):
-        lr = {"adam": 0.1, "normalized-sgd": 0.3}[rule]
+        lr = 0.1 if rule == "adam" else 0.3
         estimator = SparseMask(start=start, rule=rule, steps=steps, lr=lr, reading=reading)
         yield f"sparse, {start}, {rule}, {steps} steps, {reading}", estimator
     for depth, sparsity, lr in product((-6.0, -10.0, -15.0), (0.03, 0.1, 0.3), (0.2, 0.5)):

@@ -150,7 +150,8 @@ def test_mask_is_optimize_masks():
 
 # In these an idle token ends at 0, and the score is m itself.
 @pytest.mark.parametrize(
-    ("start", "rule"), [("enabled", "adam"), ("suppressed", "adam"), ("suppressed", "normalized-sgd")]
+    ("start", "rule"),
+    [("enabled", "adam"), ("suppressed", "adam"), ("suppressed", "normalized-sgd"), ("suppressed", "spectral")],
 )
 def test_sparse_mask_keeps_to_its_box_and_lowers_its_objective(start, rule):
     model, rollouts = tiny_model(), random_rollouts(LENGTHS)
@@ -163,6 +164,31 @@ def test_sparse_mask_keeps_to_its_box_and_lowers_its_objective(start, rule):
         assert torch.equal(item.restored, item.scores)
         before = item.loss_initial + 0.01 * first * len(rollout.cot_ids)
         assert item.loss_final + 0.01 * float(item.scores.sum()) <= before + 1e-6
+
+
+def test_spectral_steps_are_as_long_as_the_curvature_along_the_last_one_allows():
+    model, (rollout, *_) = tiny_model(dtype=torch.float64), random_rollouts([(9, 1, 2)])
+    estimator = SparseMask(rule="spectral", depth=-4.0, sparsity=0.01, steps=4, lr=0.3, record_every=1)
+    (item,) = estimate_saliency(model, [rollout], estimator)
+    masks = item.course.scores
+
+    def gradient(mask):
+        step = 3e-3 * torch.eye(9, dtype=torch.float64)
+        slopes = [
+            dense_loss(model, rollout, -4 * (1 - mask - e)) - dense_loss(model, rollout, -4 * (1 - mask + e))
+            for e in step
+        ]
+        return torch.tensor(slopes, dtype=torch.float64) / 6e-3 + 0.01
+
+    lengths = []
+    for before, now, after in zip(masks, masks[1:], masks[2:], strict=False):
+        moved, slope = now - before, gradient(now)
+        curvature = float(moved @ (slope - gradient(before)) / (moved @ moved))
+        steepest = float(slope.abs().max().clamp(min=0.01))
+        length = min(max(1 / max(curvature, 1e-9), 0.03 / steepest), 1 / steepest)
+        lengths.append((length, steepest))
+        torch.testing.assert_close(after, (now - length * slope).clamp(0, 1), atol=1e-3, rtol=0)
+    assert any(0.031 < length * steepest < 0.99 for length, steepest in lengths), "every length was cut to a bound"
 
 
 @pytest.mark.parametrize("rule", ["adam", "normalized-sgd"])
@@ -349,7 +375,7 @@ def test_names_are_those_of_the_estimators_and_a_wrong_one_is_answered_with_the_
         (lambda: Integrated(steps=0), "steps and bisections must be at least 1, got 0 and 6"),
         (lambda: Integrated(path="straight"), "path must be one of bias, weight, got 'straight'"),
         (lambda: Integrated(calibrate=0.0), r"calibrate must lie in \(0, 1\] or be None, got 0.0"),
-        (lambda: SparseMask(rule="sgd"), "rule must be one of adam, normalized-sgd, got 'sgd'"),
+        (lambda: SparseMask(rule="sgd"), "rule must be one of adam, normalized-sgd, spectral, got 'sgd'"),
         (lambda: SparseMask(depth=0.0), "depth must be negative, got 0.0"),
         (lambda: SparseMask(sparsity=0.0), "need steps >= 1, lr > 0 and sparsity > 0, got 9, 0.3 and 0.0"),
         (lambda: SparseMask(lr=-1.0), "need steps >= 1, lr > 0 and sparsity > 0"),

@@ -19,7 +19,7 @@ from atmanrl.saliency.estimators.interface import Course, Passes, TokenScores
 from atmanrl.saliency.result import RolloutSaliency
 
 Start = Literal["enabled", "suppressed"]
-StepRule = Literal["adam", "normalized-sgd"]
+StepRule = Literal["adam", "normalized-sgd", "spectral"]
 Reading = Literal["last", "mean"]
 
 
@@ -90,7 +90,9 @@ class SparseMask:
         sparsity: nats per enabled token, positive.
         steps, lr: of the optimiser.
         rule: "adam" moves every token by about ``lr`` whatever its gradient's size; "normalized-sgd" divides each
-            rollout's gradient by its largest magnitude, which keeps the ratios between tokens.
+            rollout's gradient by its largest magnitude, which keeps the ratios between tokens; "spectral" does so in
+            the first step, then takes each rollout's curvature along the last step (Barzilai and Borwein, 1988) for the
+            length, ``lr`` / 10 to 1 for the token that moves most.
         reading: "last" m after the last step, or its "mean" over the steps, which tells early leavers from late ones.
         record_every: keep m and the loss every so many steps as the course, None: not at all.
 
@@ -157,6 +159,7 @@ class SparseMask:
             unmasked = batch.losses(torch.zeros_like(start))
         adam = torch.optim.Adam([enabled], lr=self.lr)
         mean = torch.zeros_like(enabled)
+        last: tuple[Tensor, Tensor] | None = None
         course: list[tuple[int, Tensor, Tensor]] = []
         for step in range(self.steps):
             losses, slope = loss_and_gradient(batch, self.depth * (1 - enabled[:tokens]))
@@ -169,7 +172,13 @@ class SparseMask:
                     adam.step()
                 else:
                     largest = no_slope.scatter_reduce(0, owner, gradient.abs(), "amax")
-                    enabled -= self.lr * gradient / largest[owner]
+                    length = self.lr / largest
+                    if self.rule == "spectral" and last is not None:
+                        moved, turned = (now - before for now, before in zip((enabled, gradient), last, strict=True))
+                        curvature = _curvature(moved[:tokens], turned[:tokens], owner[:tokens], no_slope)
+                        length = torch.clamp(1 / curvature, min=length / 10, max=1 / largest)
+                    last = (enabled.clone(), gradient)
+                    enabled -= length[owner] * gradient
                 enabled.clamp_(0, 1)
                 mean += enabled / self.steps
         with torch.no_grad():
@@ -184,6 +193,12 @@ class SparseMask:
             TokenScores(self.name, rollout, score, score.clamp(min=0), *losses, course=own)
             for rollout, score, losses, own in zip(batch.rollouts, scores, columns, courses, strict=True)
         ]
+
+
+def _curvature(moved: Tensor, turned: Tensor, owner: Tensor, zeros: Tensor) -> Tensor:
+    """Per rollout <s, y> / <s, s> of the step s ``moved`` and the gradient's change y, at least 0; 0 without a step."""
+    squared, product = (zeros.index_add(0, owner, moved * other) for other in (moved, turned))
+    return (product / squared).nan_to_num(0.0).clamp(min=0)
 
 
 def _courses(batch: Batch, records: Sequence[tuple[int, Tensor, Tensor]]) -> list[Course]:
