@@ -37,6 +37,7 @@ import torch
 from atman_kernels import AttentionPlan
 from atman_kernels._triton.backward import backward_launches
 from atman_kernels._triton.forward import forward_launches
+from atman_kernels.problem import AttentionProblem, Gradients
 from benchmarks.compiled import specialization
 
 found = set()
@@ -46,10 +47,9 @@ for lengths in ([64, 64], [1], [17, 1000, 3], [16] * 5, [333]):
     q, k, v = (torch.empty(1, n, h, 128, dtype=torch.bfloat16) for h in (6, 2, 2))
     lse, bias = torch.empty(1, 6, n), torch.empty(1, n)
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    launches = forward_launches("sm_90", q, lse, q, k, v, bias, None, None, *tables, 1.0, True, 7 + n)
-    launches += backward_launches(
-        "sm_90", q, k, v, bias, q, None, q, lse, q, k, v, bias, None, None, *tables, 1.0, True, 7 + n
-    )
+    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, 7 + n)
+    launches = forward_launches("sm_90", q, lse, problem)
+    launches += backward_launches("sm_90", Gradients(q, k, v, bias), q, None, q, lse, problem)
     found.add(json.dumps([repr(specialization(launch, "sm_90")) for launch in launches]))
 print(json.dumps(len(found)))
 """
