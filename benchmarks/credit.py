@@ -53,7 +53,7 @@ SETTING = {
     "save_strategy": "no",
     "report_to": "none",
 }
-SEEDS = {"longer": range(4), "ledger": range(3)}
+SEEDS = {"longer": range(8), "ledger": range(6)}
 CURVES = {"answers/accuracy": "accuracy", "cot/tokens": "cot_tokens"}
 
 

@@ -133,18 +133,26 @@ def statistics_table(content: dict[str, Any]) -> str:
         measured = ("WAAD and received", "all from q, k, lse", "eager map")
         cells += [f"{peak[name]:.1f}" if name in peak else "" for name in measured]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        f"\nPacked forwards of a whole model of {content['models'][0]['layers']} layers and 30 M parameters, fp32:"
-        " alone; while WAAD and FAI of the responses are read off, head selection included; the series' own forward, in"
-        " which equal prompts run once. Milliseconds.\n",
-        "| rollouts x (prompt + response) | forward | observed | own forward |",
-        "| --- |" + " ---: |" * 3,
+    return "\n".join(lines) + "\n"
+
+
+def observed_table(content: dict[str, Any]) -> str:
+    """Markdown: what WAAD and FAI add to a forward of a whole model."""
+    lines = [
+        f"{content['device']}, {content['threads']} threads, {content['instruction_set']}, torch"
+        f" {content['versions']['torch']}, commit {content['commit']}. Packed forwards of"
+        f" {content['results'][0]['layers']} layers and 30 M parameters, fp32: alone; while WAAD and FAI of the"
+        " responses are read off, head selection included; the time in the observer alone; and the series' own forward,"
+        " in which equal prompts run once. Milliseconds.\n",
+        "| rollouts x (prompt + response) | forward | observed | in the observer (of the forward) | own forward |",
+        "| --- |" + " ---: |" * 4,
     ]
-    for row in content["models"]:
-        alone, observed, own = (row["ms"][name] for name in ("forward", "observed", "own forward"))
+    for row in content["results"]:
+        forward, observed, own = (row["ms"][name] for name in ("forward", "observed", "own forward"))
         lines.append(
-            f"| {row['rollouts']} x ({row['prompt']} + {row['response']}) | {alone:.0f} |"
-            f" {observed:.0f} ({100 * (observed / alone - 1):+.1f} %) | {own:.0f} |"
+            f"| {row['rollouts']} x ({row['prompt']} + {row['response']}) | {forward:.0f} |"
+            f" {observed:.0f} ({100 * (observed / forward - 1):+.1f} %) |"
+            f" {_share(row['ms']['in the observer'], forward)} | {own:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -160,9 +168,15 @@ def latest(kind: str) -> tuple[Path, dict[str, Any]] | None:
 
 def page() -> str:
     """The generated part of docs/credit.md."""
-    timed, found = latest("statistics"), latest("credit")
-    cost = "Not yet measured.\n" if timed is None else statistics_table(timed[1])
-    parts = ["### Cost of the statistics, one layer\n", cost, "### Arms\n"]
+    found = latest("credit")
+    parts = []
+    for title, kind, table in (
+        ("one layer", "statistics", statistics_table),
+        ("a whole model", "observed_forward", observed_table),
+    ):
+        timed = latest(kind)
+        parts += [f"### Cost of the statistics, {title}\n", "Not yet measured.\n" if timed is None else table(timed[1])]
+    parts.append("### Arms\n")
     if found is None:
         return "\n".join([*parts, "Not yet measured.\n"])
     path, content = found
@@ -185,11 +199,11 @@ def plot(content: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(9.5, 3.2 * len(tasks)), layout="constrained")
         axes = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
         for row, task in zip(axes, tasks, strict=True):
-            for axis, arms in zip(
-                row, (("local", "global", "coupled"), ("random", "entropy", "saliency")), strict=True
-            ):
+            for axis, arms in zip(row, _PANELS, strict=True):
                 _curves(axis, content, task, (BASELINE, *arms))
             row[0].set_ylabel(f"{task}: accuracy while training (%)")
+            # Student intervals do not know that nothing lies above.
+            row[0].set_ylim(top=min(row[0].get_ylim()[1], 100))
         for axis in axes[-1]:
             axis.set_xlabel("optimiser step")
         figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})

@@ -5,8 +5,7 @@
 fp32 and bf16, 8 query heads over 2 key/value heads of 128, one causal sequence, every row chosen, W = 10, horizon 10 to
 100. The arms of a length run in turn, round after round, and the fastest round of each counts. Peak memory beyond the
 inputs is measured in a fresh process per arm, in fp32. Eager maps run once, in fp32, where all heads' map takes at most
-2.5 GB. And what a packed forward of a whole model costs with and without WAAD and FAI of its responses: Llama of 30 M
-parameters, 12 layers, random weights, fp32.
+2.5 GB. `benchmarks.observed_forward` has what all of it costs in a whole model.
 """
 
 from __future__ import annotations
@@ -36,9 +35,6 @@ WINDOW, HORIZON = 10, (10, 100)
 LARGEST_MAP = 2.5e9
 STATISTICS = ("WAAD and received", "all from q, k, lse")
 MAP = "eager map"
-GROUP = 8
-# Prompt, response, rollouts and rounds.
-MODELS = ((150, 250, 16, 6), (200, 1800, 4, 4), (200, 7800, 1, 2))
 
 
 def map_bytes(length: int) -> int:
@@ -125,62 +121,6 @@ def _print_one_run(name: str, length: int) -> None:
     print(json.dumps({"ms": 1e3 * seconds, "peak_mib": (_status_bytes("VmHWM") - before) / 2**20}))
 
 
-def measure_model(prompt: int, response: int, rollouts: int, rounds: int) -> dict[str, Any]:
-    """Fastest milliseconds of one packed forward of a model alone, observed, and of the series' own forward.
-
-    Rollouts come in groups of eight with one prompt each. The observed forward is the plain one, as it runs anyway for
-    old log-probabilities; the own one runs every prompt once.
-    """
-    # Not at the top: the processes that measure memory have no use for transformers, which takes seconds to import.
-    from atman_kernels.hf import observing
-    from atmanrl.attention_series import SeriesCollector, attention_series
-    from atmanrl.config import SeriesConfig
-    from atmanrl.saliency.frozen import frozen
-    from atmanrl.saliency.throughput import random_model
-
-    model = random_model("llama-30m", dtype=torch.float32, device=torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randint(1, 1000, (-(-rollouts // GROUP), prompt), generator=generator).tolist()
-    prompts = [queries[i // GROUP] for i in range(rollouts)]
-    responses = torch.randint(1, 1000, (rollouts, response), generator=generator).tolist()
-    rows = [token for pair in zip(prompts, responses, strict=True) for ids in pair for token in ids]
-    packed, plan = torch.tensor(rows)[None], AttentionPlan([prompt + response] * rollouts)
-    positions = torch.arange(prompt + response).repeat(rollouts)[None]
-    is_response = positions >= prompt
-    n_layers = model.config.num_hidden_layers
-
-    def forward() -> None:
-        with frozen(model), torch.no_grad():
-            model(
-                input_ids=packed,
-                position_ids=positions,
-                attention_mask=torch.empty(1, 1, 0, 0),
-                use_cache=False,
-                logits_to_keep=1,
-                attention_plan=plan,
-            )
-
-    def observed() -> None:
-        collector = SeriesCollector(n_layers, [is_response], SeriesConfig())
-        with observing(collector):
-            forward()
-        collector.series([response] * rollouts)
-
-    own = partial(attention_series, model, prompts, responses, token_budget=rollouts * (prompt + response))
-    arms: dict[str, Callable[[], object]] = {"forward": forward, "observed": observed, "own forward": own}
-    best = dict.fromkeys(arms, float("inf"))
-    for _ in range(rounds):
-        for name, run in arms.items():
-            best[name] = min(best[name], _seconds(run))
-    return {
-        "prompt": prompt,
-        "response": response,
-        "rollouts": rollouts,
-        "layers": n_layers,
-        "ms": {name: 1e3 * seconds for name, seconds in best.items()},
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
@@ -196,14 +136,10 @@ def main() -> int:
         "instruction_set": (_cpu.isas() or ["reference"])[0],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    content: dict[str, Any] = {**facts, "models": [], "results": []}
+    content: dict[str, Any] = {**facts, "results": []}
     path = results_file("statistics", facts)
     # Threads and caches come up before anything counts.
     arms_at(4096)
-    for shape in MODELS:
-        content["models"].append(measure_model(*shape))
-        save(path, content)
-        print(content["models"][-1], flush=True)
     for dtype in (torch.float32, torch.bfloat16):
         for length in arguments.lengths:
             content["results"].append(measure(length, dtype))

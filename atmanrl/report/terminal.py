@@ -64,7 +64,7 @@ def _print_rollout(rollout: RolloutRecord, score: str, scale: Scale, console: Co
         for name in (score, *(other for other in rollout.scores if other != score)):
             console.print(Text(f"highest {name}: {_highest(rollout, rollout.scores[name])}", style="dim"))
         if (agreement := rollout.measures.get(AGREEMENT)) is not None:
-            console.print(Text(f"rank correlation with deletion: {number(agreement)}", style="dim"))
+            console.print(Text(f"rank correlation of {score} with deletion: {number(agreement)}", style="dim"))
     console.print()
 
 
