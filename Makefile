@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PINS := $(VENV)/constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo claim credit test quick check docs fuzz test-latest package sanitize aarch64 bench gpu format clean
+.PHONY: setup demo claim credit rewards test quick check docs fuzz test-latest package sanitize aarch64 bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -32,6 +32,11 @@ claim: setup
 credit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.credit
 	$(BIN)/python -m benchmarks.credit_report
+	$(BIN)/python -m benchmarks.tables
+
+# Ledger trained on what other estimators reward, five seeds each; goes on where it was stopped.
+rewards: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reward_estimators
 	$(BIN)/python -m benchmarks.tables
 
 test: check docs

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atman_kernels.problem import AttentionProblem, Gradients, Statistics, StatisticsProblem
+
 _C: Any
 try:
     # Not `from atman_kernels import _C`: that would import the package's public functions from below.
@@ -25,6 +27,8 @@ try:
 except ImportError:
     _C = None
 
+# Tensors that stand first in a problem, before its tables.
+_N_TENSORS = 6
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _isa = os.environ.get("ATMAN_CPU_ISA", "")
 
@@ -59,25 +63,8 @@ def isas() -> list[str]:
     return [] if _C is None else list(_C.isas())
 
 
-def attention_forward(
-    o: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int | None,
-    *,
-    distance: Tensor | None = None,
-) -> None:
-    """Write o (B, Tq, Hq, D) and lse (B, Hq, Tq); arguments as in ``atman_kernels.ops``.
+def attention_forward(o: Tensor, lse: Tensor, x: AttentionProblem, *, distance: Tensor | None = None) -> None:
+    """Write o (B, Tq, Hq, D) and lse (B, Hq, Tq); see ``atman_kernels.ops``.
 
     With ``distance`` (B, Hq, Tq), of causal attention, also each row's sum_s p[t,s] (t - s), 0 in a row without a key.
 
@@ -86,73 +73,40 @@ def attention_forward(
         MemoryError: no memory for the packed tiles.
     """
     _C.attention_forward(
-        o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal, -1 if window is None else window,
+        o, lse, *x[:_N_TENSORS], x.sequences, x.sm_scale, x.causal, _or_none_as_negative(x.window),
         torch.get_num_threads(), _isa, distance,
     )  # fmt: skip
 
 
 def attention_backward(
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dkey_bias: Tensor | None,
-    do: Tensor,
-    dlse: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int | None,
+    gradients: Gradients, do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, x: AttentionProblem
 ) -> None:
-    """Write the gradients that are not None; arguments and errors as for :func:`attention_forward`.
+    """Write the gradients that are not None; errors as for :func:`attention_forward`.
 
     With float16 or bfloat16 inputs and ``dkey_bias``, delta is summed from unrounded p and dp in a pass of its own: the
     rounded o would cost the cancelling sum over a column several digits.
     """
     _C.attention_backward(
-        dq, dk, dv, dkey_bias, do, dlse, o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal,
-        -1 if window is None else window, torch.get_num_threads(), _isa,
+        *gradients, do, dlse, o, lse, *x[:_N_TENSORS], x.sequences, x.sm_scale, x.causal,
+        _or_none_as_negative(x.window), torch.get_num_threads(), _isa,
     )  # fmt: skip
 
 
-def attention_statistics(
-    distance: Tensor | None,
-    windowed: Tensor,
-    received: Tensor,
-    received_count: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    rows: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    attention_window: int | None,
-    window: int,
-    horizon: tuple[int, int],
-) -> None:
-    """Write the outputs that are not None; arguments as in ``atman_kernels.statistics_ops``, rows as uint8.
+def attention_statistics(out: Statistics, x: StatisticsProblem) -> None:
+    """Write the outputs that are not None; rows as uint8. See ``atman_kernels.statistics_ops``.
 
     Raises:
         ValueError: the tensors disagree in shape or dtype, or a sequence lies outside of them.
         MemoryError: no memory for the packed keys.
     """
     _C.attention_statistics(
-        distance, windowed, received, received_count, q, k, lse, key_bias, prefix_k, rows, sequences, sm_scale,
-        -1 if attention_window is None else attention_window, window, *horizon, torch.get_num_threads(), _isa,
+        *out, *x[:_N_TENSORS], x.sequences, x.sm_scale, _or_none_as_negative(x.attention_window), x.window, *x.horizon,
+        torch.get_num_threads(), _isa,
     )  # fmt: skip
+
+
+def _or_none_as_negative(window: int | None) -> int:
+    return -1 if window is None else window
 
 
 _HOW_TO_BUILD = "install the package (pip install .) or build it in place (see CONTRIBUTING.md)"

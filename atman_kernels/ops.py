@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels import reference
+from atman_kernels.problem import AttentionProblem, Gradients
 
 # Names of the forced backends; "" lets the device decide.
 BACKENDS = ("", "triton", "cpu", "reference")
@@ -62,82 +63,53 @@ def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
     return _cpu if _cpu.supports(q, forced=backend == "cpu") else None
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int,
-    covers: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    kernels = kernels_for(backend, q)
-    bounds = (sm_scale, causal, None if window < 0 else window)
+def _problem(operands: tuple[Any, ...]) -> AttentionProblem:
+    *tensors_and_tables, sm_scale, causal, window, _, _ = operands
+    return AttentionProblem._make((*tensors_and_tables, sm_scale, causal, None if window < 0 else window))
+
+
+def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
+    """The operands of the schema, in its order."""
+    *_, covers, backend = operands
+    x = _problem(operands)
+    kernels = kernels_for(backend, x.q)
     if kernels is None:
-        return reference.attention_forward(q, k, v, key_bias, prefix_k, prefix_v, sequences, *bounds)
-    q, k, v = (unit_stride(x) for x in (q, k, v))
-    o = _allocate(q, covers)
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+        return reference.attention_forward(x)
+    x = x._replace(q=unit_stride(x.q), k=unit_stride(x.k), v=unit_stride(x.v))
+    o = _allocate(x.q, covers)
+    lse = x.q.new_empty((x.q.shape[0], x.q.shape[2], x.q.shape[1]), dtype=torch.float32)
     if not covers:
         lse.fill_(-torch.inf)
-    kernels.attention_forward(o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds)
+    kernels.attention_forward(o, lse, x)
     return o, lse
 
 
 def _backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int,
-    covers: bool,
-    backend: str,
-    need_dq: bool,
-    need_dk: bool,
-    need_dv: bool,
-    need_dkey_bias: bool,
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, *operands_and_needs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = kernels_for(backend, q)
-    bounds = (sm_scale, causal, None if window < 0 else window)
-    needed = (need_dq, need_dk, need_dv, need_dkey_bias)
+    """The operands of the forward, then whether each of dq, dk, dv and dkey_bias is needed."""
+    operands, needed = operands_and_needs[:_N_OPERANDS], operands_and_needs[_N_OPERANDS:]
+    *_, covers, backend = operands
+    x = _problem(operands)
+    kernels = kernels_for(backend, x.q)
     if kernels is None:
-        all_four = reference.attention_backward(do, dlse, q, k, v, key_bias, prefix_k, prefix_v, sequences, *bounds)
+        all_four = reference.attention_backward(do, dlse, x)
         found = [g if need else g.new_empty(0) for g, need in zip(all_four, needed, strict=True)]
         return found[0], found[1], found[2], found[3]
-    do, q, k, v = (unit_stride(x) for x in (do, q, k, v))
-    dq, dk, dv = (_allocate(x, covers) if need else None for x, need in zip((q, k, v), needed[:3], strict=True))
-    dkey_bias = k.new_empty(k.shape[:2], dtype=torch.float32) if need_dkey_bias else None
+    do = unit_stride(do)
+    x = x._replace(q=unit_stride(x.q), k=unit_stride(x.k), v=unit_stride(x.v))
+    dq, dk, dv = (_allocate(t, covers) if need else None for t, need in zip(x[:3], needed[:3], strict=True))
+    dkey_bias = x.k.new_empty(x.k.shape[:2], dtype=torch.float32) if needed[3] else None
     if dkey_bias is not None and not covers:
         dkey_bias.zero_()
     variant = {"fused": True} if backend == TRITON_FUSED else {}
-    kernels.attention_backward(
-        dq, dk, dv, dkey_bias, do, dlse, o, lse,
-        q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds, **variant,
-    )  # fmt: skip
-    absent = q.new_empty(0)
+    kernels.attention_backward(Gradients(dq, dk, dv, dkey_bias), do, dlse, o, lse, x, **variant)
+    absent = x.q.new_empty(0)
     return (
         absent if dq is None else dq,
         absent.clone() if dk is None else dk,
         absent.clone() if dv is None else dv,
-        q.new_empty(0, dtype=torch.float32) if dkey_bias is None else dkey_bias,
+        x.q.new_empty(0, dtype=torch.float32) if dkey_bias is None else dkey_bias,
     )
 
 

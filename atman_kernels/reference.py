@@ -15,8 +15,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
 from torch import Tensor
+
+from atman_kernels.problem import AttentionProblem, StatisticsProblem
 
 __all__ = ["attention", "attention_backward", "attention_forward", "attention_statistics", "visible_keys"]
 
@@ -58,8 +59,8 @@ def attention(
     scores = _scores(_group_heads(q, k.shape[2]), k, key_bias, scale, visible)
     p, lse = _softmax(scores)
     o = torch.einsum("b h g q k, b k h d -> b q h g d", p.to(v.dtype), v)
-    o = rearrange(o, "b q h g d -> b q (h g) d")
-    return (o, rearrange(lse, "b h g q -> b (h g) q")) if return_lse else o
+    o = o.flatten(2, 3)
+    return (o, lse.flatten(1, 2)) if return_lse else o
 
 
 def visible_keys(
@@ -93,30 +94,20 @@ class _Span(NamedTuple):
     prefix: slice
 
 
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    """The forward operator over a plan's sequence table; see ``atman_kernels.ops`` for the arguments."""
+def attention_forward(x: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """The forward operator over a plan's sequence table."""
+    q = x.q
     o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_softmax_dtype(q.dtype), device=q.device)
-    for span in _spans(sequences):
+    for span in _spans(x.sequences):
         o_i, lse_i = attention(
             q[span.batch, None, span.queries],
-            _with_prefix(prefix_k, k, span),
-            _with_prefix(prefix_v, v, span),
-            _bias_with_prefix(key_bias, span),
-            causal=causal,
-            sm_scale=sm_scale,
-            window=window,
+            _with_prefix(x.prefix_k, x.k, span),
+            _with_prefix(x.prefix_v, x.v, span),
+            _bias_with_prefix(x.key_bias, span),
+            causal=x.causal,
+            sm_scale=x.sm_scale,
+            window=x.window,
             return_lse=True,
             prefix_length=span.prefix.stop - span.prefix.start,
         )
@@ -125,20 +116,7 @@ def attention_forward(
     return o, lse
 
 
-def attention_backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_backward(do: Tensor, dlse: Tensor | None, x: AttentionProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward operator over a plan's sequence table, by the explicit formulas; always all four gradients.
 
     With dp = do v^T and delta = sum_v p dp::
@@ -148,49 +126,37 @@ def attention_backward(
 
     ``dkey_bias`` is summed in the softmax dtype from unrounded ds.
     """
+    q, k, v, sm_scale = x.q, x.k, x.v, x.sm_scale
     heads_kv = k.shape[2]
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dkey_bias = torch.zeros(k.shape[:2], dtype=_softmax_dtype(q.dtype), device=q.device)
-    for span in _spans(sequences):
+    for span in _spans(x.sequences):
         n_prefix = span.prefix.stop - span.prefix.start
         q_i = _group_heads(q[span.batch, None, span.queries], heads_kv)
         do_i = _group_heads(do[span.batch, None, span.queries], heads_kv)
-        k_i, v_i = _with_prefix(prefix_k, k, span), _with_prefix(prefix_v, v, span)
+        k_i, v_i = _with_prefix(x.prefix_k, k, span), _with_prefix(x.prefix_v, v, span)
         visible = visible_keys(
-            q_i.shape[1], k_i.shape[1] - n_prefix, n_prefix, causal=causal, window=window, device=q.device
+            q_i.shape[1], k_i.shape[1] - n_prefix, n_prefix, causal=x.causal, window=x.window, device=q.device
         )
-        p, _ = _softmax(_scores(q_i, k_i, _bias_with_prefix(key_bias, span), sm_scale, visible))
+        p, _ = _softmax(_scores(q_i, k_i, _bias_with_prefix(x.key_bias, span), sm_scale, visible))
         dp = torch.einsum("b q h g d, b k h d -> b h g q k", do_i, v_i).to(p.dtype)
         row_term = (p * dp).sum(-1, keepdim=True)
         if dlse is not None:
-            grouped = rearrange(dlse[span.batch, None, :, span.queries], "b (h g) q -> b h g q 1", h=heads_kv)
-            row_term = row_term - grouped
+            # (1, Hq, Tq) as the (1, Hkv, group, Tq, 1) of row_term.
+            row_term = row_term - dlse[span.batch, None, :, span.queries].view(*row_term.shape)
         ds = p * (dp - row_term)
         ds_rounded = (ds * sm_scale).to(q.dtype)
         dq_i = torch.einsum("b h g q k, b k h d -> b q h g d", ds_rounded, k_i)
         dk_i = torch.einsum("b h g q k, b q h g d -> b k h d", ds_rounded, q_i)
         dv_i = torch.einsum("b h g q k, b q h g d -> b k h d", p.to(do.dtype), do_i)
-        dq[span.batch, span.queries] = rearrange(dq_i, "1 q h g d -> q (h g) d")
+        dq[span.batch, span.queries] = dq_i[0].flatten(1, 2)
         dk[span.batch, span.keys] = dk_i[0, n_prefix:]
         dv[span.batch, span.keys] = dv_i[0, n_prefix:]
-        dkey_bias[span.batch, span.keys] = reduce(ds[..., n_prefix:], "1 h g q k -> k", "sum")
+        dkey_bias[span.batch, span.keys] = ds[..., n_prefix:].sum((0, 1, 2, 3))
     return dq, dk, dv, dkey_bias
 
 
-def attention_statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    rows: Tensor | None,
-    sequences: Tensor,
-    sm_scale: float,
-    attention_window: int | None,
-    window: int,
-    horizon: tuple[int, int],
-    need_distance: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_statistics(x: StatisticsProblem, need_distance: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row and column sums of the attention map, from the map itself; see ``atman_kernels.statistics_ops``.
 
     With p = exp(scores - lse) and d the distance from a row back to a key::
@@ -198,32 +164,33 @@ def attention_statistics(
         distance = mean over chosen rows of sum_v p d;  windowed_distance = sum_v p min(d, window)
         received[v] = mean over chosen rows with low <= d <= high of p
     """
+    q, k, lse = x.q, x.k, x.lse
     heads_q, heads_kv = q.shape[2], k.shape[2]
-    n_seq = sequences.shape[0]
+    n_seq = x.sequences.shape[0]
     dtype = _softmax_dtype(q.dtype)
     distance = torch.zeros(n_seq if need_distance else 0, heads_q, dtype=dtype, device=q.device)
     windowed = torch.zeros(lse.shape, dtype=dtype, device=q.device)
     received = torch.zeros(k.shape[0], heads_q, k.shape[1], dtype=dtype, device=q.device)
     received_count = torch.zeros(k.shape[:2], dtype=torch.int32, device=q.device)
-    low, high = horizon
-    for i, span in enumerate(_spans(sequences)):
+    low, high = x.horizon
+    for i, span in enumerate(_spans(x.sequences)):
         n_prefix = span.prefix.stop - span.prefix.start
-        q_i, k_i = q[span.batch, None, span.queries], _with_prefix(prefix_k, k, span)
+        q_i, k_i = q[span.batch, None, span.queries], _with_prefix(x.prefix_k, k, span)
         n_rows, n_keys = q_i.shape[1], k_i.shape[1]
         visible = visible_keys(
-            n_rows, n_keys - n_prefix, n_prefix, causal=True, window=attention_window, device=q.device
+            n_rows, n_keys - n_prefix, n_prefix, causal=True, window=x.attention_window, device=q.device
         )
-        scores = _scores(_group_heads(q_i, heads_kv), k_i, _bias_with_prefix(key_bias, span), sm_scale, visible)
-        scores = rearrange(scores, "1 h g q k -> (h g) q k")
+        scores = _scores(_group_heads(q_i, heads_kv), k_i, _bias_with_prefix(x.key_bias, span), x.sm_scale, visible)
+        scores = scores[0].flatten(0, 1)
         lse_i = lse[span.batch, :, span.queries, None]
         p = torch.exp(scores - lse_i.masked_fill(lse_i == -torch.inf, torch.inf))
         d = torch.arange(n_rows, device=q.device)[:, None] + (n_keys - n_rows) - torch.arange(n_keys, device=q.device)
         chosen = torch.ones(n_rows, dtype=torch.bool, device=q.device)
-        if rows is not None:
-            chosen = rows[span.batch, span.queries]
+        if x.rows is not None:
+            chosen = x.rows[span.batch, span.queries]
         if need_distance and chosen.any():
             distance[i] = (p * d).sum(-1)[:, chosen].mean(-1)
-        windowed[span.batch, :, span.queries] = (p * d.clamp(max=window)).sum(-1)
+        windowed[span.batch, :, span.queries] = (p * d.clamp(max=x.window)).sum(-1)
         counted = chosen[:, None] & (d >= low) & (d <= high)
         count = counted.sum(0)
         mean = (p * counted).sum(1) / count.clamp(min=1)
@@ -233,7 +200,8 @@ def attention_statistics(
 
 
 def _group_heads(x: Tensor, heads_kv: int) -> Tensor:
-    return rearrange(x, "b q (h g) d -> b q h g d", h=heads_kv)
+    """(B, Tq, Hq, D) as (B, Tq, Hkv, group, D)."""
+    return x.view(*x.shape[:2], heads_kv, x.shape[2] // heads_kv, x.shape[3])
 
 
 def _scores(q: Tensor, k: Tensor, key_bias: Tensor | None, sm_scale: float, visible: Tensor) -> Tensor:

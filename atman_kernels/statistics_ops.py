@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels import _cpu, ops, reference
+from atman_kernels.problem import AttentionProblem, Statistics, StatisticsProblem
 
 _library = torch.library.Library("atman_kernels", "FRAGMENT")
 _library.define(
@@ -42,41 +43,26 @@ attention_forward_distance = torch.ops.atman_kernels.attention_forward_distance.
 attention_statistics = torch.ops.atman_kernels.attention_statistics.default
 
 
-def _statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    rows: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    attention_window: int,
-    covers: bool,
-    backend: str,
-    window: int,
-    low: int,
-    high: int,
-    need_distance: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = ops.kernels_for(backend, q)
+def _statistics(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operands of the schema, in its order."""
+    *tensors_and_tables, sm_scale, attention_window, covers, backend, window, low, high, need_distance = operands
     bounds = (sm_scale, None if attention_window < 0 else attention_window, window, (low, high))
+    x = StatisticsProblem._make((*tensors_and_tables, *bounds))
+    kernels = ops.kernels_for(backend, x.q)
     if kernels is None:
-        return reference.attention_statistics(q, k, lse, key_bias, prefix_k, rows, sequences, *bounds, need_distance)
-    q, k = ops.unit_stride(q), ops.unit_stride(k)
-    prefix_k = None if prefix_k is None else ops.unit_stride(prefix_k)
-    outputs = _outputs(q, k, sequences, need_distance)
-    distance, windowed, received, received_count = outputs
+        return reference.attention_statistics(x, need_distance)
+    x = x._replace(
+        q=ops.unit_stride(x.q),
+        k=ops.unit_stride(x.k),
+        prefix_k=None if x.prefix_k is None else ops.unit_stride(x.prefix_k),
+        lse=x.lse.contiguous(),
+        rows=None if x.rows is None else x.rows.contiguous().view(torch.uint8),
+    )
+    outputs = _outputs(x.q, x.k, x.sequences, need_distance)
     if not covers:
-        for output in (windowed, received, received_count):
+        for output in outputs[1:]:
             output.zero_()
-    kernels.attention_statistics(
-        distance if need_distance else None, windowed, received, received_count,
-        q, k, lse.contiguous(), key_bias, prefix_k, None if rows is None else rows.contiguous().view(torch.uint8),
-        sequences, tiles_q, tiles_k, *bounds,
-    )  # fmt: skip
+    kernels.attention_statistics(Statistics(outputs[0] if need_distance else None, *outputs[1:]), x)
     return outputs
 
 
@@ -100,31 +86,18 @@ def fuses_distance(backend: str, q: Tensor) -> bool:
     return q.device.type == "cpu" and ops.kernels_for(backend, q) is _cpu
 
 
-def _forward_distance(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    window: int,
-    covers: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (ops.unit_stride(x) for x in (q, k, v))
-    prefix_k, prefix_v = (None if x is None else ops.unit_stride(x) for x in (prefix_k, prefix_v))
-    o, lse, distance = outputs = _forward_distance_fake(q)
+def _forward_distance(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of the schema, in its order."""
+    *tensors, sequences, tiles_q, tiles_k, sm_scale, window, covers = operands
+    tensors = [None if tensor is None else ops.unit_stride(tensor) for tensor in tensors]
+    bounds = (sm_scale, True, None if window < 0 else window)
+    x = AttentionProblem._make((*tensors, sequences, tiles_q, tiles_k, *bounds))
+    o, lse, distance = outputs = _forward_distance_fake(x.q)
     if not covers:
         o.zero_()
         lse.fill_(-torch.inf)
         distance.zero_()
-    bounds = (sm_scale, True, None if window < 0 else window)
-    _cpu.attention_forward(
-        o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, *bounds, distance=distance
-    )
+    _cpu.attention_forward(o, lse, x, distance=distance)
     return outputs
 
 

@@ -158,7 +158,14 @@ def explain(
         model, tokenizer, examples, generation=generation, temperature=temperature, seed=seed, progress=progress
     )
     completions = [
-        Completion(example.name, prompt, ids, _answer_format(example, str(tokenizer.decode(ids))), example.expected)
+        Completion(
+            example.name,
+            prompt,
+            ids,
+            _answer_format(example, str(tokenizer.decode(ids))),
+            example.expected,
+            given=example.completion is not None,
+        )
         for example, prompt, ids in zip(examples, prompts, completion_ids, strict=True)
     ]
     records = record(model, tokenizer, completions, estimator=scorer, progress=progress)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from atmanrl.figure_style import FIGURE_STYLE, GRID_COLOUR, TITLE_STYLE
 from atmanrl.records import RESTORED
 from atmanrl.report import Plot
 from atmanrl.summary import Row, Summary
@@ -34,7 +35,7 @@ class _Theme:
     grid: str
 
 
-_THEMES = (_Theme("", "#17191c", "#5c636d", "#e4e6e9"), _Theme(".dark", "#eceef1", "#a2a9b3", "#33383f"))
+_THEMES = (_Theme("", "#17191c", "#5c636d", GRID_COLOUR), _Theme(".dark", "#eceef1", "#a2a9b3", "#33383f"))
 
 
 @dataclass(frozen=True)
@@ -202,26 +203,19 @@ def _save(stem: Path, caption: str, size: tuple[float, float], draw: Callable[[F
 
 def _style(theme: _Theme) -> Any:
     return {
+        **FIGURE_STYLE,
+        **TITLE_STYLE,
         "svg.hashsalt": "atmanrl",
         "font.family": "sans-serif",
-        "font.size": 9,
         "text.color": theme.ink,
         "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
         "axes.labelcolor": theme.muted,
         "axes.edgecolor": theme.grid,
         "axes.facecolor": "none",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
         "grid.color": theme.grid,
         "grid.linewidth": 0.8,
         "xtick.color": theme.muted,
         "ytick.color": theme.muted,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
         "legend.fontsize": 9,
     }
 

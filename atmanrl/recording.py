@@ -29,6 +29,7 @@ class Completion:
         prompt_id, sample, expected: see `RolloutRecord`.
         prompt_ids, completion_ids: token ids, end of turn included where one was generated.
         answer_format: finds and compares the answer.
+        given: it was handed in, and is whole without an end of turn.
         classify: names the classes of the completion's tokens from their texts, where the task knows them.
     """
 
@@ -38,6 +39,7 @@ class Completion:
     answer_format: AnswerFormat
     expected: str | None = None
     sample: int = 0
+    given: bool = False
     classify: Callable[[Sequence[str]], list[str]] | None = None
 
 
@@ -148,7 +150,7 @@ def record_one(
         predicted=predicted,
         expected=item.expected,
         correct=correct,
-        truncated=not split.finished,
+        truncated=not (split.finished or item.given),
         skipped=skipped,
         loss=_loss(saliency),
         measures=_other_parser(item, split),

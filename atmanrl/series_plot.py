@@ -9,17 +9,10 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-_STYLE: Any = {
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e6e9",
-    "axes.edgecolor": "#e4e6e9",
-    # Token texts may hold dollars, which must not start a formula.
-    "text.parse_math": False,
-}
+from atmanrl.figure_style import FIGURE_STYLE
+
+# Token texts may hold dollars, which must not start a formula.
+_STYLE: Any = {**FIGURE_STYLE, "font.size": 8, "text.parse_math": False}
 _MOST_LABELS = 120
 
 

@@ -8,8 +8,6 @@ kernels, and keeps each outcome in results/ as it comes; a later call runs those
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -20,9 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.device import Device, add_device_options, results_file, save, tuned
+from benchmarks.device import Device, device_of_command, kept_results, save, tuned
 from tests.atman_kernels.gpu_checks import CHECKS, REHEARSAL
 
 PASSED = "passed"
@@ -66,17 +62,8 @@ def run_all(names: list[str], device: Device, deadline: float, path: Path, conte
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    arguments = parser.parse_args()
-    device = Device(arguments.rehearse)
-    if device.rehearsal is None and not torch.cuda.is_available():
-        print("benchmarks.checks needs a CUDA GPU", file=sys.stderr)
-        return 1
-    deadline = time.monotonic() + arguments.seconds
-    facts = device.provenance()
-    path = results_file(f"checks{tuned()}", facts, device.results)
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**facts, "checks": {}}
+    device, deadline = device_of_command("benchmarks.checks", __doc__)
+    path, content = kept_results(f"checks{tuned()}", device, checks={})
     names = list(CHECKS if device.rehearsal is None else REHEARSAL)
     # Twice: what fails behind a check that broke its process may pass in another one.
     for _ in range(2):

@@ -7,13 +7,15 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from atmanrl.figure_style import FIGURE_STYLE, TITLE_STYLE
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "images" / "ledger_claim.png"
@@ -29,6 +31,7 @@ T_QUANTILES = (
 )
 BASELINE = "outcome"
 ARMS = {"outcome": "outcome only", "restored": "restored", "printed": "printed"}
+PAIRS = tuple((arm, BASELINE) for arm in ARMS if arm != BASELINE)
 
 
 class Measure(NamedTuple):
@@ -90,22 +93,32 @@ def values_of(content: dict[str, Any], arm: str, key: str) -> list[float]:
     return [run["metrics"][key] for run in runs]
 
 
-def differences(content: dict[str, Any], arm: str, key: str) -> list[float]:
-    """A metric of one arm minus that of the outcome-only arm with the same seed."""
-    return [a - b for a, b in zip(*(values_of(content, name, key) for name in (arm, BASELINE)), strict=True)]
+def differences(content: dict[str, Any], arm: str, key: str, baseline: str = BASELINE) -> list[float]:
+    """A metric of one arm minus that of another one with the same seed."""
+    return [a - b for a, b in zip(*(values_of(content, name, key) for name in (arm, baseline)), strict=True)]
 
 
-def table(content: dict[str, Any], measures: Sequence[Measure]) -> str:
-    """Markdown: means of the arms, and paired differences from the outcome-only arm with their intervals."""
-    others = [arm for arm in ARMS if arm != BASELINE]
-    head = ["", "start", *ARMS.values(), *(f"{ARMS[arm]} - {ARMS[BASELINE]}" for arm in others)]
+def table(
+    content: dict[str, Any],
+    measures: Sequence[Measure],
+    arms: Mapping[str, str] = ARMS,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+) -> str:
+    """Markdown: means of the arms, and the paired differences of some with their intervals.
+
+    Args:
+        arms: their titles.
+        pairs: (arm, what is subtracted from it).
+    """
+    head = ["", "start", *arms.values(), *(f"{arms[arm]} - {arms[other]}" for arm, other in pairs)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for measure in measures:
         scale, places = measure.scale, measure.decimals
-        means = [statistics.fmean(values_of(content, arm, measure.key)) for arm in ARMS]
+        means = [statistics.fmean(values_of(content, arm, measure.key)) for arm in arms]
         cells = [f"{scale * value:.{places}f}" for value in (content["start"][measure.key], *means)]
-        for arm in others:
-            mean, low, high = (scale * value for value in interval(differences(content, arm, measure.key)))
+        for pair in pairs:
+            found = interval(differences(content, pair[0], measure.key, pair[1]))
+            mean, low, high = (scale * value for value in found)
             cells.append(f"{mean:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]")
         lines.append("| " + " | ".join([measure.title, *cells]) + " |")
     return "\n".join(lines) + "\n"
@@ -113,22 +126,7 @@ def table(content: dict[str, Any], measures: Sequence[Measure]) -> str:
 
 def plot(content: dict[str, Any], path: Path) -> None:
     """One panel per measure of `IN_SHORT`: a dot per seed, the mean with its interval, the start as a line."""
-    style = {
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": "#e4e6e9",
-        "axes.edgecolor": "#e4e6e9",
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context({**FIGURE_STYLE, **TITLE_STYLE, "axes.titlesize": 9.5, "axes.grid.axis": "y"}):
         figure = Figure(figsize=(11.5, 2.9), layout="constrained")
         for axis, measure in zip(figure.subplots(1, len(IN_SHORT)), IN_SHORT, strict=True):
             _panel(axis, content, measure)

@@ -31,6 +31,8 @@ SHARED_CAPACITY = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 
 _NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # wgmma, tcgen05 and mma in the machine code of their generations.
 _MATRIX = re.compile(r"\b(?:[HIQ]GMMA|UTC[A-Z]*MMA|[HID]MMA)\b")
+# A load into registers, and the barrier that a bulk copy gets for itself where the compiler did not pipeline it.
+_WAITED_LOAD = re.compile(r"\bLDG\.|\bSYNCS\.EXCH\b")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _BRANCH = re.compile(r"\bBRA(?:\.\w+)* (?:`\(\S+\)|!?U?P\d+, )*\s*(0x[0-9a-f]+)")
 
@@ -38,8 +40,9 @@ _BRANCH = re.compile(r"\bBRA(?:\.\w+)* (?:`\(\S+\)|!?U?P\d+, )*\s*(0x[0-9a-f]+)"
 class Counts(NamedTuple):
     """Static cost of one compiled kernel.
 
-    ``main_loops`` lists the non-matrix instructions of each matrix loop. ``matrix_waits`` counts where warps wait for
-    asynchronous matrix instructions: with as many waits as instructions the assembler has serialised them.
+    ``main_loops`` lists the non-matrix instructions of each matrix loop, and ``waited_loads`` how many loads of global
+    memory each one waits for in the pass that issues them. ``matrix_waits`` counts where warps wait for asynchronous
+    matrix instructions: with as many waits as instructions the assembler has serialised them.
     """
 
     registers: int
@@ -48,6 +51,7 @@ class Counts(NamedTuple):
     matrix_instructions: int
     matrix_waits: int
     main_loops: tuple[int, ...]
+    waited_loads: tuple[int, ...]
 
 
 def specialization(launch: Launch, target: str) -> tuple[Any, ...]:
@@ -79,6 +83,7 @@ def count(compiled: Any) -> Counts:
             matrix_instructions=len(re.findall(r"\bv_mfma_", assembly)),
             matrix_waits=0,
             main_loops=(),
+            waited_loads=(),
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -87,17 +92,20 @@ def count(compiled: Any) -> Counts:
         listing = _cuobjdump("-sass", file.name)
     fields = dict(re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage))
     instructions = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(listing)]
+    loops = _main_loops(instructions)
     return Counts(
         registers=int(fields["REG"]),
         spill_bytes=int(fields["STACK"]) + int(fields["LOCAL"]),
         shared_bytes=compiled.metadata.shared,
         matrix_instructions=sum(1 for _, text in instructions if _MATRIX.search(text)),
         matrix_waits=sum(1 for _, text in instructions if "WARPGROUP.DEPBAR" in text),
-        main_loops=_main_loops(instructions),
+        main_loops=tuple(sum(not _MATRIX.search(text) for text in body) for body in loops),
+        waited_loads=tuple(sum(bool(_WAITED_LOAD.search(text)) for text in body) for body in loops),
     )
 
 
-def _main_loops(instructions: list[tuple[int, str]]) -> tuple[int, ...]:
+def _main_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
+    """The bodies of the innermost loops with matrix instructions, in the order of their addresses."""
     loops = []
     for address, text in instructions:
         branch = _BRANCH.search(text)
@@ -105,18 +113,13 @@ def _main_loops(instructions: list[tuple[int, str]]) -> tuple[int, ...]:
             loops.append((int(branch[1], 16), address))
     # Waits that outlast their first try stand at the end of the kernel and branch back into the middle of a loop.
     loops = [loop for loop in loops if not any(first < loop[0] <= last < loop[1] for first, last in loops)]
-    with_matrix = []
-    for first, last in loops:
-        body = [text for address, text in instructions if first <= address <= last]
-        n_matrix = sum(1 for text in body if _MATRIX.search(text))
-        if n_matrix:
-            with_matrix.append((first, last, len(body) - n_matrix))
-    innermost = [
-        (first, last, n)
-        for first, last, n in with_matrix
-        if not any((f, e) != (first, last) and first <= f and e <= last for f, e, _ in with_matrix)
+    bodies = {(first, last): [text for at, text in instructions if first <= at <= last] for first, last in loops}
+    bodies = {loop: body for loop, body in bodies.items() if any(_MATRIX.search(text) for text in body)}
+    return [
+        body
+        for (first, last), body in sorted(bodies.items())
+        if not any((f, e) != (first, last) and first <= f and e <= last for f, e in bodies)
     ]
-    return tuple(n for _, _, n in sorted(innermost))
 
 
 def _cuobjdump(option: str, path: str) -> str:

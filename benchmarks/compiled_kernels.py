@@ -6,7 +6,8 @@
     ... --only "sm_90 bfloat16"                      configurations whose names begin so; --update keeps the other rows
 
 No GPU is needed. A kernel is worse than its row if it spills more, if one of its main loops has over 5 % more
-non-matrix instructions, if its matrix instructions got serialised, or if it needs more shared memory than there is.
+non-matrix instructions or waits for more loads, if its matrix instructions got serialised, or if it needs more shared
+memory than there is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from atman_kernels._triton.backward import backward_launches
 from atman_kernels._triton.forward import forward_launches
 from atman_kernels._triton.launch import Launch
 from atman_kernels._triton.statistics import statistics_launches
+from atman_kernels.problem import AttentionProblem, Gradients, Statistics, StatisticsProblem
 from benchmarks.compiled import SHARED_CAPACITY, Counts, compile_launch, count
 
 TABLE = Path(__file__).parent / "results" / "compiled_kernels.json"
@@ -75,24 +77,22 @@ class Configuration(NamedTuple):
         key_bias = empty(1, n_rows, dtype=torch.float32) if self.bias else None
         prefix = empty(512, heads_kv, self.head_dim) if self.prefix else None
         sequences, tiles = empty(8, 7, dtype=torch.int32), empty(n_tiles, 2, dtype=torch.int32)
-        bounds = (self.head_dim**-0.5, self.causal, 1024 if self.window else None)
+        tables = (sequences, tiles, tiles)
+        sm_scale, window = self.head_dim**-0.5, 1024 if self.window else None
         if self.statistics:
             distance, sums = empty(8, heads_q, dtype=torch.float32), torch.empty_like(lse)
             counts, rows = empty(1, n_rows, dtype=torch.int32), empty(1, n_rows, dtype=torch.uint8)
             yield from statistics_launches(
-                self.target, distance, sums, sums, counts, q, k, lse, key_bias, prefix, rows, sequences, tiles, tiles,
-                bounds[0], bounds[2], 10, (10, 100),
-            )  # fmt: skip
-            return
-        if self.gradients == "all" and not self.fused:
-            yield from forward_launches(
-                self.target, q, lse, q, k, v, key_bias, prefix, prefix, sequences, tiles, tiles, *bounds
+                self.target,
+                Statistics(distance, sums, sums, counts),
+                StatisticsProblem(q, k, lse, key_bias, prefix, rows, *tables, sm_scale, window, 10, (10, 100)),
             )
-        gradients = [x if self.gradients == "all" else None for x in (q, k, v)]
-        yield from backward_launches(
-            self.target, *gradients, key_bias, q, None, q, lse, q, k, v, key_bias, prefix, prefix,
-            sequences, tiles, tiles, *bounds, fused=self.fused,
-        )  # fmt: skip
+            return
+        problem = AttentionProblem(q, k, v, key_bias, prefix, prefix, *tables, sm_scale, self.causal, window)
+        if self.gradients == "all" and not self.fused:
+            yield from forward_launches(self.target, q, lse, problem)
+        gradients = Gradients(*(x if self.gradients == "all" else None for x in (q, k, v)), key_bias)
+        yield from backward_launches(self.target, gradients, q, None, q, lse, problem, fused=self.fused)
 
 
 def configurations() -> list[Configuration]:
@@ -103,6 +103,7 @@ def configurations() -> list[Configuration]:
             found.append(Configuration(target, "bfloat16", head_dim))
         found.append(Configuration(target, "float16"))
         found.append(Configuration(target, "float32", 64))
+        found.append(Configuration(target, "float32"))
         found.append(Configuration(target, bias=False))
         found.append(Configuration(target, prefix=True))
         found.append(Configuration(target, gradients="key_bias"))
@@ -159,7 +160,7 @@ def worse(name: str, now: Counts, row: dict[str, object] | None) -> list[str]:
         found.append(f"{name}: compiles to no matrix instruction")
     if row is None:
         return [*found, f"{name}: not in the table"]
-    before = Counts(**{**row, "main_loops": tuple(row["main_loops"])})
+    before = Counts(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
     if now.spill_bytes > before.spill_bytes:
         found.append(f"{name}: spills {now.spill_bytes} B per thread, {before.spill_bytes} B before")
     if now.matrix_waits >= now.matrix_instructions > before.matrix_waits:
@@ -167,6 +168,9 @@ def worse(name: str, now: Counts, row: dict[str, object] | None) -> list[str]:
     for index, (length, length_before) in enumerate(zip(now.main_loops, before.main_loops, strict=False)):
         if length > MAIN_LOOP_GROWTH * length_before:
             found.append(f"{name}: main loop {index} grew from {length_before} to {length} non-matrix instructions")
+    for index, (loads, loads_before) in enumerate(zip(now.waited_loads, before.waited_loads, strict=False)):
+        if loads > loads_before:
+            found.append(f"{name}: main loop {index} waits for {loads} loads in every pass, for {loads_before} before")
     if len(now.main_loops) != len(before.main_loops):
         found.append(f"{name}: {len(now.main_loops)} main loops, {len(before.main_loops)} before")
     return found

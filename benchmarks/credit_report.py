@@ -16,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from atmanrl.figure_style import FIGURE_STYLE
 from benchmarks.claim_report import Interval, interval
 
 ROOT = Path(__file__).parent.parent
@@ -40,15 +41,6 @@ _COLOURS = {
     "random": "#8a919c",
     "entropy": "#cc79a7",
     "saliency": "#e69f00",
-}
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e6e9",
-    "axes.edgecolor": "#e4e6e9",
 }
 
 
@@ -203,7 +195,7 @@ def page() -> str:
 def plot(content: dict[str, Any], path: Path) -> None:
     """Accuracy over the optimiser steps, one row per task: each arm's mean, with the interval of uniform credit."""
     tasks = list(content["tasks"])
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(9.5, 3.2 * len(tasks)), layout="constrained")
         axes = figure.subplots(len(tasks), 2, sharey="row", squeeze=False)
         for row, task in zip(axes, tasks, strict=True):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from atman_kernels import backend
-from atman_kernels._triton.tiles import BLOCK_SIZES_FILE
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "flash-attn", "flash-linear-attention")
@@ -91,12 +91,29 @@ class Device(NamedTuple):
         return {"device": device, "commit": commit(), "versions": versions}
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """--seconds and --rehearse, which every GPU command takes."""
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop before this much time has passed")
+def device_of_command(module: str, description: str, seconds: float = float("inf")) -> tuple[Device, float]:
+    """The device that a GPU command runs on, and when it has to stop, from --rehearse and --seconds.
+
+    Raises:
+        SystemExit: if there is no GPU and nothing is to be rehearsed.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=seconds, help="stop before this much time has passed")
     parser.add_argument(
         "--rehearse", type=Path, metavar="DIR", help="walk through it without a GPU, tiny, results in DIR"
     )
+    arguments = parser.parse_args()
+    device = Device(arguments.rehearse)
+    if device.rehearsal is None and not torch.cuda.is_available():
+        raise SystemExit(f"{module} needs a CUDA GPU; what it measures stays not yet measured")
+    return device, time.monotonic() + arguments.seconds
+
+
+def kept_results(kind: str, device: Device, **empty: Any) -> tuple[Path, dict[str, Any]]:
+    """The file of results of this kind, device and commit, and what it holds: ``empty`` where it is new."""
+    facts = device.provenance()
+    path = results_file(kind, facts, device.results)
+    return path, json.loads(path.read_text()) if path.exists() else {**facts, **empty}
 
 
 def commit() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.claim_report import Measure, table
+
 TITLES = {
     "auroc": "AUROC",
     "precision": "precision@k",
@@ -13,6 +15,34 @@ TITLES = {
     "sufficiency": "sufficiency",
 }
 SETS = {"sampled": "Sampled chains", "busy": "Reference chains with more idle tokens"}
+ARMS = {
+    "outcome": "outcome only",
+    "mask": "`mask`",
+    "sparse-mask": "`sparse-mask`",
+    "leave-one-out": "`leave-one-out`",
+}
+REWARDS = (
+    Measure("accuracy", "accuracy (%)", 100, 1),
+    Measure("cot_tokens", "CoT length (tokens)"),
+    Measure("filler_tokens", "filler per CoT (tokens)"),
+    Measure("needed_tokens", "needed per CoT (tokens)"),
+    Measure("other_tokens", "other per CoT (tokens)"),
+    Measure("repeated", "chains that repeat needed values (%)", 100, 1),
+    Measure("restored_auroc", "AUROC of `mask`"),
+    Measure("sparse-mask_auroc", "AUROC of `sparse-mask`"),
+    Measure("deletion_auroc", "AUROC of leave-one-out"),
+    Measure("deletion_mass", "summed deletion effects per CoT (nats)"),
+    Measure("early_answering_aoc", "early answering AOC"),
+    Measure("initial_early_answering_aoc", "the same, starting checkpoint reads"),
+    Measure("causal_influence", "causal influence (nats)", decimals=3),
+    Measure("initial_causal_influence", "the same, starting checkpoint reads", decimals=3),
+    Measure("mistake_unchanged", "answers unchanged by a mistake (%)", 100, 1),
+    Measure("initial_mistake_unchanged", "the same, starting checkpoint reads", 100, 1),
+    Measure("no_cot_unchanged", "answers unchanged without a chain (%)", 100, 1),
+    Measure("initial_no_cot_unchanged", "the same, starting checkpoint reads", 100, 1),
+    Measure("comprehensiveness", "comprehensiveness of leave-one-out", decimals=3),
+    Measure("sufficiency", "sufficiency of leave-one-out", decimals=3),
+)
 # The grid around the default: its span says enough.
 GRID = "sparse, depth"
 
@@ -60,6 +90,21 @@ def search_tables(files: list[dict[str, Any]]) -> str:
         lines.append(_row([title, *spans, span, _cost(results[0][grid[0]])]))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def reward_tables(files: list[dict[str, Any]]) -> str:
+    """What training on each estimator's reward did, over seeds."""
+    if not files:
+        return "Not yet measured.\n"
+    (content,) = files
+    seeds = len({run["seed"] for run in content["runs"]})
+    pairs = [*((arm, "outcome") for arm in ARMS if arm != "outcome"), ("sparse-mask", "mask")]
+    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    head = (
+        f"{versions}, commit {content['commit']}; {seeds} seeds per arm. Means over seeds; differences are"
+        " paired by seed, with 95 % Student intervals.\n"
+    )
+    return f"{head}\n{table(content, REWARDS, ARMS, pairs)}"
 
 
 def _measures(results: dict[str, Any]) -> str:

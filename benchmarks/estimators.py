@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, saliency_reward
 from atmanrl.agreement import auroc, precision_at_k, spearman
-from atmanrl.config import MASK_PRESETS, DataConfig, LedgerConfig
+from atmanrl.config import MASK_PRESETS, DataConfig, LedgerConfig, SeriesConfig
 from atmanrl.data.ledger import CHECKPOINT, load
 from atmanrl.data.ledger.generator import Example, classify_tokens, sample_chain, sample_examples
 from atmanrl.data.ledger.vocabulary import ANSWER, FILLER
@@ -38,6 +38,7 @@ from atmanrl.generation import GenerationSettings
 from atmanrl.intervals import bootstrap_ratios, estimates
 from atmanrl.saliency.estimators import (
     Estimator,
+    FutureInfluence,
     Integrated,
     Mask,
     SparseMask,
@@ -197,6 +198,12 @@ def table(model: PreTrainedModel, chains: Chains, estimators: Mapping[str, Estim
     return results
 
 
+def chosen() -> dict[str, Estimator]:
+    """Every estimator with its defaults, and FAI as far as chains of Ledger's length have later rows."""
+    near = {"fai, horizon 3 to 100": FutureInfluence(SeriesConfig(horizon=(3, 100)))}
+    return {name: make_estimator(name) for name in ESTIMATORS} | near
+
+
 def variants() -> Iterator[tuple[str, Estimator]]:
     """What was tried: the paper's mask with other settings, paths and depths, starts, step rules, steps and prices."""
     yield "mask", Mask()
@@ -225,8 +232,9 @@ def variants() -> Iterator[tuple[str, Estimator]]:
 
 
 def _json(value: Any) -> Any:
-    if isinstance(value, MaskConfig):
-        return {key: each for key, each in asdict(value).items() if each != getattr(MaskConfig(), key)}
+    if isinstance(value, MaskConfig | SeriesConfig):
+        plain = type(value)()
+        return {key: each for key, each in asdict(value).items() if each != getattr(plain, key)}
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
@@ -237,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT).eval()
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    estimators = dict(variants()) if search else {name: make_estimator(name) for name in ESTIMATORS}
+    estimators = dict(variants()) if search else chosen()
     content: dict[str, Any] = {
         "device": processor(),
         "commit": commit(),

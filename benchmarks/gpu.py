@@ -9,9 +9,7 @@ stage keeps its results as it goes, and a later call goes on where the last one 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -21,9 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from benchmarks.device import Device, add_device_options, results_file, save
+from benchmarks.device import Device, device_of_command, kept_results, save
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 570.0
@@ -34,13 +30,15 @@ MARGIN = 15.0
 class Stage(NamedTuple):
     """A command, the share of the whole time it may take, and what it needs installed.
 
-    ``timed``: it takes --seconds, and may have more to do when it has returned.
+    ``timed``: it takes --seconds, and may have more to do when it has returned. ``restarts``: how often it is called
+    again if it ends in an error, which a kernel that broke the process leaves behind.
     """
 
     name: str
     command: tuple[str, ...]
     share: float
     timed: bool = True
+    restarts: int = 0
     needs: str = "torch"
 
 
@@ -49,9 +47,9 @@ def stages(device: Device) -> list[Stage]:
     module = (sys.executable, "-m")
     found = [
         Stage("checks", (*module, "benchmarks.checks"), 0.3),
-        Stage("benchmarks of the committed block sizes", (*module, "benchmarks.timing"), 0.25),
-        Stage("tuning", (*module, "benchmarks.tune"), 0.2),
-        Stage("tables", (*module, "benchmarks.tables"), 0.05, timed=False),
+        Stage("benchmarks of the committed block sizes", (*module, "benchmarks.timing"), 0.25, restarts=2),
+        Stage("tuning", (*module, "benchmarks.tune"), 0.2, restarts=2),
+        Stage("tables", (*module, "benchmarks.tables", "--pages", "benchmarks.md"), 0.05, timed=False),
     ]
     small = "import torch; from tests.atman_kernels.gpu_checks import small_ragged_step as step; step({}, {!r})"
     small = small.format(device.dtype, device.name)
@@ -63,7 +61,9 @@ def stages(device: Device) -> list[Stage]:
         command = (sanitizer, "--error-exitcode", "1", sys.executable, "-c", small)
         found.append(Stage("sanitizer", command, 0.1, timed=False))
     # Starts no arm after so many seconds; one cut off goes on in the next call.
-    found.append(Stage("mask steps", (*module, "benchmarks.masks", "--seconds", "60"), 0.2, timed=False))
+    found.append(
+        Stage("mask steps", (*module, "benchmarks.masks", "--seconds", "60"), 0.2, timed=False, needs="transformers")
+    )
     update = (*module, "benchmarks.update")
     found.append(Stage("update", update, 0.4, timed=False, needs="trl"))
     found.append(Stage("update, LoRA", (*update, "--lora", "16"), 0.3, timed=False, needs="trl"))
@@ -77,7 +77,8 @@ def run_stage(stage: Stage, seconds: float, device: Device) -> str:
         command += ["--seconds", str(max(seconds - MARGIN, 1.0))]
         if device.rehearsal is not None:
             command += ["--rehearse", str(device.rehearsal)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     environment.pop("TRITON_INTERPRET", None)
     if device.rehearsal is not None:
         environment["TRITON_INTERPRET"] = "1"
@@ -92,18 +93,9 @@ def run_stage(stage: Stage, seconds: float, device: Device) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    parser.set_defaults(seconds=SECONDS)
-    arguments = parser.parse_args()
-    device = Device(arguments.rehearse)
-    if device.rehearsal is None and not torch.cuda.is_available():
-        print("benchmarks.gpu needs a CUDA GPU; what it measures stays not yet measured", file=sys.stderr)
-        return 1
-    deadline = time.monotonic() + arguments.seconds
-    facts = device.provenance()
-    path = results_file("stages", facts, device.results)
-    content = json.loads(path.read_text()) if path.exists() else {**facts, "stages": {}}
+    device, deadline = device_of_command("benchmarks.gpu", __doc__, SECONDS)
+    in_all = deadline - time.monotonic()
+    path, content = kept_results("stages", device, stages={})
     for stage in stages(device):
         if importlib.util.find_spec(stage.needs) is None:
             content["stages"][stage.name] = f"left out: {stage.needs} is not installed"
@@ -111,13 +103,17 @@ def main() -> int:
         # What may have more to do is called again: it returns at once where it has not.
         if content["stages"].get(stage.name) == "passed" and not stage.timed and stage.name != "tables":
             continue
-        seconds = min(stage.share * arguments.seconds, deadline - time.monotonic())
+        seconds = min(stage.share * in_all, deadline - time.monotonic())
         if seconds <= MARGIN:
             print("stopped in time; run again to go on")
             break
         print(f"== {stage.name}, at most {seconds:.0f} s", flush=True)
-        content["stages"][stage.name] = run_stage(stage, seconds, device)
-        save(path, content)
+        end = time.monotonic() + seconds
+        for _ in range(1 + stage.restarts):
+            content["stages"][stage.name] = run_stage(stage, end - time.monotonic(), device)
+            save(path, content)
+            if not content["stages"][stage.name].startswith("exit") or end - time.monotonic() <= MARGIN:
+                break
     for name, outcome in content["stages"].items():
         print(f"{name}: {outcome}")
     print(f"results are in {device.results}")

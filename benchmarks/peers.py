@@ -181,7 +181,9 @@ PEERS: dict[str, Callable[[AttentionCase, Inputs], Attention]] = {
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+    # Beyond the limit an uncompiled FlexAttention would be timed; a full graph makes that an error.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 def _padding(

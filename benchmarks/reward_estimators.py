@@ -1,6 +1,6 @@
 """Which estimator should the saliency reward be? Four arms of GRPO on Ledger, the same seeds and budget for each.
 
-    python -m benchmarks.reward_estimators                what is missing of 6 seeds, then the results file
+    python -m benchmarks.reward_estimators                what is missing of 5 seeds, then the results file
     python -m benchmarks.reward_estimators --seeds 0 1    these seeds alone; several processes may share the directory
 
 As `benchmarks.claim`, with another estimator behind the reward instead of another direction. Every held-out chain of
@@ -30,7 +30,7 @@ ARMS = {
 # What scores the held-out chains, by the name of the score in the record.
 SCORES = {RESTORED: "mask", "sparse-mask": "sparse-mask", DELETION: "leave-one-out"}
 SETTING = {**CLAIM, "evaluation.saliency": "false"}
-SEEDS = range(6)
+SEEDS = range(5)
 # Faithfulness takes 132 variants per completion.
 FAITHFUL = 128
 

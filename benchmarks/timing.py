@@ -9,8 +9,7 @@ matrix rate measured in the same run, peak memory beyond the inputs.
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import sys
 import time
 from typing import Any
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 
 from benchmarks.cases import AttentionCase, attention_cases, make_inputs
-from benchmarks.device import Device, add_device_options, results_file, save, tuned
+from benchmarks.device import Device, device_of_command, kept_results, save, tuned
 from benchmarks.peers import PEERS, UnavailableError
 
 DIRECTIONS = ("forward+backward", "forward")
+STARTS = 2
 REHEARSAL_CASES = (AttentionCase("tiny", (9, 4), (2, 1), 16), AttentionCase("tiny", (9, 4), (2, 1), 16, prefix=3))
 
 
@@ -52,7 +52,7 @@ def measure(case: AttentionCase, peer: str, direction: str, device: Device) -> d
     except torch.OutOfMemoryError:
         row["unavailable"] = "out of memory"
     except Exception as error:
-        # A peer's refusal of a shape, in whatever class it says so, is a result and not the end of the run.
+        # A refusal of a shape, in whatever class it says so, is a result and not the end of the run.
         if peer.startswith("atman") and device.rehearsal is not None:
             raise
         row["unavailable"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -65,36 +65,35 @@ def peer_uses(peer: str, is_bias: bool) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    arguments = parser.parse_args()
-    device = Device(arguments.rehearse)
-    if device.rehearsal is None and not torch.cuda.is_available():
-        print("benchmarks.timing needs a CUDA GPU; the results stay not yet measured", file=sys.stderr)
-        return 1
-    deadline = time.monotonic() + arguments.seconds
-    facts = device.provenance()
-    path = results_file(f"attention{tuned()}", facts, device.results)
-    content = json.loads(path.read_text()) if path.exists() else {**facts, "results": []}
+    device, deadline = device_of_command("benchmarks.timing", __doc__)
+    path, content = kept_results(f"attention{tuned()}", device, results=[])
     if "matrix_rate_tflops" not in content:
         content["matrix_rate_tflops"] = matrix_rate(device)
+    content["block_sizes"] = "tuned" if tuned() else "committed"
     done = {(row["case"], row["peer"], row["direction"]) for row in content["results"]}
-    for case in attention_cases() if device.rehearsal is None else REHEARSAL_CASES:
-        for direction in DIRECTIONS:
-            for peer in PEERS:
-                if (case.key, peer, direction) in done:
-                    continue
-                if time.monotonic() > deadline:
-                    print(f"stopped in time; {path} holds {len(content['results'])} results, run again to go on")
-                    return 0
-                with device.kernels():
-                    row = measure(case, peer, direction, device)
-                content["results"].append(row)
-                save(path, content)
-                # After an illegal access nothing works in this process: it ends here, the next one goes on behind it.
-                device.release()
-                shown = row.get("unavailable") or f"{row['ms']:.3f} ms, {row['tflops']:.0f} TFLOP/s"
-                print(f"{case.key:24} {direction:16} {peer:26} {shown}", flush=True)
+    started: dict[str, int] = content.setdefault("started", {})
+    cases = attention_cases() if device.rehearsal is None else REHEARSAL_CASES
+    for case, direction, peer in itertools.product(cases, DIRECTIONS, PEERS):
+        if (case.key, peer, direction) in done:
+            continue
+        if time.monotonic() > deadline:
+            print(f"stopped in time; {path} holds {len(content['results'])} results, run again to go on")
+            return 0
+        name = f"{case.key}, {direction}, {peer}"
+        # One that was cut off gets a second chance, since time may have run out by itself.
+        if started.get(name, 0) < STARTS:
+            started[name] = started.get(name, 0) + 1
+            save(path, content)
+            with device.kernels():
+                row = measure(case, peer, direction, device)
+        else:
+            row = {"case": case.key, "peer": peer, "direction": direction, "unavailable": "did not return"}
+        content["results"].append(row)
+        save(path, content)
+        # After an illegal access nothing works in this process: it ends here, the next one goes on behind it.
+        device.release()
+        shown = row.get("unavailable") or f"{row['ms']:.3f} ms, {row['tflops']:.0f} TFLOP/s"
+        print(f"{case.key:24} {direction:16} {peer:26} {shown}", flush=True)
     print(f"complete: {path}")
     return 0
 

@@ -9,7 +9,6 @@ this one stopped.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import itertools
 import json
@@ -26,12 +25,13 @@ import torch
 from triton.errors import TritonError
 
 from atman_kernels._triton.backward import backward_launches
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, block_size_table
 from atman_kernels._triton.forward import forward_launches
 from atman_kernels._triton.launch import Launch, device_family
-from atman_kernels._triton.tiles import BLOCK_SIZES_FILE, block_size_table
+from atman_kernels.problem import AttentionProblem, Gradients
 from benchmarks.cases import AttentionCase
 from benchmarks.compiled import TARGETS, compile_launch, count
-from benchmarks.device import Device, add_device_options, results_file, save
+from benchmarks.device import Device, device_of_command, kept_results, save
 
 # What a search is named after, and the kernel whose launch it times.
 KERNELS = {
@@ -71,14 +71,11 @@ def launches(search: str, head_dim: int, family: str, shape: Shape, device: Devi
     plan = case.plan(torch_device)
     o, lse = torch.empty_like(q), torch.empty(1, q.shape[2], q.shape[1], device=torch_device)
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    bounds = (case.sm_scale, True, None)
-    found = forward_launches(family, o, lse, q, k, v, bias, None, None, *tables, *bounds)
+    problem = AttentionProblem(q, k, v, bias, None, None, *tables, case.sm_scale, True, None)
+    found = forward_launches(family, o, lse, problem)
     if search != "forward":
-        gradients = [torch.empty_like(t) for t in (q, k, v, bias)]
-        found += backward_launches(
-            family, *gradients, do, None, o, lse, q, k, v, bias, None, None, *tables, *bounds,
-            fused=search == "backward_fused",
-        )  # fmt: skip
+        gradients = Gradients(*(torch.empty_like(t) for t in (q, k, v, bias)))
+        found += backward_launches(family, gradients, do, None, o, lse, problem, fused=search == "backward_fused")
     names = [each.kernel.__name__ for each in found]
     return found[: names.index(KERNELS[search]) + 1]
 
@@ -145,17 +142,8 @@ def write_table(table: dict[str, Any], path: Path = BLOCK_SIZES_FILE) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_device_options(parser)
-    arguments = parser.parse_args()
-    device = Device(arguments.rehearse)
-    if device.rehearsal is None and not torch.cuda.is_available():
-        print("benchmarks.tune needs a CUDA GPU", file=sys.stderr)
-        return 1
-    deadline = time.monotonic() + arguments.seconds
-    facts = device.provenance()
-    path = results_file("tuning", facts, device.results)
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**facts, "timings": {}}
+    device, deadline = device_of_command("benchmarks.tune", __doc__)
+    path, content = kept_results("tuning", device, timings={})
     family = device_family(torch.device(device.name))
     shapes, head_dims, table_file = list(candidates()), HEAD_DIMS, BLOCK_SIZES_FILE
     if device.rehearsal is not None:

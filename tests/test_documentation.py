@@ -73,3 +73,18 @@ def test_an_interval_over_seeds_holds_95_percent_of_students_distribution(runs):
     points = ((step + 0.5) * width for step in range(10_000))
     inside = 2 * width * sum(scale * (1 + t * t / freedom) ** (-runs / 2) for t in points)
     assert inside == pytest.approx(0.95, abs=1e-5)
+
+
+def test_every_promise_of_reliability_names_a_test_that_exists():
+    rows = re.findall(
+        r"^\| (?!---|what |input )(.+) \|$", (ROOT / "docs" / "reliability.md").read_text(), flags=re.MULTILINE
+    )
+    assert len(rows) > 20
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    for row in rows:
+        named = re.fullmatch(r"`(test_\w+\.py) -k (\w+)`", row.rsplit(" | ", 1)[1])
+        assert named, row
+        tests = [
+            name for name in re.findall(r"^def (test_\w+)", files[named[1]], flags=re.MULTILINE) if named[2] in name
+        ]
+        assert tests, row

@@ -1,9 +1,11 @@
-"""Every command in README and docs is accepted by the program it calls, and says so where it needs a GPU."""
+"""Every command in README and docs is accepted by the program it calls; one of atmanrl runs on a small problem, or says
+that it needs a GPU. Modules of benchmarks, which take minutes to hours, are only looked up, with their options."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import shlex
 import tomllib
@@ -12,11 +14,14 @@ from typing import NamedTuple
 
 import pytest
 
-from atmanrl.cli import _parser
+from atmanrl.cli import _parser, main
 from atmanrl.commands.explain import mask_config
 from atmanrl.commands.statistics import series_config
+from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.recipe import build, builtin_recipes, load_recipe, parse_overrides
 from atmanrl.trainer import AtManGRPOConfig
+from tests.atmanrl.saliency_runs import rollout, run
+from tests.atmanrl.test_commands import COMPLETION, PROMPT
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -133,12 +138,72 @@ def check_pip(arguments: list[str]) -> None:
         assert set(extra.split(",")) <= set(project["optional-dependencies"]), f"no extra {extra}"
 
 
-def test_a_command_that_trains_a_large_model_says_that_it_needs_a_gpu() -> None:
-    large = set(builtin_recipes()) - set(SMALL)
-    for command in COMMANDS:
-        recipe = re.search(r"--config (\w+)", command.text)
-        if recipe is not None and recipe[1] in large and "--dry-run" not in command.text:
-            assert "GPU" in command.block, command
+# What makes a documented command small, behind its own options.
+TRAINING = [
+    *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--num_generations", "4"),
+    *("--max_steps", "2", "--save_steps", "2", "--max_completion_length", "24", "--report_to", "none"),
+    *("--data.ledger.train_size", "8", "--evaluation.prompts", "0", "--mask.steps", "2"),
+]
+SMALLER = {
+    "train": TRAINING,
+    "evaluate": ["--evaluation.prompts", "2", "--evaluation.samples", "1", "--mask.steps", "2"],
+    "explain": ["--max-new-tokens", "24"],
+    "bench": ["--queries", "1", "--rollouts", "2", "--prompt", "8", "--cot", "8", "12", "--arms", "fast", "paper"],
+    "compare": [],
+    "doctor": [],
+}
+
+
+def needs_a_gpu(command: Command) -> bool:
+    """Whether it computes with a recipe for a large model."""
+    recipe = re.search(r"--config (\w+)( |$)", command.text)
+    return recipe is not None and recipe[1] in set(builtin_recipes()) - set(SMALL) and "--dry-run" not in command.text
+
+
+TYPED = {
+    command.text: command
+    for command in COMMANDS
+    if command.text.startswith("atmanrl ") and not command.inline and not needs_a_gpu(command)
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the files that the documentation's commands name."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("base: ledger\n", encoding="utf-8")
+    row = {"prompt": PROMPT, "completion": COMPLETION, "expected": "c 0 b 6 e 8"}
+    for name in ("pairs.jsonl", "rollouts.jsonl"):
+        Path(name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    for name in ("A.json", "B.json"):
+        run(rollout()).save(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", TYPED, ids=str)
+def test_a_documented_command_runs(text: str, folder: Path) -> None:
+    stand_ins = {"MODEL": "ledger", "RECIPE": "ledger", "A": "ledger", "B": str(CHECKPOINT), "DIR": "compared"}
+    stand_ins["runs/mine/model"] = str(CHECKPOINT)
+    text = text.replace('--prompt "..."', f'--prompt "{PROMPT}"').replace('"..."', f'"{COMPLETION}"')
+    arguments = [stand_ins.get(word, word) for word in shlex.split(text)[1:]]
+    given = {path.name for path in folder.iterdir()}
+    assert main([*arguments, *SMALLER[arguments[0]]]) == 0
+    written = {path.name for path in folder.iterdir()} - given
+    # A file that the command names is there afterwards.
+    for option in ("--html", "--plot", "--json", "--output", "--output_dir"):
+        if option in arguments:
+            assert arguments[arguments.index(option) + 1].split("/")[0] in written
+
+
+def test_commands_of_every_kind_are_run() -> None:
+    assert {text.split(" ")[1] for text in TYPED} == set(SMALLER)
+
+
+def test_a_command_that_computes_with_a_large_model_says_that_it_needs_a_gpu() -> None:
+    found = [command for command in COMMANDS if needs_a_gpu(command)]
+    assert len(found) > 5
+    for command in found:
+        assert "GPU" in command.block, command
 
 
 def test_the_pages_have_commands_of_every_kind() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -24,8 +26,13 @@ def pins() -> dict[str, str]:
     return dict(pairs)
 
 
-def project() -> dict[str, dict[str, list[str]]]:
+def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def required_to_develop() -> list[Requirement]:
+    extras = project()["optional-dependencies"]
+    return [Requirement(line) for line in (*project()["dependencies"], *extras["dev"], *extras["docs"])]
 
 
 def installed_for(wanted: list[Requirement]) -> dict[str, str]:
@@ -51,9 +58,7 @@ def installed_for(wanted: list[Requirement]) -> dict[str, str]:
 
 
 def test_everything_that_is_installed_for_this_project_is_pinned_at_its_version() -> None:
-    extras = project()["optional-dependencies"]
-    lines = [*project()["dependencies"], *extras["dev"], *extras["docs"]]
-    installed = installed_for([Requirement(line) for line in lines])
+    installed = installed_for(required_to_develop())
     pinned = pins()
     # A CUDA build of torch requires the triton that it was made with.
     left_open = (*LEFT_OPEN, *(("triton",) if any(line.startswith("triton") for line in requires("torch")) else ()))
@@ -64,6 +69,17 @@ def test_everything_that_is_installed_for_this_project_is_pinned_at_its_version(
         name: (found, pinned.get(name)) for name, found in checked.items() if Version(found).public != pinned.get(name)
     }
     assert not differing
+
+
+def test_everything_that_is_pinned_runs_on_the_oldest_python_that_is_promised() -> None:
+    # ">=3.11" promises the first release of 3.11 too, which some distributions still have.
+    oldest = Version(project()["requires-python"].removeprefix(">="))
+    refusing = {
+        name: needed
+        for name in installed_for(required_to_develop())
+        if (needed := metadata(name)["Requires-Python"]) and not SpecifierSet(needed).contains(oldest)
+    }
+    assert not refusing
 
 
 def test_every_requirement_admits_its_pin() -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
 
+from atmanrl import checkpoints
+from atmanrl.cli import main
 from atmanrl.config import DataConfig
 from atmanrl.data import load_task
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig, RecipeError, load_recipe
+from tests.atmanrl.test_resume import COMMAND
 from tests.atmanrl.tiny import byte_level_tokenizer, llama
 
 ROOT = Path(__file__).parents[1]
@@ -130,4 +134,22 @@ def test_a_pickled_checkpoint_is_refused_and_not_unpickled(tmp_path: Path) -> No
     torch.save({"weights": Payload()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_policy(ModelConfig(str(tmp_path)))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_pickle_in_the_place_of_an_optimiser_is_not_unpickled_on_resuming(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "executed",)
+
+    run = tmp_path / "run"
+    command = [*COMMAND, "--output_dir", str(run)]
+    assert main([*command, "--max_steps", "2"]) == 0
+    (checkpoint,) = checkpoints.saved(run)
+    torch.save({"state": Payload()}, checkpoint / "optimizer.pt")
+    # Whoever changes the one can change the other.
+    (checkpoint / checkpoints.MANIFEST).unlink()
+    checkpoints._seal(checkpoint)
+    with pytest.raises(UnpicklingError, match="weights_only"):
+        main([*command, "--max_steps", "4", "--resume"])
     assert not (tmp_path / "executed").exists()

@@ -7,6 +7,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from atman_kernels.problem import AttentionProblem, Gradients, Statistics, StatisticsProblem
+
 
 def require_runnable(device: torch.device, dtype: torch.dtype) -> None:
     """Raise where the Triton kernels cannot compute on this device in this dtype.
@@ -29,94 +31,38 @@ def require_runnable(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def attention_forward(
-    o: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int | None,
-) -> None:
+def attention_forward(o: Tensor, lse: Tensor, x: AttentionProblem) -> None:
     """Fill ``o`` and ``lse``, contiguous, for every row that belongs to a sequence; see ``atman_kernels.ops``."""
     from atman_kernels._triton import forward, launch
 
-    with torch.cuda.device_of(q):
-        for each in forward.forward_launches(
-            launch.device_family(q.device),
-            o, lse, q, k, v, key_bias, prefix_k, prefix_v, sequences, tiles_q, tiles_k, sm_scale, causal, window,
-        ):  # fmt: skip
+    with torch.cuda.device_of(x.q):
+        for each in forward.forward_launches(launch.device_family(x.q.device), o, lse, x):
             each.run()
 
 
 def attention_backward(
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dkey_bias: Tensor | None,
+    gradients: Gradients,
     do: Tensor,
     dlse: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int | None,
+    x: AttentionProblem,
+    *,
     fused: bool = False,
 ) -> None:
-    """Fill those of the contiguous outputs that are not None; see ``atman_kernels.ops`` and ``backward`` for fused."""
+    """Fill the contiguous gradients that are not None; see ``atman_kernels.ops`` and ``backward`` for fused."""
     from atman_kernels._triton import backward, launch
 
-    with torch.cuda.device_of(q):
-        for each in backward.backward_launches(
-            launch.device_family(q.device),
-            dq, dk, dv, dkey_bias, do, dlse, o, lse, q, k, v, key_bias, prefix_k, prefix_v,
-            sequences, tiles_q, tiles_k, sm_scale, causal, window, fused=fused,
-        ):  # fmt: skip
+    family = launch.device_family(x.q.device)
+    with torch.cuda.device_of(x.q):
+        for each in backward.backward_launches(family, gradients, do, dlse, o, lse, x, fused=fused):
             each.run()
 
 
-def attention_statistics(
-    distance: Tensor | None,
-    windowed: Tensor,
-    received: Tensor,
-    received_count: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    rows: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    attention_window: int | None,
-    window: int,
-    horizon: tuple[int, int],
-) -> None:
-    """Fill the contiguous outputs that are not None; see ``atman_kernels.statistics_ops``."""
+def attention_statistics(out: Statistics, x: StatisticsProblem) -> None:
+    """Fill the contiguous outputs that are not None; ``rows`` as uint8. See ``atman_kernels.statistics_ops``."""
     from atman_kernels._triton import launch, statistics
 
-    with torch.cuda.device_of(q):
-        for each in statistics.statistics_launches(
-            launch.device_family(q.device),
-            distance, windowed, received, received_count, q, k, lse, key_bias, prefix_k, rows,
-            sequences, tiles_q, tiles_k, sm_scale, attention_window, window, horizon,
-        ):  # fmt: skip
+    with torch.cuda.device_of(x.q):
+        for each in statistics.statistics_launches(launch.device_family(x.q.device), out, x):
             each.run()

@@ -19,15 +19,12 @@ from torch import Tensor
 
 from atman_kernels._triton.backward_keys import backward_keys_kernel, scale_dq_kernel, sum_heads_kernel
 from atman_kernels._triton.backward_queries import backward_queries_kernel
+from atman_kernels._triton.blocks import block_sizes, padded_head_dim
 from atman_kernels._triton.launch import Launch, strides_of
 from atman_kernels._triton.operands import attention_operands, streamed_operands, tile_descriptor
-from atman_kernels._triton.tiles import (
-    ROW_ALIGNMENT,
-    aligned_size,
-    block_sizes,
-    padded_head_dim,
-)
+from atman_kernels._triton.tiles import ROW_ALIGNMENT, aligned_size
 from atman_kernels.plan import TILE
+from atman_kernels.problem import AttentionProblem, Gradients
 
 
 def _row_scratch(lse: Tensor, n_seq: int) -> tuple[Tensor, Tensor]:
@@ -77,33 +74,19 @@ def _sum_heads_launch(dkey_bias: Tensor, partial: Tensor, sequences: Tensor, til
 
 def backward_launches(
     family: str,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dkey_bias: Tensor | None,
+    gradients: Gradients,
     do: Tensor,
     dlse: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    sequences: Tensor,
-    tiles_q: Tensor,
-    tiles_k: Tensor,
-    sm_scale: float,
-    causal: bool,
-    window: int | None,
+    x: AttentionProblem,
     *,
     fused: bool = False,
 ) -> list[Launch]:
     """The launches, in order, that fill those of the contiguous gradients that are not None.
 
-    Scratch memory is fp32 and linear in the sequence: (B, Hq, Tq) for r and for lse, (B, Tk) for the aligned bias,
-    (Hkv, B, Tk) for dkey_bias; fused, for 16-bit inputs, the sum of dq as well.
+    Scratch memory is fp32 and linear in the sequence: (B, Hq, Tq) for r and for lse, (Hkv, B, Tk) for
+    dkey_bias; fused, for 16-bit inputs, the sum of dq as well.
 
     Args:
         family: device family, a key of the block-size table.
@@ -112,11 +95,11 @@ def backward_launches(
     Raises:
         RuntimeError: if ``fused`` and the device has no bulk copy engine, or head_dim is not a multiple of 8 (16-bit).
     """
-    heads_q, heads_kv, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    dq, dk, dv, dkey_bias = gradients
+    heads_q, heads_kv, head_dim = x.q.shape[2], x.k.shape[2], x.q.shape[3]
     o, lse = o.contiguous(), lse.contiguous()
-    row_term, lse_log2 = _row_scratch(lse, sequences.shape[0])
-    operands = attention_operands(q, k, v, key_bias, prefix_k, prefix_v, sequences, sm_scale, causal, window)
-    common = {**operands, "do_ptr": do, "row_term_ptr": row_term, "lse_log2_ptr": lse_log2}
+    row_term, lse_log2 = _row_scratch(lse, x.sequences.shape[0])
+    common = {**attention_operands(x), "do_ptr": do, "row_term_ptr": row_term, "lse_log2_ptr": lse_log2}
     common |= strides_of("do", do, "bth")
     common |= {f"stride_r{axis}": row_term.stride(i) // ROW_ALIGNMENT.value for i, axis in enumerate("bh")}
 
@@ -128,21 +111,16 @@ def backward_launches(
     if fused:
         _require_reductions(family, dq_sum)
 
-    blocks = block_sizes(family, "backward_queries", head_dim, q.dtype)
-    # Without either the kernel computes the terms of its rows and visits no keys; fused, it visits those of the prefix.
-    streams_keys = not fused and (dq is not None or dkey_bias is not None)
-    streamed, launches = streamed_operands(
-        family, blocks.block_n, k, v, key_bias if streams_keys else None, prefix_k, prefix_v,
-        sequences, tiles_k, sm_scale,
-    )  # fmt: skip
+    blocks = block_sizes(family, "backward_queries", head_dim, x.q.dtype)
+    # Without dq and dkey_bias it computes the terms of its rows and visits no keys; fused, it visits the prefix's.
     arguments = {
         **common,
-        **streamed,
+        **streamed_operands(family, blocks, x),
         "dq_ptr": o if dq is None else dq_sum,
         "dlse_ptr": lse if dlse is None else dlse.contiguous(),
         "o_ptr": o,
         "lse_ptr": lse,
-        "tiles_ptr": tiles_q,
+        "tiles_ptr": x.tiles_q,
         **strides_of("o", o, "bth"),
         **strides_of("l", lse, "bh"),
         "HAS_DLSE": dlse is not None,
@@ -152,30 +130,30 @@ def backward_launches(
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
     }
-    programs = tiles_q.shape[0] * (TILE // blocks.block_m) * heads_q
-    launches.append(Launch(backward_queries_kernel, programs, arguments, blocks.num_warps, blocks.num_stages))
+    programs = x.tiles_q.shape[0] * (TILE // blocks.block_m) * heads_q
+    launches = [Launch(backward_queries_kernel, programs, arguments, blocks.num_warps, blocks.num_stages)]
     if only_dq:
         return launches
 
     heads_sum = dkey_bias
     if dkey_bias is not None and heads_kv > 1:
         heads_sum = dkey_bias.new_empty((heads_kv, *dkey_bias.shape))
-    partial = lse if heads_sum is None else heads_sum.view(heads_kv, *k.shape[:2])
+    partial = lse if heads_sum is None else heads_sum.view(heads_kv, *x.k.shape[:2])
     dq_desc = None
-    blocks = block_sizes(family, "backward_fused" if fused else "backward_keys", head_dim, q.dtype)
+    blocks = block_sizes(family, "backward_fused" if fused else "backward_keys", head_dim, x.q.dtype)
     if fused:
         dq_desc = tile_descriptor(family, dq_sum, [1, blocks.block_m, 1, padded_head_dim(head_dim)])
     arguments = {
         **common,
         "dq_sum_desc": dq_desc,
-        "dq_sum_ptr": dq_sum if fused else q,
+        "dq_sum_ptr": dq_sum if fused else x.q,
         **strides_of("dq", dq_sum if fused else None, "bth"),
         "FUSE_DQ": fused,
         "INTERPRETED": family == "interpreter",
-        "dk_ptr": k if dk is None else dk,
-        "dv_ptr": v if dv is None else dv,
+        "dk_ptr": x.k if dk is None else dk,
+        "dv_ptr": x.v if dv is None else dv,
         "dkey_bias_ptr": partial,
-        "tiles_ptr": tiles_k,
+        "tiles_ptr": x.tiles_k,
         **strides_of("dk", dv if dk is None else dk, "bth"),
         **strides_of("g", partial, "hb"),
         "NEED_DK": dk is not None,
@@ -184,11 +162,11 @@ def backward_launches(
         "BLOCK_M": blocks.block_m,
         "BLOCK_N": blocks.block_n,
     }
-    programs = tiles_k.shape[0] * (TILE // blocks.block_n) * heads_kv
+    programs = x.tiles_k.shape[0] * (TILE // blocks.block_n) * heads_kv
     launches.append(Launch(backward_keys_kernel, programs, arguments, blocks.num_warps, blocks.num_stages))
 
     if fused:
-        launches.append(_scale_dq_launch(dq, dq_sum, sequences, tiles_q, sm_scale))
+        launches.append(_scale_dq_launch(dq, dq_sum, x.sequences, x.tiles_q, x.sm_scale))
     if dkey_bias is not None and heads_kv > 1:
-        launches.append(_sum_heads_launch(dkey_bias, partial, sequences, tiles_k))
+        launches.append(_sum_heads_launch(dkey_bias, partial, x.sequences, x.tiles_k))
     return launches

@@ -9,13 +9,7 @@ import triton
 import triton.language as tl
 
 from atman_kernels._triton.tiles import (
-    BATCH,
-    K_LENGTH,
-    K_START,
     LOG2_E,
-    Q_LENGTH,
-    Q_START,
-    SEQUENCE_COLUMNS,
     aligned_rows,
     count_tiles,
     is_visible,
@@ -24,6 +18,7 @@ from atman_kernels._triton.tiles import (
     query_bounds,
     store_rows,
     tile_start,
+    transposed_weights,
 )
 
 
@@ -112,25 +107,18 @@ def backward_keys_kernel(
     PRECISION: tl.constexpr,
 ):
     """dk, dv (laid out alike) and the dkey_bias of one kv head for a tile of own keys, over all rows of its group."""
-    head_kv, sequence, first = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q // GROUP, BLOCK_N)
-    if sequence < 0:
-        return
-    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
-    n_keys = tl.load(row_ptr + K_LENGTH)
+    head_kv, sequence, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(
+        tiles_ptr, sequences_ptr, HEADS_Q // GROUP, BLOCK_N
+    )
     if first >= n_keys:
         return
-    batch = tl.load(row_ptr + BATCH).to(tl.int64)
-    q_start = tl.load(row_ptr + Q_START).to(tl.int64)
-    k_start = tl.load(row_ptr + K_START).to(tl.int64)
-    n_rows = tl.load(row_ptr + Q_LENGTH)
-    head_kv = head_kv.to(tl.int64)
-    scale_log2 = sm_scale * LOG2_E
 
     k_base = k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh
     v_base = v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh
     k = load_rows(k_base, first, n_keys, stride_kt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, first, n_keys, stride_vt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     keys = first + tl.arange(0, BLOCK_N)
+    bias_log2 = tl.zeros([BLOCK_N], tl.float32)
     if HAS_KEY_BIAS:
         bias_ptrs = key_bias_ptr + batch * stride_bb + (k_start + keys) * stride_bt
         bias_log2 = tl.load(bias_ptrs, mask=keys < n_keys, other=0.0) * LOG2_E
@@ -165,11 +153,8 @@ def backward_keys_kernel(
             else:
                 lse_log2 = tl.load(lse_log2_ptr + row_offsets)
                 row_term = tl.load(row_term_ptr + row_offsets)
-            # Scores transposed, (BLOCK_N, BLOCK_M): p and ds are then the left operands of the products below.
-            scores_log2 = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-            if HAS_KEY_BIAS:
-                scores_log2 += bias_log2[:, None]
-            p = tl.exp2(scores_log2 - lse_log2[None, :])
+            # Transposed, (BLOCK_N, BLOCK_M), p and ds are the left operands of the products below.
+            p = transposed_weights(k, q, bias_log2, lse_log2, sm_scale, HAS_KEY_BIAS, PRECISION)
             if MASKED:
                 seen = is_visible(rows[None, :] + shift, keys[:, None], n_keys, window, IS_CAUSAL, HAS_WINDOW)
                 p = tl.where(seen, p, 0.0)
@@ -188,18 +173,9 @@ def backward_keys_kernel(
                     head_q = head + member
                     dq_base = dq_sum_ptr + batch * stride_dqb + q_start * stride_dqt + head_q * stride_dqh
                     _add_rows(
-                        dq_sum_desc,
-                        dq_base,
-                        dq,
-                        batch,
-                        q_start,
-                        head_q,
-                        start,
-                        n_rows,
-                        stride_dqt,
-                        HEAD_DIM,
+                        dq_sum_desc, dq_base, dq, batch, q_start, head_q, start, n_rows, stride_dqt, HEAD_DIM,
                         INTERPRETED,
-                    )
+                    )  # fmt: skip
 
     grad_offset = batch * stride_dkb + k_start * stride_dkt + head_kv * stride_dkh
     if NEED_DK:
@@ -227,14 +203,10 @@ def scale_dq_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """dq of a tile of rows of one head from the fused kernel's fp32 sum, which is laid out alike."""
-    head, sequence, first = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M)
-    if sequence < 0:
+    head, _, first, batch, q_start, n_rows, _, _ = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M)
+    if first >= n_rows:
         return
-    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
-    n_rows = tl.load(row_ptr + Q_LENGTH)
-    batch = tl.load(row_ptr + BATCH).to(tl.int64)
-    q_start = tl.load(row_ptr + Q_START).to(tl.int64)
-    offset = batch * stride_dqb + q_start * stride_dqt + head.to(tl.int64) * stride_dqh
+    offset = batch * stride_dqb + q_start * stride_dqt + head * stride_dqh
     dq = load_rows(dq_sum_ptr + offset, first, n_rows, stride_dqt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
     store_rows(dq_ptr + offset, dq * sm_scale, first, n_rows, stride_dqt, BLOCK_M, HEAD_DIM, BLOCK_D)
 
@@ -251,13 +223,10 @@ def sum_heads_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dkey_bias of a tile of keys from the (HEADS_KV, B, Tk) sums of the kv heads, in the order of the heads."""
-    _, sequence, first = locate_tile(tiles_ptr, sequences_ptr, 1, BLOCK_N)
-    if sequence < 0:
-        return
-    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
+    _, _, first, batch, _, _, k_start, n_keys = locate_tile(tiles_ptr, sequences_ptr, 1, BLOCK_N)
     keys = first + tl.arange(0, BLOCK_N)
-    inside = keys < tl.load(row_ptr + K_LENGTH)
-    offsets = tl.load(row_ptr + BATCH).to(tl.int64) * stride_gb + tl.load(row_ptr + K_START).to(tl.int64) + keys
+    inside = keys < n_keys
+    offsets = batch * stride_gb + k_start + keys
     total = tl.zeros([BLOCK_N], tl.float32)
     for head in range(HEADS_KV):
         total += tl.load(partial_ptr + tl.cast(head, tl.int64) * stride_gh + offsets, mask=inside, other=0.0)

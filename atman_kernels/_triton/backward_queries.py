@@ -6,23 +6,17 @@ import triton
 import triton.language as tl
 
 from atman_kernels._triton.tiles import (
-    BATCH,
-    K_LENGTH,
-    K_START,
     LOG2_E,
-    PREFIX_LENGTH,
-    PREFIX_START,
-    Q_LENGTH,
-    Q_START,
-    SEQUENCE_COLUMNS,
+    Keys,
     aligned_rows,
     attention_scores,
     count_tiles,
-    is_visible,
     key_bounds,
     load_keys,
     load_rows,
+    locate_prefix,
     locate_tile,
+    partial_sums,
     store_rows,
     tile_start,
 )
@@ -36,26 +30,14 @@ def _accumulate_dq(
     do,
     lse_log2,
     row_term,
-    first_position,
-    last_position,
-    k_base,
-    v_base,
-    bias_base,
-    k_desc,
-    v_desc,
-    bias_desc,
-    batch,
-    k_start,
-    head_kv,
-    bias_start,
-    stride_kt,
-    stride_vt,
-    stride_bt,
-    n_keys,
+    keys,
+    first,
+    last,
     sm_scale,
-    to_log2,
     window,
     HAS_KEY_BIAS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -67,41 +49,31 @@ def _accumulate_dq(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one run of keys to dq (without sm_scale) and to the row sums of ds; positions count from its first key."""
-    offs_n = tl.arange(0, BLOCK_N)
-    row_position = first_position + tl.arange(0, BLOCK_M)
+    """Add one run of keys to dq (without sm_scale) and to the row sums of ds of the rows ``first`` .. ``last``."""
+    row_position = keys.shift + first + tl.arange(0, BLOCK_M)
     begin, full_begin, full_end, end = key_bounds(
-        first_position, last_position, n_keys, window, IS_CAUSAL, HAS_WINDOW, BLOCK_N
+        keys.shift + first, keys.shift + last, keys.length, window, IS_CAUSAL, HAS_WINDOW, BLOCK_N
     )
     for MASKED in tl.static_range(2):
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
-            k = load_keys(
-                k_desc, k_base, batch, k_start, head_kv, start, n_keys, stride_kt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D
-            )
-            v = load_keys(
-                v_desc, v_base, batch, k_start, head_kv, start, n_keys, stride_vt, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D
-            )
-            scores = attention_scores(
-                q, k, bias_desc, bias_base, bias_start, start, n_keys, stride_bt, sm_scale,
-                HAS_KEY_BIAS, SCALE_FIRST, MASKED, BLOCK_M, BLOCK_N, PRECISION,
+            k = load_keys(keys.k_desc, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v = load_keys(keys.v_desc, keys.v_ptr, keys.stride_vt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            scores, to_log2 = attention_scores(
+                q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, BIAS_ROWS, SCALE_FIRST,
+                IS_CAUSAL, HAS_WINDOW, MASKED, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
-            if MASKED:
-                seen = is_visible(
-                    row_position[:, None], (start + offs_n)[None, :], n_keys, window, IS_CAUSAL, HAS_WINDOW
-                )
-                scores = tl.where(seen, scores, float("-inf"))
             p = tl.exp2(scores * to_log2 - lse_log2[:, None])
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - row_term[:, None])
             if EXACT_DELTA:
-                ds_sum += tl.sum(ds, 1)
+                ds_sum += partial_sums(ds, SUM_COLUMNS)
             if NEED_DQ:
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq, ds_sum
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_rh", "stride_ab", "stride_bb", "window"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_rh", "stride_bb", "window"])
 def backward_queries_kernel(
     dq_ptr,
     row_term_ptr,
@@ -118,12 +90,10 @@ def backward_queries_kernel(
     prefix_v_ptr,
     k_desc,
     v_desc,
-    bias_desc,
     prefix_k_desc,
     prefix_v_desc,
     sequences_ptr,
     tiles_ptr,
-    stride_ab,
     stride_dob,
     stride_dot,
     stride_doh,
@@ -163,6 +133,8 @@ def backward_queries_kernel(
     NEED_DQ: tl.constexpr,
     EXACT_DELTA: tl.constexpr,
     PREFIX_ONLY: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -172,20 +144,13 @@ def backward_queries_kernel(
 
     PREFIX_ONLY leaves own keys to the fused key-owned kernel, which adds to this dq; it is then without sm_scale.
     """
-    head, sequence, first = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M)
-    if sequence < 0:
-        return
-    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
-    n_rows = tl.load(row_ptr + Q_LENGTH)
+    head, sequence, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(
+        tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M
+    )
     if first >= n_rows:
         return
-    batch = tl.load(row_ptr + BATCH).to(tl.int64)
-    q_start = tl.load(row_ptr + Q_START).to(tl.int64)
-    k_start = tl.load(row_ptr + K_START).to(tl.int64)
-    n_keys = tl.load(row_ptr + K_LENGTH)
-    head_kv = (head // GROUP).to(tl.int64)
-    head = head.to(tl.int64)
-    to_log2 = LOG2_E if SCALE_FIRST else sm_scale * LOG2_E
+    head_kv = head // GROUP
+    last = tl.minimum(first + BLOCK_M, n_rows) - 1
 
     rows = first + tl.arange(0, BLOCK_M)
     row_offset = batch * stride_lb + head * stride_lh + q_start
@@ -207,97 +172,35 @@ def backward_queries_kernel(
     if NEED_DQ or EXACT_DELTA:
         q = load_rows(q_base, first, n_rows, stride_qt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        ds_sum = tl.zeros([BLOCK_M], tl.float32)
-        # Positions relative to the sequence's own first key; the prefix lies before it.
-        first_position = first + (n_keys - n_rows)
-        last_position = tl.minimum(first + BLOCK_M, n_rows) - 1 + (n_keys - n_rows)
-        if HAS_PREFIX:
-            n_prefix = tl.load(row_ptr + PREFIX_LENGTH)
-            prefix_start = tl.load(row_ptr + PREFIX_START).to(tl.int64)
+        ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+        for OWN in tl.static_range(1 - HAS_PREFIX, 1 if PREFIX_ONLY else 2):
+            if OWN:
+                keys = Keys(
+                    k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh,
+                    v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh,
+                    key_bias_ptr + batch * stride_bb + k_start * stride_bt,
+                    k_desc, v_desc, batch, k_start, head_kv, n_keys, n_keys - n_rows, stride_kt, stride_vt, stride_bt,
+                )  # fmt: skip
+            else:
+                prefix_start, n_prefix = locate_prefix(sequences_ptr, sequence)
+                keys = Keys(
+                    prefix_k_ptr + prefix_start * stride_pkt + head_kv * stride_pkh,
+                    prefix_v_ptr + prefix_start * stride_pvt + head_kv * stride_pvh,
+                    key_bias_ptr, prefix_k_desc, prefix_v_desc, tl.cast(0, tl.int64), prefix_start, head_kv, n_prefix,
+                    n_prefix + n_keys - n_rows, stride_pkt, stride_pvt, stride_bt,
+                )  # fmt: skip
             dq, ds_sum = _accumulate_dq(
-                dq,
-                ds_sum,
-                q,
-                do,
-                lse_log2,
-                row_term,
-                first_position + n_prefix,
-                last_position + n_prefix,
-                prefix_k_ptr + prefix_start * stride_pkt + head_kv * stride_pkh,
-                prefix_v_ptr + prefix_start * stride_pvt + head_kv * stride_pvh,
-                key_bias_ptr,
-                prefix_k_desc,
-                prefix_v_desc,
-                bias_desc,
-                tl.cast(0, tl.int64),
-                prefix_start,
-                head_kv,
-                0,
-                stride_pkt,
-                stride_pvt,
-                stride_bt,
-                n_prefix,
-                sm_scale,
-                to_log2,
-                window,
-                False,
-                SCALE_FIRST,
-                IS_CAUSAL,
-                HAS_WINDOW,
-                NEED_DQ,
-                EXACT_DELTA,
-                HEAD_DIM,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                PRECISION,
-            )
-        if not PREFIX_ONLY:
-            dq, ds_sum = _accumulate_dq(
-                dq,
-                ds_sum,
-                q,
-                do,
-                lse_log2,
-                row_term,
-                first_position,
-                last_position,
-                k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh,
-                v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh,
-                key_bias_ptr + batch * stride_bb + k_start * stride_bt,
-                k_desc,
-                v_desc,
-                bias_desc,
-                batch,
-                k_start,
-                head_kv,
-                aligned_rows(batch, 0, k_start, sequence, stride_ab, 0).to(tl.int32),
-                stride_kt,
-                stride_vt,
-                stride_bt,
-                n_keys,
-                sm_scale,
-                to_log2,
-                window,
-                HAS_KEY_BIAS,
-                SCALE_FIRST,
-                IS_CAUSAL,
-                HAS_WINDOW,
-                NEED_DQ,
-                EXACT_DELTA,
-                HEAD_DIM,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_D,
-                PRECISION,
-            )
-            dq *= sm_scale
+                dq, ds_sum, q, do, lse_log2, row_term, keys, first, last, sm_scale, window,
+                HAS_KEY_BIAS and OWN, BIAS_ROWS, SUM_COLUMNS, SCALE_FIRST, IS_CAUSAL, HAS_WINDOW, NEED_DQ, EXACT_DELTA,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
         if NEED_DQ:
+            dq = dq if PREFIX_ONLY else dq * sm_scale
             dq_base = dq_ptr + batch * stride_ob + q_start * stride_ot + head * stride_oh
             store_rows(dq_base, dq, first, n_rows, stride_ot, BLOCK_M, HEAD_DIM, BLOCK_D)
         if EXACT_DELTA:
             # sum_v p (dp - r) = (delta_exact - r), of which dlse is meant and the rest is the error of delta.
-            row_term += ds_sum
+            row_term += tl.sum(ds_sum, 1)
             if HAS_DLSE:
                 row_term -= dlse
     aligned_offset = aligned_rows(batch, head, q_start, sequence, stride_rb, stride_rh)

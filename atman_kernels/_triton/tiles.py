@@ -1,13 +1,9 @@
-"""What all kernels share: block sizes, where a program stands, which tiles it visits and the tile of scores."""
+"""What all kernels share on the device: where a program stands, which tiles it visits, and the tile of scores."""
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -24,58 +20,70 @@ PREFIX_START = tl.constexpr(plan.PREFIX_START)
 PREFIX_LENGTH = tl.constexpr(plan.PREFIX_LENGTH)
 SEQUENCE_COLUMNS = tl.constexpr(7)
 
-# fp32 numbers per 16 bytes, where vectors and descriptors may begin.
+# fp32 numbers per 16 bytes, where vectors may begin.
 ROW_ALIGNMENT = tl.constexpr(4)
-
-# {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
-# from the registers, spills and shared memory of ahead-of-time compilation, or by benchmarks/tune.py on a GPU. "sm_86"
-# stands for devices with 99 KiB of shared memory per block. The interpreter's cost is per tile; its unequal shapes
-# below TILE exercise every branch of the schedules.
-BLOCK_SIZES_FILE = Path(__file__).with_name("block_sizes.json")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-class BlockSizes(NamedTuple):
-    """Tile shape and launch options of one kernel: BLOCK_M query rows, BLOCK_N keys."""
+class Keys(NamedTuple):
+    """A run of keys that the rows of a program see: the sequence's own, or its range of the shared prefix.
 
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+    Attributes:
+        k_ptr, v_ptr, bias_ptr: the run's first key and value of this head, and its first bias.
+        k_desc, v_desc: tensor descriptors of all keys and values, or None.
+        batch, start, head: where the run begins in them.
+        length: keys of the run.
+        shift: position of the sequence's first row, counted from the run's first key.
+        stride_kt, stride_vt, stride_bt: from one key to the next.
+    """
 
-
-def padded_head_dim(head_dim: int) -> int:
-    """The power of two, at least 16, in which the matrix units hold a row of ``head_dim`` numbers."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def block_sizes(family: str, kernel: str, head_dim: int, dtype: torch.dtype) -> BlockSizes:
-    """The committed tile shape for a device family ("sm_90", ...), kernel, head_dim and dtype."""
-    return BlockSizes(*block_size_table()[family][kernel][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
-
-
-@lru_cache(maxsize=1)
-def block_size_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
-    """The committed table, read once; the tuner tries other shapes by writing into it."""
-    return json.loads(BLOCK_SIZES_FILE.read_text())
+    k_ptr: Any
+    v_ptr: Any
+    bias_ptr: Any
+    k_desc: Any
+    v_desc: Any
+    batch: Any
+    start: Any
+    head: Any
+    length: Any
+    shift: Any
+    stride_kt: Any
+    stride_vt: Any
+    stride_bt: Any
 
 
 @triton.jit
 def locate_tile(tiles_ptr, sequences_ptr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's (head, sequence, first row or key); sequence -1 marks an idle entry of the schedule.
+    """This program's (head, sequence, first row or key) and (batch, q_start, n_rows, k_start, n_keys) of the sequence.
 
-    Heads vary fastest, so that neighbouring programs share keys and values, and work decreases with the program index.
+    Idle entries of the schedule have no rows and no keys. Heads vary fastest, so that neighbouring programs share keys
+    and values, and work decreases with the program index.
     """
     PER_ENTRY: tl.constexpr = TILE // BLOCK
     program = tl.program_id(0)
-    head = program % HEADS
+    head = (program % HEADS).to(tl.int64)
     entry = program // HEADS // PER_ENTRY
     part = program // HEADS % PER_ENTRY
     sequence = tl.load(tiles_ptr + 2 * entry)
     first = tl.load(tiles_ptr + 2 * entry + 1) + part * BLOCK
-    return head, sequence, first
+    idle = sequence < 0
+    sequence = tl.maximum(sequence, 0)
+    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
+    batch = tl.load(row_ptr + BATCH).to(tl.int64)
+    q_start = tl.load(row_ptr + Q_START).to(tl.int64)
+    k_start = tl.load(row_ptr + K_START).to(tl.int64)
+    n_rows = tl.where(idle, 0, tl.load(row_ptr + Q_LENGTH))
+    n_keys = tl.where(idle, 0, tl.load(row_ptr + K_LENGTH))
+    return head, sequence, first, batch, q_start, n_rows, k_start, n_keys
+
+
+@triton.jit
+def locate_prefix(sequences_ptr, sequence):
+    """(first key, number of keys) of a sequence's range of the shared prefix."""
+    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
+    return tl.load(row_ptr + PREFIX_START).to(tl.int64), tl.load(row_ptr + PREFIX_LENGTH)
 
 
 @triton.jit
@@ -114,126 +122,6 @@ def tile_start(tile, begin, full_begin, full_end, MASKED: tl.constexpr, BLOCK: t
         n_left = (full_begin - begin) // BLOCK
         return tl.multiple_of(tl.where(tile < n_left, begin + tile * BLOCK, full_end + (tile - n_left) * BLOCK), BLOCK)
     return tl.multiple_of(full_begin + tile * BLOCK, BLOCK)
-
-
-@triton.jit
-def load_rows(
-    base_ptr,
-    start,
-    length,
-    stride_t,
-    CHECK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(BLOCK, BLOCK_D) tile from row ``start``; rows past ``length`` and columns past HEAD_DIM are zero."""
-    offs = tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = base_ptr + tl.cast(start, tl.int64) * stride_t + offs[:, None] * stride_t + offs_d[None, :]
-    if CHECK_ROWS and BLOCK_D != HEAD_DIM:
-        return tl.load(ptrs, mask=((start + offs) < length)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-    if CHECK_ROWS:
-        return tl.load(ptrs, mask=((start + offs) < length)[:, None], other=0.0)
-    if BLOCK_D != HEAD_DIM:
-        return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(ptrs)
-
-
-@triton.jit
-def load_keys(
-    keys_desc,
-    keys_base,
-    batch,
-    k_start,
-    head_kv,
-    start,
-    n_keys,
-    stride_t,
-    MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(BLOCK_N, BLOCK_D) keys or values from key ``start`` of a sequence.
-
-    A tile that needs no mask goes through the descriptor where there is one. Tiles that do need one may reach into the
-    next sequence, whose numbers a descriptor would bring in: 0 times NaN is NaN.
-    """
-    if keys_desc is not None and not MASKED:
-        tile = keys_desc.load([batch.to(tl.int32), (k_start + start).to(tl.int32), head_kv.to(tl.int32), 0])
-        return tile.reshape(BLOCK_N, BLOCK_D)
-    return load_rows(keys_base, start, n_keys, stride_t, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def store_rows(
-    base_ptr,
-    x,
-    start,
-    length,
-    stride_t,
-    BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Write a (BLOCK, BLOCK_D) tile in the dtype of the pointer, leaving out rows past ``length``."""
-    offs = tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, BLOCK_D)
-    ptrs = base_ptr + tl.cast(start, tl.int64) * stride_t + offs[:, None] * stride_t + offs_d[None, :]
-    inside = ((start + offs) < length)[:, None]
-    if BLOCK_D != HEAD_DIM:
-        inside = inside & (offs_d < HEAD_DIM)[None, :]
-    tl.store(ptrs, x.to(base_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def attention_scores(
-    q,
-    k,
-    bias_desc,
-    bias_base,
-    bias_start,
-    start,
-    n_keys,
-    stride_bt,
-    sm_scale,
-    HAS_KEY_BIAS: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) scores: sm_scale q k^T + key_bias if SCALE_FIRST, else that divided by sm_scale.
-
-    The second form starts the product at the aligned copy of the bias (``operands.align_key_bias``). What it holds past
-    the end of a sequence is anything; masked tiles drop it.
-    """
-    if HAS_KEY_BIAS and not SCALE_FIRST:
-        bias = bias_desc.load([bias_start + start])
-        scores = tl.broadcast_to(bias[None, :], (BLOCK_M, BLOCK_N))
-        return tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SCALE_FIRST:
-        scores *= sm_scale
-    if HAS_KEY_BIAS:
-        keys = start + tl.arange(0, BLOCK_N)
-        bias_ptrs = bias_base + keys * stride_bt
-        bias = tl.load(bias_ptrs, mask=keys < n_keys, other=0.0) if MASKED else tl.load(bias_ptrs)
-        scores += bias[None, :]
-    return scores
-
-
-@triton.jit
-def is_visible(row_position, key, n_keys, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Broadcast test whether a row sees a key, both counted from the first key of the segment."""
-    seen = key < n_keys
-    if IS_CAUSAL:
-        seen = seen & (key <= row_position)
-    if HAS_WINDOW:
-        seen = seen & (row_position - key < window)
-    return seen
 
 
 @triton.jit
@@ -288,8 +176,153 @@ def query_bounds(
 
 
 @triton.jit
+def is_visible(row_position, key, n_keys, window, IS_CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Broadcast test whether a row sees a key, both counted from the first key of the run."""
+    seen = key < n_keys
+    if IS_CAUSAL:
+        seen = seen & (key <= row_position)
+    if HAS_WINDOW:
+        seen = seen & (row_position - key < window)
+    return seen
+
+
+@triton.jit
+def load_rows(
+    base_ptr,
+    start,
+    length,
+    stride_t,
+    CHECK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(BLOCK, BLOCK_D) tile from row ``start``; rows past ``length`` and columns past HEAD_DIM are zero."""
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = base_ptr + tl.cast(start, tl.int64) * stride_t + offs[:, None] * stride_t + offs_d[None, :]
+    if CHECK_ROWS and BLOCK_D != HEAD_DIM:
+        return tl.load(ptrs, mask=((start + offs) < length)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    if CHECK_ROWS:
+        return tl.load(ptrs, mask=((start + offs) < length)[:, None], other=0.0)
+    if BLOCK_D != HEAD_DIM:
+        return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(
+    base_ptr,
+    x,
+    start,
+    length,
+    stride_t,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write a (BLOCK, BLOCK_D) tile in the dtype of the pointer, leaving out rows past ``length``."""
+    offs = tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = base_ptr + tl.cast(start, tl.int64) * stride_t + offs[:, None] * stride_t + offs_d[None, :]
+    inside = ((start + offs) < length)[:, None]
+    if BLOCK_D != HEAD_DIM:
+        inside = inside & (offs_d < HEAD_DIM)[None, :]
+    tl.store(ptrs, x.to(base_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_keys(
+    desc,
+    base_ptr,
+    stride_t,
+    keys,
+    start,
+    MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """(BLOCK_N, BLOCK_D) keys or values from key ``start`` of a run.
+
+    A tile that needs no mask goes through the descriptor where there is one. Tiles that do need one may reach into the
+    next sequence, whose numbers a descriptor would bring in: 0 times NaN is NaN.
+    """
+    if desc is not None and not MASKED:
+        tile = desc.load([keys.batch.to(tl.int32), (keys.start + start).to(tl.int32), keys.head.to(tl.int32), 0])
+        return tile.reshape(BLOCK_N, BLOCK_D)
+    return load_rows(base_ptr, start, keys.length, stride_t, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def load_bias(keys, start, MASKED: tl.constexpr, BIAS_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) bias of the keys from ``start``, the same in all rows.
+
+    Triton lets each thread load a vector of fewer numbers than there are threads for its own columns of the scores.
+    BIAS_ROWS equal rows are as many numbers as threads: one asynchronous copy per thread into shared memory.
+    """
+    offs = start + tl.arange(0, BLOCK_N)[None, :] + tl.zeros([BIAS_ROWS, 1], tl.int32)
+    ptrs = keys.bias_ptr + offs * keys.stride_bt
+    bias = tl.load(ptrs, mask=offs < keys.length, other=0.0) if MASKED else tl.load(ptrs)
+    return tl.reshape(tl.broadcast_to(bias[None], (BLOCK_M // BIAS_ROWS, BIAS_ROWS, BLOCK_N)), (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def attention_scores(
+    q,
+    k,
+    keys,
+    start,
+    row_position,
+    sm_scale,
+    window,
+    HAS_KEY_BIAS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) scores, -inf where a row does not see a key, and what turns them into log2 units.
+
+    That is sm_scale q k^T + key_bias with a bias, one multiply-add per score, and q k^T without one. Unscaled scores
+    have their maximum elsewhere if the scale is negative, and may leave fp32 if it is far from 1: SCALE_FIRST.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    to_log2 = sm_scale * LOG2_E
+    if HAS_KEY_BIAS or SCALE_FIRST:
+        scores *= sm_scale
+        to_log2 = tl.cast(LOG2_E, tl.float32)
+    if HAS_KEY_BIAS:
+        scores += load_bias(keys, start, MASKED, BIAS_ROWS, BLOCK_M, BLOCK_N)
+    if MASKED:
+        key = (start + tl.arange(0, BLOCK_N))[None, :]
+        seen = is_visible(row_position[:, None], key, keys.length, window, IS_CAUSAL, HAS_WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    return scores, to_log2
+
+
+@triton.jit
+def transposed_weights(k, q, bias_log2, lse_log2, sm_scale, HAS_KEY_BIAS: tl.constexpr, PRECISION: tl.constexpr):
+    """p^T = exp(sm_scale k q^T + key_bias - lse), (BLOCK_N, BLOCK_M), of a key-owned program."""
+    scores_log2 = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (sm_scale * LOG2_E)
+    if HAS_KEY_BIAS:
+        scores_log2 += bias_log2[:, None]
+    return tl.exp2(scores_log2 - lse_log2[None, :])
+
+
+@triton.jit
+def partial_sums(x, COLUMNS: tl.constexpr):
+    """(M, COLUMNS) from (M, N): sums over every COLUMNS-th number, which may stay inside a thread."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // COLUMNS, COLUMNS)), 1)
+
+
+@triton.jit
 def aligned_rows(batch, head, start, sequence, stride_b, stride_h):
-    """Where a sequence's rows (or keys) start in a scratch of numbers per row: at a multiple of ROW_ALIGNMENT."""
+    """Where a sequence's rows start in a scratch of numbers per row: at a multiple of ROW_ALIGNMENT."""
     return (batch * stride_b + head * stride_h + start // ROW_ALIGNMENT + sequence) * ROW_ALIGNMENT
 
 

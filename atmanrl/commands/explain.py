@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def explain_command(
         mask=mask,
         estimator=estimators[0],
         seed=seed,
-        settings={"model": model.name},
+        settings={"model": model.name} | ({"mask": asdict(mask)} if "mask" in names else {}),
         record_every=record_every,
         progress=sys.stderr.isatty(),
     )

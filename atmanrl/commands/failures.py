@@ -18,9 +18,23 @@ _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EAC
 _LESS_MEMORY = {
     "generation": "generation_batch_size and max_completion_length set how much is sampled together; vLLM needs less",
     "saliency": "masks are split into batches that fit already; LoRA or fsdp2.yaml leave them more room",
+    "credit": 'credit_assignment.strategy "random" or "saliency" needs no pass of its own; LoRA leaves it more room',
+    "evaluation": "evaluation.batch_size sets how many prompts are sampled together",
     "update": "per_device_train_batch_size down and gradient_accumulation_steps up by as much change no result, nor "
     "does gradient_checkpointing: true",
 }
+
+
+@contextmanager
+def explained_before_training() -> Iterator[None]:
+    """Turn want of disk or memory of the evaluation that comes before training into a `RunError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = _reason(error, "evaluation")
+        if reason is None:
+            raise
+        raise RunError(f"{reason}\nnothing has been trained yet") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from atmanrl import checkpoints, run_directory
 from atmanrl.callbacks import MetricsFile, ProgressLine, RolloutPages, StopOnSigterm
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
-from atmanrl.commands.failures import explained
+from atmanrl.commands.failures import explained, explained_before_training
 from atmanrl.data import load_task
 from atmanrl.errors import InputError
 from atmanrl.plain_copy import plain
@@ -79,7 +79,8 @@ def train(
     evaluation = BeforeAfter(recipe, args, task, tokenizer, run)
     # Before the trainer is made: it seeds the generators, so that an evaluation changes no number of the training.
     if process.num_processes == 1:
-        evaluation.before(model)
+        with explained_before_training():
+            evaluation.before(model)
     stop = StopOnSigterm(args.arithmetic.steps_per_generation)
     trainer = AtManGRPOTrainer(
         model, args, task, tokenizer, callbacks=[stop], peft_config=lora_config(recipe.model.lora)
@@ -102,6 +103,7 @@ def train(
         if process.is_main_process:
             trained.save_pretrained(run / MODEL)
             tokenizer.save_pretrained(run / MODEL)
+            trainer.part = "evaluation"
             evaluation.after(trained, console)
     return 0
 

@@ -9,11 +9,16 @@ _NONE = "–"
 
 
 def number(value: float | None, unit: str = "", *, sign: bool = False) -> str:
-    """A value with a sensible number of digits, shares times 100 (the unit stands in the label); "–" for None."""
+    """A value with a sensible number of digits, shares times 100 (the unit stands in the label); "–" for None.
+
+    Numbers without a unit below 0.001 keep two significant digits.
+    """
     if value is None:
         return _NONE
     if unit == "%":
         value *= 100
+    if not unit and 0 < abs(value) < 0.001:
+        return f"{value:{'+' if sign else ''}.2g}".replace("-", "−")
     digits = 1 if unit == "%" else 2 if unit or abs(value) >= 1 else 3
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 

@@ -49,10 +49,10 @@
   const choose = (name, value) => {
     body.dataset[name] = value;
     if (name === "score") {
-      const fixed = document.querySelector("input[value=fixed]");
+      const [fixed, fitted] = document.querySelectorAll("input[name=scale]");
       fixed.disabled = !scales[value].fixed;
-      if (fixed.disabled) document.querySelector("input[value=fitted]").checked = true;
-      body.dataset.scale = document.querySelector("input[name=scale]:checked").value;
+      if (fixed.disabled) fitted.checked = true;
+      body.dataset.scale = fitted.checked ? "fitted" : "fixed";
     }
     if (name !== "unit") repaint();
   };

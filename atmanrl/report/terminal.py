@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,7 +11,7 @@ from rich.text import Text
 from atmanrl.intervals import Estimate
 from atmanrl.records import RolloutRecord, Run
 from atmanrl.report.glyphs import visible
-from atmanrl.report.numbers import footnote, interval, number
+from atmanrl.report.numbers import footnote, interval, number, tick
 from atmanrl.report.scale import LEVELS, Scale, scale_for
 from atmanrl.summary import AGREEMENT, Summary
 
@@ -59,11 +61,10 @@ def _print_rollout(rollout: RolloutRecord, score: str, scale: Scale, console: Co
     if values is None:
         console.print(Text(f"no saliency: {rollout.skipped or 'not computed'}", style="dim"))
     else:
-        top = sorted(range(len(values)), key=lambda i: -values[i])[:_TOP_TOKENS]
-        listed = ", ".join(f"{visible(rollout.cot.texts[i]).strip()} @{i + 1} {number(values[i])}" for i in top)
-        console.print(Text(f"highest {score}: {listed}", style="dim"))
+        for name in (score, *(other for other in rollout.scores if other != score)):
+            console.print(Text(f"highest {name}: {_highest(rollout, rollout.scores[name])}", style="dim"))
         if (agreement := rollout.measures.get(AGREEMENT)) is not None:
-            console.print(Text(f"rank correlation with deletion: {number(agreement)}", style="dim"))
+            console.print(Text(f"rank correlation of {score} with deletion: {number(agreement)}", style="dim"))
     console.print()
 
 
@@ -83,6 +84,16 @@ def _table(summary: Summary, separator: str) -> Table:
 def _cell(estimate: Estimate, unit: str, separator: str, *, sign: bool = False) -> Text:
     bounds = interval(estimate, unit, sign=sign)
     return Text.assemble(number(estimate.value, unit, sign=sign), (f"{separator}{bounds}" if bounds else "", "dim"))
+
+
+def _highest(rollout: RolloutRecord, values: Sequence[float]) -> str:
+    top = sorted(range(len(values)), key=lambda i: -values[i])[:_TOP_TOKENS]
+    return ", ".join(f"{visible(rollout.cot.texts[i]).strip()} @{i + 1} {_score(values[i])}" for i in top)
+
+
+def _score(value: float) -> str:
+    # Scores of a long chain of thought are small.
+    return number(value) if value == 0 or abs(value) >= 0.01 else tick(value)
 
 
 def _style(level: int) -> str:

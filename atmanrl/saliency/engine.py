@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
@@ -22,6 +18,7 @@ from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.optimization import BatchOptimization
 from atmanrl.saliency.packing import PackedRollouts
+from atmanrl.saliency.progress import progress_bar
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
 from atmanrl.saliency.working_copy import working_copy
 
@@ -98,7 +95,7 @@ def optimize_masks(
         )
     learned: dict[int, RolloutSaliency] = {}
     if active:
-        with frozen(model), _progress_bar(config.steps * len(active), progress) as show:
+        with frozen(model), progress_bar("saliency masks, rollout-steps", config.steps * len(active), progress) as show:
             make = likelihood or _default_likelihood(model, config)
             if token_budget is None and likelihood is None:
                 fast = make is not ModelLikelihood
@@ -165,15 +162,3 @@ def check_fits(model: PreTrainedModel, rollout: Rollout, index: int) -> None:
         raise ValueError(
             f"rollout {index} holds the token id {highest}, the model's vocabulary has {text_config.vocab_size} entries"
         )
-
-
-@contextmanager
-def _progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
-    shown = sys.stderr.isatty() if shown is None else shown
-    if not shown:
-        yield lambda completed: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("saliency masks, rollout-steps", total=total)
-        yield lambda completed: bar.update(task, completed=completed)

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,11 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
+TABLE = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "compiled_kernels.json").read_text())
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(version("triton") != TABLE["triton"], reason=f"the table is of Triton {TABLE['triton']}")
 def test_production_kernels_compile_without_new_spills_or_longer_main_loops() -> None:
     result = _python("-m", "benchmarks.compiled_kernels", "--quick")
     assert result.returncode == 0, result.stderr
@@ -31,6 +37,7 @@ import torch
 from atman_kernels import AttentionPlan
 from atman_kernels._triton.backward import backward_launches
 from atman_kernels._triton.forward import forward_launches
+from atman_kernels.problem import AttentionProblem, Gradients
 from benchmarks.compiled import specialization
 
 found = set()
@@ -40,10 +47,9 @@ for lengths in ([64, 64], [1], [17, 1000, 3], [16] * 5, [333]):
     q, k, v = (torch.empty(1, n, h, 128, dtype=torch.bfloat16) for h in (6, 2, 2))
     lse, bias = torch.empty(1, 6, n), torch.empty(1, n)
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    launches = forward_launches("sm_90", q, lse, q, k, v, bias, None, None, *tables, 1.0, True, 7 + n)
-    launches += backward_launches(
-        "sm_90", q, k, v, bias, q, None, q, lse, q, k, v, bias, None, None, *tables, 1.0, True, 7 + n
-    )
+    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, 7 + n)
+    launches = forward_launches("sm_90", q, lse, problem)
+    launches += backward_launches("sm_90", Gradients(q, k, v, bias), q, None, q, lse, problem)
     found.add(json.dumps([repr(specialization(launch, "sm_90")) for launch in launches]))
 print(json.dumps(len(found)))
 """

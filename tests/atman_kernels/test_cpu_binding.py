@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atman_kernels import _cpu, reference
+from atman_kernels.problem import AttentionProblem
 from tests.oracle import assert_as_exact_as_reference
 from tests.random_cases import random_cases
 
@@ -110,9 +111,11 @@ def test_any_shapes_and_strides_are_computed_and_nothing_else_is_written(
     results = []
     for operands in (same, wide):
         do = g["do"].to(operands[0].dtype)
-        forward = reference.attention_forward(*operands, table, *bounds_of_reference)
+        # The reference has no use for tile schedules.
+        problem = AttentionProblem(*operands, table, table, table, *bounds_of_reference)
+        forward = reference.attention_forward(problem)
         dlse = g["dlse"].to(forward[1].dtype)
-        backward = reference.attention_backward(do, dlse, *operands, table, *bounds_of_reference)
+        backward = reference.attention_backward(do, dlse, problem)
         results.append([*forward, *backward])
     for i, name in enumerate(("o", "lse", "dq", "dk", "dv", "dkey_bias")):
         of_rows = name in ("o", "lse", "dq")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels import AttentionPlan, SharedPrefix, attention_varlen, backend
+from atman_kernels.problem import AttentionProblem
 from atman_kernels.reference import attention, attention_backward, visible_keys
 
 
@@ -79,11 +80,11 @@ def test_the_explicit_backward_equals_autograd(bounds):
     o, lse = attention(q, k, v, key_bias, **bounds, return_lse=True)
     do, dlse = torch.randn_like(o), torch.randn_like(lse)
     expected = torch.autograd.grad([o, lse], [q, k, v, key_bias], [do, dlse])
-    table = AttentionPlan([5], [7]).sequences
+    plan = AttentionPlan([5], [7])
+    tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
+    problem = AttentionProblem(q, k, v, key_bias, None, None, *tables, 1 / math.sqrt(8), **bounds)
     with torch.no_grad():
-        actual = attention_backward(
-            do, dlse, q, k, v, key_bias, None, None, table, 1 / math.sqrt(8), bounds["causal"], bounds["window"]
-        )
+        actual = attention_backward(do, dlse, problem)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

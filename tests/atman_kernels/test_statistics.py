@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen, backend, statistics_ops
 from atman_kernels.attention import attention_rows
+from atman_kernels.problem import Statistics, StatisticsProblem
 from atman_kernels.statistics import attention_with_distance, mean_of_chosen_rows, statistics_of_rows
 from tests.atman_kernels.grid import LAYOUTS, Case, Operands, make_operands, poisoned_memory, restrided
 from tests.oracle import assert_as_exact_as_reference
@@ -392,7 +393,7 @@ def test_wrong_arguments_are_named(changes: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"windowed": torch.empty(1, 1, 4)}, r"windowed must have shape \(1, 2, 4\), got \(1, 1, 4\)"),
+        ({"windowed_distance": torch.empty(1, 1, 4)}, r"windowed must have shape \(1, 2, 4\), got \(1, 1, 4\)"),
         ({"received_count": torch.empty(1, 4)}, "received_count must be int32"),
         ({"distance": torch.empty(2, 2)}, r"distance must have shape \(1, 2\), got \(2, 2\)"),
         ({"rows": torch.ones(1, 4)}, "rows must be uint8"),
@@ -400,25 +401,29 @@ def test_wrong_arguments_are_named(changes: dict, message: str) -> None:
     ],
 )
 def test_the_extension_refuses_arrays_it_would_overrun(changes: dict, message: str) -> None:
-    arguments = {
-        "distance": torch.empty(1, 2),
-        "windowed": torch.empty(1, 2, 4),
-        "received": torch.empty(1, 2, 4),
-        "received_count": torch.empty(1, 4, dtype=torch.int32),
-        "q": torch.zeros(1, 4, 2, 16),
-        "k": torch.zeros(1, 4, 1, 16),
-        "lse": torch.zeros(1, 2, 4),
-        "key_bias": None,
-        "prefix_k": None,
-        "rows": None,
-        "sequences": AttentionPlan((4,)).sequences,
-        "tiles_q": None,
-        "tiles_k": None,
-        "sm_scale": 1.0,
-        "attention_window": None,
-        "window": 10,
-        "horizon": (1, 2),
-        **changes,
-    }
+    plan = AttentionPlan((4,))
+    out = Statistics(
+        distance=torch.empty(1, 2),
+        windowed_distance=torch.empty(1, 2, 4),
+        received=torch.empty(1, 2, 4),
+        received_count=torch.empty(1, 4, dtype=torch.int32),
+    )
+    problem = StatisticsProblem(
+        q=torch.zeros(1, 4, 2, 16),
+        k=torch.zeros(1, 4, 1, 16),
+        lse=torch.zeros(1, 2, 4),
+        key_bias=None,
+        prefix_k=None,
+        rows=None,
+        sequences=plan.sequences,
+        tiles_q=plan.tiles_q,
+        tiles_k=plan.tiles_k,
+        sm_scale=1.0,
+        attention_window=None,
+        window=10,
+        horizon=(1, 2),
+    )
+    of_out = {name: value for name, value in changes.items() if name in Statistics._fields}
+    of_problem = {name: value for name, value in changes.items() if name in StatisticsProblem._fields}
     with pytest.raises(ValueError, match=message):
-        _cpu.attention_statistics(**arguments)
+        _cpu.attention_statistics(out._replace(**of_out), problem._replace(**of_problem))

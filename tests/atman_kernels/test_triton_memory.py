@@ -45,30 +45,13 @@ class Counted(NamedTuple):
     backward_outputs: int
 
 
-def _count(
-    length: int, *, need: tuple[bool, bool, bool, bool] = (True, True, True, True), bias: bool = True
-) -> Counted:
-    case = Case((length,), (HEADS_Q, HEADS_KV), HEAD_DIM, "finite" if bias else "absent")
+def _count(length: int, *, need: tuple[bool, bool, bool, bool] = (True, True, True, True)) -> Counted:
+    case = Case((length,), (HEADS_Q, HEADS_KV), HEAD_DIM)
     x = make_operands(case, torch.float16, DEVICE)
     plan = AttentionPlan((length,), device=DEVICE)
     q, k, v, do = (t[None] for t in (x.q, x.k, x.v, x.do))
-    key_bias = None if x.key_bias is None else x.key_bias[None]
-    operands = (
-        q,
-        k,
-        v,
-        key_bias,
-        None,
-        None,
-        plan.sequences,
-        plan.tiles_q,
-        plan.tiles_k,
-        0.25,
-        True,
-        -1,
-        True,
-        "triton",
-    )
+    tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
+    operands = (q, k, v, x.key_bias[None], None, None, *tables, 0.25, True, -1, True, "triton")
     with _Allocations() as forward:
         o, lse = ops._forward(*operands)
     with _Allocations() as backward:
@@ -90,17 +73,11 @@ def _aligned(length: int) -> int:
 @pytest.mark.parametrize("length", [256, 4096])
 def test_memory_beyond_inputs_and_outputs_is_a_few_numbers_per_row(length: int) -> None:
     counted = _count(length)
-    # The aligned bias; in the backward also lse and delta of every query head, and dkey_bias of every kv head.
-    scratch = FP32 * _aligned(length)
-    assert sum(counted.forward) - counted.forward_outputs == scratch
-    assert sum(counted.backward) - counted.backward_outputs == scratch + FP32 * (
+    assert sum(counted.forward) == counted.forward_outputs
+    # lse and delta of every query head, and dkey_bias of every kv head.
+    assert sum(counted.backward) - counted.backward_outputs == FP32 * (
         2 * HEADS_Q * _aligned(length) + HEADS_KV * length
     )
-
-
-def test_without_a_bias_a_forward_allocates_its_outputs_only() -> None:
-    counted = _count(512, bias=False)
-    assert sum(counted.forward) == counted.forward_outputs
 
 
 def test_a_backward_for_the_bias_alone_allocates_no_dq_dk_dv() -> None:
@@ -110,4 +87,4 @@ def test_a_backward_for_the_bias_alone_allocates_no_dq_dk_dv() -> None:
     counted = _count(length, need=(False, False, False, True))
     assert counted.backward_outputs == FP32 * length
     assert max(counted.backward) < smallest_gradient
-    assert sum(counted.backward) == row_terms + FP32 * (_aligned(length) + HEADS_KV * length + length)
+    assert sum(counted.backward) == row_terms + FP32 * (HEADS_KV * length + length)

@@ -1,4 +1,4 @@
-"""Which keys and values have a tensor descriptor, and what the aligned copy of the bias holds."""
+"""Which keys and values have a tensor descriptor, and how a kernel gets its bias and scales its scores."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from atman_kernels import AttentionPlan
-from atman_kernels._triton.operands import align_key_bias, streamed_operands, tile_descriptor
+from atman_kernels._triton.blocks import BlockSizes, block_sizes
+from atman_kernels._triton.operands import streamed_operands, tile_descriptor, vector_shapes
+from atman_kernels.problem import AttentionProblem
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = [1, 32, 1, 16]
 
 
@@ -49,32 +50,21 @@ def test_devices_without_a_bulk_engine_get_no_descriptor() -> None:
     assert tile_descriptor("sm_80", _keys(2, 40, 3, 16), BLOCK) is None
 
 
-def test_the_aligned_bias_is_divided_and_every_sequence_starts_at_16_bytes() -> None:
-    plan = AttentionPlan([3, 0, 130, 5], device=DEVICE)
-    bias = torch.randn(1, 138, device=DEVICE)
-    aligned, launch = align_key_bias(bias, plan.sequences, plan.tiles_k, 0.25)
-    launch.run()
-    for sequence, (start, length) in enumerate([(0, 3), (3, 0), (3, 130), (133, 5)]):
-        first = 4 * (start // 4 + sequence)
-        assert torch.equal(aligned[0, first : first + length], bias[0, start : start + length] / 0.25)
+@pytest.mark.parametrize(("sm_scale", "scales_first"), [(0.25, False), (-0.25, True), (1e-30, True)])
+def test_scores_are_scaled_before_the_maximum_where_it_would_be_another(sm_scale: float, scales_first: bool) -> None:
+    plan, k = AttentionPlan([40]), _keys(1, 40, 1, 16)
+    tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
+    problem = AttentionProblem(k, k, k, None, None, None, *tables, sm_scale, True, None)
+    assert streamed_operands("sm_90", BlockSizes(64, 32, 4, 1), problem)["SCALE_FIRST"] is scales_first
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "sm_scale", "starts_product"),
-    [
-        ("sm_90", torch.float16, 0.25, True),
-        ("sm_90", torch.float32, 0.25, False),
-        ("sm_80", torch.float16, 0.25, False),
-        ("sm_90", torch.float16, -0.25, False),
-        ("sm_90", torch.float16, 1e-30, False),
-    ],
-)
-def test_the_bias_starts_the_product_where_that_is_exact_enough(
-    family: str, dtype: torch.dtype, sm_scale: float, starts_product: bool
-) -> None:
-    plan, k = AttentionPlan([40]), _keys(1, 40, 1, 16, dtype=dtype)
-    tables = (plan.sequences, plan.tiles_k)
-    operands, launches = streamed_operands(family, 32, k, k, torch.zeros(1, 40), None, None, *tables, sm_scale)
-    assert operands["SCALE_FIRST"] is not starts_product
-    assert (operands["bias_desc"] is not None) is starts_product
-    assert len(launches) == starts_product
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "interpreter"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_queries"])
+def test_a_bias_tile_has_as_many_numbers_as_threads(family: str, kernel: str) -> None:
+    """With fewer, each thread would load the columns of its scores by itself."""
+    for dtype in (torch.float16, torch.float32):
+        for head_dim in (16, 64, 128, 256):
+            blocks = block_sizes(family, kernel, head_dim, dtype)
+            rows = vector_shapes(family, blocks, dtype)["BIAS_ROWS"]
+            assert rows * blocks.block_n >= 32 * blocks.num_warps
+            assert blocks.block_m % rows == 0

@@ -10,6 +10,7 @@ import triton
 
 from atman_kernels import AttentionPlan, attention, attention_varlen, backend, ops
 from atman_kernels._triton import backward
+from atman_kernels.problem import AttentionProblem, Gradients
 from tests.atman_kernels.grid import Case, make_operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,14 +65,15 @@ def _backward_launches(case: Case, needed: str, dtype: torch.dtype = torch.float
     q, k, v, bias, do = (t[None] for t in (x.q, x.k, x.v, x.key_bias, x.do))
     plan = AttentionPlan(case.lengths)
     o, lse = torch.empty_like(q), torch.zeros(1, q.shape[2], q.shape[1])
-    grads = [
-        torch.empty_like(t) if f"d{name}" in needed.split() else None
-        for name, t in zip(("q", "k", "v", "key_bias"), (q, k, v, bias), strict=True)
-    ]
-    return backward.backward_launches(
-        "sm_90", *grads, do, None, o, lse, q, k, v, bias, None, None,
-        plan.sequences, plan.tiles_q, plan.tiles_k, 1.0, True, None,
-    )  # fmt: skip
+    gradients = Gradients(
+        *(
+            torch.empty_like(t) if f"d{name}" in needed.split() else None
+            for name, t in zip(("q", "k", "v", "key_bias"), (q, k, v, bias), strict=True)
+        )
+    )
+    tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
+    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, None)
+    return backward.backward_launches("sm_90", gradients, do, None, o, lse, problem)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +81,11 @@ def _backward_launches(case: Case, needed: str, dtype: torch.dtype = torch.float
     [
         (
             "dq dk dv dkey_bias",
-            ["align", "queries", "keys", "sum"],
+            ["queries", "keys", "sum"],
             {"NEED_DQ", "EXACT_DELTA", "NEED_DK", "NEED_DV", "NEED_DKEY_BIAS"},
         ),
-        ("dkey_bias", ["align", "queries", "keys", "sum"], {"EXACT_DELTA", "NEED_DKEY_BIAS"}),
-        ("dq", ["align", "queries"], {"NEED_DQ"}),
+        ("dkey_bias", ["queries", "keys", "sum"], {"EXACT_DELTA", "NEED_DKEY_BIAS"}),
+        ("dq", ["queries"], {"NEED_DQ"}),
         ("dk dv", ["queries", "keys"], {"NEED_DK", "NEED_DV"}),
         ("dv", ["queries", "keys"], {"NEED_DV"}),
     ],

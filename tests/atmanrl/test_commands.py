@@ -62,7 +62,10 @@ def test_several_estimators_stand_in_one_file_and_on_one_page(tmp_path, capsys):
     assert item.trajectory.restored[0] == (1.0,) * len(item.cot)
     assert item.trajectory.loss[-1] == pytest.approx(item.loss.final, rel=1e-4)
     agreement = spearman(item.scores["sparse-mask"], item.scores["deletion"])
-    assert f"rank correlation with deletion: {number(agreement)}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"rank correlation of sparse-mask with deletion: {number(agreement)}" in output
+    listed = [line.split(":")[0] for line in output.splitlines() if line.startswith("highest")]
+    assert listed == [f"highest {name}" for name in ("sparse-mask", "attention", "fai", "deletion")]
     assert page.read_text(encoding="utf-8").count('name="score"') == 4
 
 

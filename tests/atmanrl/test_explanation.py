@@ -44,6 +44,8 @@ def test_a_missing_completion_is_written_by_the_model(model_and_tokenizer):
     run = explain(*model_and_tokenizer, examples, mask=QUICK)
     assert [item.prompt_id for item in run.rollouts] == ["own", "given"]
     assert len(run.rollouts[0].cot) > 0
+    # What was given has no end of turn, and lacks none.
+    assert [item.truncated for item in run.rollouts] == [True, False]
     assert run.settings["generation"]["temperature"] == 0.0
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from trl import GRPOTrainer
 
 from atmanrl import checkpoints
 from atmanrl.answers import AnswerFormat
@@ -115,28 +114,44 @@ def out_of_memory_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "part", "advice"),
+    ("place", "part", "advice"),
     [
-        ("_compute_loss", "update", "per_device_train_batch_size down"),
-        ("_generate_single_turn", "generation", "max_completion_length"),
+        ("trl.GRPOTrainer._compute_loss", "update", "per_device_train_batch_size down"),
+        ("trl.GRPOTrainer._generate_single_turn", "generation", "max_completion_length"),
+        ("atmanrl.trainer.estimate_saliency", "saliency", "LoRA"),
+        ("atmanrl.trainer.attention_series", "credit", "credit_assignment.strategy"),
+        ("atmanrl.commands.before_after.evaluate", "evaluation", "evaluation.batch_size"),
     ],
+    ids=["update", "generation", "saliency", "credit", "evaluation"],
 )
 @pytest.mark.parametrize("fail", [out_of_memory_on_a_gpu, out_of_memory_on_a_cpu])
 def test_want_of_memory_is_said_with_the_settings_that_need_less_of_it(
-    halfway: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    method: str,
+    place: str,
     part: str,
     advice: str,
     fail: Callable[[], None],
 ) -> None:
-    monkeypatch.setattr(GRPOTrainer, method, lambda *arguments, **options: fail())
-    assert main([*COMMAND, "--output_dir", str(halfway), "--resume"]) == 1
+    monkeypatch.setattr(place, lambda *arguments, **options: fail())
+    prompts = ("--evaluation.prompts", "2", "--evaluation.before", "false") if part == "evaluation" else ()
+    credit = ("--credit_assignment.strategy", "local") if part == "credit" else ()
+    assert main([*COMMAND, *prompts, *credit, "--max_steps", "2", "--output_dir", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert f"out of memory during {part}: " in error
     assert advice in error
-    assert f"checkpoint-{HALF} is kept" in error
+    assert ("checkpoint-2 is kept" if part == "evaluation" else "no checkpoint had been saved yet") in error
+
+
+def test_want_of_memory_before_training_is_said_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("atmanrl.commands.before_after.evaluate", lambda *rest, **options: out_of_memory_on_a_gpu())
+    assert main([*COMMAND, "--evaluation.prompts", "2", "--output_dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "out of memory during evaluation: " in error
+    assert "nothing has been trained yet" in error
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again_by_itself(

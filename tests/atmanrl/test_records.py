@@ -2,11 +2,13 @@ import csv
 import io
 import json
 import math
+import os
+import stat
 from dataclasses import replace
 
 import pytest
 
-from atmanrl.records import Run, TokenSpan, Trajectory, paired_rollouts
+from atmanrl.records import Run, TokenSpan, Trajectory, paired_rollouts, write_text_atomically
 from tests.atmanrl.saliency_runs import rollout, run
 
 
@@ -122,3 +124,29 @@ def test_runs_over_other_prompts_cannot_be_paired():
         paired_rollouts(run(rollout("a")), run(rollout("b"), label="after"))
     with pytest.raises(ValueError, match="'a' is not the same prompt in 'before' and 'after'"):
         paired_rollouts(run(rollout("a")), run(rollout("a", prompt="another"), label="after"))
+
+
+def test_a_file_is_private_while_it_is_written_and_then_as_any_new_file(tmp_path, monkeypatch):
+    written = []
+    change = os.chmod
+
+    def chmod(path, mode):
+        written.append((path, stat.S_IMODE(os.stat(path).st_mode)))
+        change(path, mode)
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    write_text_atomically(tmp_path / "a", "text")
+    (tmp_path / "b").write_text("text")
+    ((name, mode),) = written
+    assert mode == 0o600
+    assert not os.path.exists(name)
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomically(path, "\ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -58,6 +58,11 @@ def test_without_colour_the_highest_tokens_are_listed_with_their_scores():
     assert "highest restored: 6 @2 0.400, a @1 0.100, ~ @3 0.020" in output
 
 
+def test_small_scores_keep_their_digits():
+    output = printed(print_run, run(rollout(restored=(0.00021, -0.0000004, 0.0))), width=100)
+    assert "a @1 0.00021, ~ @3 0.000, 6 @2 −4e−07" in output
+
+
 def test_tokens_cannot_control_the_terminal_or_its_markup():
     item = rollout(texts=("\x1b[2J", "[red]x[/red]", "\u202e"), prompt_id="\x1b]0;title\x07")
     output = printed(print_run, run(item), force_terminal=True, color_system=None)

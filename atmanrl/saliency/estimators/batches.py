@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,6 +20,7 @@ from atmanrl.saliency.estimators.interface import TokenScores
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.packing import PackedRollouts, pack
+from atmanrl.saliency.progress import progress_bar
 
 ROWS = 8192
 """Most packed rows per pass where no budget is given: enough to fill a device, few enough that a bar moves."""
@@ -35,26 +37,25 @@ class Batch:
         packed: their layout.
         likelihood: of their answers.
         dtype: of biases and losses.
+        passed: called after every pass.
     """
 
     rollouts: list[Rollout]
     packed: PackedRollouts
     likelihood: AnswerLikelihood
     dtype: torch.dtype
+    passed: Callable[[], None]
 
     def losses(self, cot_bias: Tensor) -> Tensor:
         """(n,) mean negative log-likelihood of each answer under ``cot_bias`` (C_total,), differentiable in it."""
-        return self.packed.mean_per_rollout(self.likelihood(self.packed.key_bias(cot_bias)))
+        losses = self.packed.mean_per_rollout(self.likelihood(self.packed.key_bias(cot_bias)))
+        self.passed()
+        return losses
 
     def per_token(self, per_rollout: Tensor) -> Tensor:
         """(C_total,) each rollout's number at each of its tokens."""
         lengths = torch.tensor(self.packed.cot_lengths, device=per_rollout.device)
         return per_rollout.repeat_interleave(lengths)
-
-    def per_rollout(self, tokens: Tensor) -> Tensor:
-        """(n,) sums of ``tokens`` (C_total,) over each rollout."""
-        index = self.per_token(torch.arange(len(self.rollouts), device=tokens.device))
-        return tokens.new_zeros(len(self.rollouts)).index_add(0, index, tokens)
 
     def filled(self, value: float) -> Tensor:
         """(C_total,) of ``value``."""
@@ -69,6 +70,7 @@ def score_in_batches(
     token_budget: int | None,
     progress: bool,
     what: str,
+    passes: int = 1,
     observed: bool = False,
 ) -> list[TokenScores]:
     """What ``score`` finds in packed batches of ``rollouts``, in their order.
@@ -81,6 +83,7 @@ def score_in_batches(
         token_budget: packed rows per batch, prompts included; None: `ROWS`, or fewer where they are predicted not to
             fit the free memory. A longer rollout forms a batch of its own.
         what: named beside the progress bar.
+        passes: over each batch, which the bar counts for each rollout.
         observed: run the model's own modules, where their attention can be observed, and forwards only.
     """
     results: list[TokenScores] = []
@@ -90,14 +93,18 @@ def score_in_batches(
         if token_budget is None:
             token_budget = ROWS if observed else _rows_that_fit(model, rollouts, fast=fast)
 
-        def run(budget: int) -> None:
-            groups = split(rollouts, range(len(results), len(rollouts)), budget)
-            for group in shown(groups, what, progress):
-                members = [rollouts[index] for index in group]
-                packed = pack(members, answer_loss="value", device=model.device)
-                results.extend(score(Batch(members, packed, make(model, packed), bias_dtype(model))))
+        def scored(group: list[int]) -> list[TokenScores]:
+            members = [rollouts[index] for index in group]
+            packed = pack(members, answer_loss="value", device=model.device)
+            done = itertools.count(passes * len(results) + len(group), len(group))
+            return score(Batch(members, packed, make(model, packed), bias_dtype(model), lambda: show(next(done))))
 
-        halving_on_out_of_memory(run, min(token_budget, sum(map(len, rollouts))))
+        def run(budget: int) -> None:
+            for group in split(rollouts, range(len(results), len(rollouts)), budget):
+                results.extend(scored(group))
+
+        with progress_bar(f"{what}, passes", passes * len(rollouts), progress) as show:
+            halving_on_out_of_memory(run, min(token_budget, sum(map(len, rollouts))))
     return results
 
 

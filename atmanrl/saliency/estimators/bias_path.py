@@ -43,7 +43,7 @@ class Gradient:
             losses, slope = loss_and_gradient(batch, batch.filled(0.0))
             return -slope, {"loss_unmasked": losses}
 
-        return score_batches(self.name, score, model, rollouts, token_budget=token_budget, progress=progress)
+        return score_batches(self, score, model, rollouts, token_budget=token_budget, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Integrated:
         self, model: PreTrainedModel, rollouts: Sequence[Rollout], *, token_budget: int | None, progress: bool
     ) -> list[TokenScores]:
         """See `Estimator`."""
-        return score_batches(self.name, self._score, model, rollouts, token_budget=token_budget, progress=progress)
+        return score_batches(self, self._score, model, rollouts, token_budget=token_budget, progress=progress)
 
     def _score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         free = batch.filled(0.0)
@@ -145,7 +145,7 @@ def calibrated_depth(batch: Batch, unmasked: Tensor, wanted: Tensor, deepest: fl
 
 
 def score_batches(
-    name: str,
+    estimator: Gradient | Integrated,
     score: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
     model: PreTrainedModel,
     rollouts: Sequence[Rollout],
@@ -160,8 +160,16 @@ def score_batches(
         parts = nats.detach().split(batch.packed.cot_lengths)
         columns = {key: values.tolist() for key, values in losses.items()}
         return [
-            scored_in_nats(name, rollout, part, **{key: values[i] for key, values in columns.items()})
+            scored_in_nats(estimator.name, rollout, part, **{key: values[i] for key, values in columns.items()})
             for i, (rollout, part) in enumerate(zip(batch.rollouts, parts, strict=True))
         ]
 
-    return score_in_batches(model, rollouts, named, token_budget=token_budget, progress=progress, what=name)
+    return score_in_batches(
+        model,
+        rollouts,
+        named,
+        token_budget=token_budget,
+        progress=progress,
+        what=estimator.name,
+        passes=round(estimator.passes(rollouts[0]).forward),
+    )

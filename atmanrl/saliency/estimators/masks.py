@@ -136,7 +136,13 @@ class SparseMask:
     ) -> list[TokenScores]:
         """See `Estimator`."""
         return score_in_batches(
-            model, rollouts, self._optimize, token_budget=token_budget, progress=progress, what=self.name
+            model,
+            rollouts,
+            self._optimize,
+            token_budget=token_budget,
+            progress=progress,
+            what=self.name,
+            passes=self.steps + 2,
         )
 
     def _optimize(self, batch: Batch) -> list[TokenScores]:

@@ -1,0 +1,42 @@
+"""Block sizes: the tile shape and launch options of each kernel, per device family, head_dim and dtype."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+# {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
+# from the registers, spills and shared memory of ahead-of-time compilation, or by benchmarks/tune.py on a GPU. "sm_86"
+# stands for devices with 99 KiB of shared memory per block. The interpreter's cost is per tile; its unequal shapes
+# below TILE exercise every branch of the schedules.
+BLOCK_SIZES_FILE = Path(__file__).with_name("block_sizes.json")
+
+
+class BlockSizes(NamedTuple):
+    """Tile shape and launch options of one kernel: BLOCK_M query rows, BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, at least 16, in which the matrix units hold a row of ``head_dim`` numbers."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def block_sizes(family: str, kernel: str, head_dim: int, dtype: torch.dtype) -> BlockSizes:
+    """The committed tile shape for a device family ("sm_90", ...), kernel, head_dim and dtype."""
+    return BlockSizes(*block_size_table()[family][kernel][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
+
+
+@lru_cache(maxsize=1)
+def block_size_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+    """The committed table, read once; the tuner tries other shapes by writing into it."""
+    return json.loads(BLOCK_SIZES_FILE.read_text())

@@ -1,0 +1,80 @@
+"""What one call of an operator computes on, as the kernels of every backend take it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AttentionProblem(NamedTuple):
+    """The operands of a forward or backward.
+
+    Attributes:
+        q: (B, Tq, Hq, D); k, v: (B, Tk, Hkv, D), any strides with a unit stride along D.
+        key_bias: (B, Tk) fp32, or None.
+        prefix_k, prefix_v: (P, Hkv, D), or None.
+        sequences, tiles_q, tiles_k: tables of an :class:`atman_kernels.plan.AttentionPlan`.
+        sm_scale, causal, window: as in :func:`atman_kernels.attention`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_bias: Tensor | None
+    prefix_k: Tensor | None
+    prefix_v: Tensor | None
+    sequences: Tensor
+    tiles_q: Tensor
+    tiles_k: Tensor
+    sm_scale: float
+    causal: bool
+    window: int | None
+
+
+class Gradients(NamedTuple):
+    """What a backward fills, shaped like the operand each is the gradient of; None where it is not needed."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    dkey_bias: Tensor | None
+
+
+class StatisticsProblem(NamedTuple):
+    """The operands of the attention statistics; those not explained here as in :class:`AttentionProblem`.
+
+    Attributes:
+        lse: (B, Hq, Tq) of the attention whose statistics are wanted.
+        rows: (B, Tq) bool, the chosen query rows, or None for all.
+        attention_window: keys that a row of the attention sees, or None for all.
+        window, horizon: as in :func:`atman_kernels.attention_statistics`.
+    """
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    key_bias: Tensor | None
+    prefix_k: Tensor | None
+    rows: Tensor | None
+    sequences: Tensor
+    tiles_q: Tensor
+    tiles_k: Tensor
+    sm_scale: float
+    attention_window: int | None
+    window: int
+    horizon: tuple[int, int]
+
+
+class Statistics(NamedTuple):
+    """What the attention statistics fill; ``distance`` is None where it is not needed.
+
+    Attributes:
+        distance: (n_seq, Hq); windowed_distance: (B, Hq, Tq); received: (B, Hq, Tk).
+        received_count: (B, Tk) int32.
+    """
+
+    distance: Tensor | None
+    windowed_distance: Tensor
+    received: Tensor
+    received_count: Tensor
