@@ -149,9 +149,12 @@ def atman_attention(
 
     Args:
         module: the attention layer; its ``layer_idx`` selects the shared prefix and labels what is captured.
-        query: (B, Hq, Tq, D); key, value: (B, Hkv, Tk, D).
+        query: (B, Hq, Tq, D).
+        key, value: (B, Hkv, Tk, D).
         attention_mask: what :func:`atman_mask` returned.
-        scaling: factor of the scores; sliding_window: the layer's window, used with ``attention_plan``.
+        dropout: must be 0.
+        scaling: factor of the scores.
+        sliding_window: the layer's window, used with ``attention_plan``.
         key_bias: (B, T) float32, one number per token that the model has seen, cached tokens included; added to the
             scaled scores of that token's key in every head, row and layer. Its gradient is the sum over all of them.
         attention_plan: the layout of a packed batch of shape (1, T_total), in place of any mask; give ``position_ids``

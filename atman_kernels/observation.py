@@ -76,6 +76,9 @@ def observing(observer: Observer) -> Iterator[None]:
     """Inside the block, ``observer`` is called with every attention that attn_implementation="atman" computes.
 
     Single rows without a bias, which a decoding model hands to SDPA, are not shown. Process-wide; blocks nest.
+
+    Args:
+        observer: called with an :class:`AttentionCall` per layer and forward.
     """
     _observers.append(observer)
     try:

@@ -22,6 +22,9 @@ from atmanrl.config import SeriesConfig
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.heads import Heads, layers_of, sampled_layers, select_heads
 
+# Logits of one batch, 1 GiB in float32.
+_MOST_LOGITS = 2**28
+
 
 @dataclass(frozen=True)
 class RolloutSeries:
@@ -117,13 +120,16 @@ def attention_series(
         model: a causal LM whose attention goes through transformers' AttentionInterface; restored on return.
         prompts, responses: token ids; prompts are not empty, an empty response gives empty series.
         config: heads and windows; default: the paper's.
-        entropy: also compute the entropies, which takes the logits of all response tokens.
+        entropy: also compute the entropies, which takes the logits of all response tokens, in batches as small as
+            those need.
         answers: of each response the places of the tokens whose ``loss`` is wanted, or an empty range; takes the logits
             of those tokens.
         token_budget: tokens of one packed batch, prompts included; a longer rollout goes alone.
     """
     config = SeriesConfig() if config is None else config
     answers = [range(0)] * len(responses) if answers is None else answers
+    if entropy:
+        token_budget = min(token_budget, _MOST_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
     parts = _parts([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], token_budget)
     batches = [_pack([prompts[i] for i in part], [responses[i] for i in part], model.device) for part in parts]
     collector = SeriesCollector(layers_of(model), [batch.is_response for batch in batches], config)

@@ -140,8 +140,8 @@ def explain(
         tokenizer: its tokenizer.
         examples: prompts with completions; the model completes those that have none.
         label: what a reader calls this run.
-        generation: how missing completions are drawn, one per prompt; where None at ``temperature``, greedily at 0, up
-            to the context's end.
+        generation: how missing completions are drawn, one per prompt; None: at ``temperature``, to the context's end.
+        temperature: of the sampling where ``generation`` is None; 0 is greedy.
         mask: how masks are optimised; the paper's numbers where None.
         estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
         seed: of the sampling.

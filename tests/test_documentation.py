@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import pkgutil
 import re
 import statistics
 from pathlib import Path
@@ -88,3 +90,41 @@ def test_every_promise_of_reliability_names_a_test_that_exists():
             name for name in re.findall(r"^def (test_\w+)", files[named[1]], flags=re.MULTILINE) if named[2] in name
         ]
         assert tests, row
+
+
+def test_every_file_that_the_architecture_sends_to_exists():
+    rows = re.findall(
+        r"^\| (?!---|to change)(.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE
+    )
+    assert len(rows) > 30
+    for row in rows:
+        folder = ROOT
+        # A name without a folder lies beside the one named before it.
+        for name in re.findall(r"`([\w/*]+(?:/|\.(?:py|h)))`", row.rsplit(" | ", 1)[1]):
+            path = ROOT / name if "/" in name else folder / name
+            assert list(path.parent.glob(path.name)), f"{name} in the row {row!r}"
+            folder = path if path.is_dir() else path.parent
+
+
+DOCUMENTED = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCUMENTED)
+def test_a_docstring_of_the_api_page_describes_every_parameter_and_no_other(path):
+    found = pkgutil.resolve_name(path)
+    text = inspect.getdoc(found)
+    assert text
+    if inspect.ismodule(found):
+        return
+    section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)*)", text, flags=re.MULTILINE)
+    lines = re.findall(r"^    (\w[\w, ]*):(?: |$)", section[1], flags=re.MULTILINE) if section else []
+    described = {name.strip() for line in lines for name in line.split(",")}
+    signature = inspect.signature(found).parameters.values()
+    parameters = {each.name for each in signature if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+    known: set[str] = set()
+    if inspect.isclass(found):
+        # What a base of another package takes is described there.
+        parameters -= {name for base in inspect.getmro(found)[1:] for name in vars(base).get("__annotations__", ())}
+        known = {*inspect.get_annotations(found), *vars(found)}
+    assert described <= parameters | known, "describes what it does not have"
+    assert parameters <= described, f"does not describe {sorted(parameters - described)}"

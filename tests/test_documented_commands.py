@@ -16,6 +16,7 @@ import pytest
 
 from atmanrl.cli import _parser, main
 from atmanrl.commands.explain import mask_config
+from atmanrl.commands.statistics import series_config
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.recipe import build, builtin_recipes, load_recipe, parse_overrides
 from atmanrl.trainer import AtManGRPOConfig
@@ -57,7 +58,9 @@ def commands_of(page: Path) -> list[Command]:
             # What follows two spaces or more and is no option describes the command.
             text = re.split(r"\s#|\s{2,}(?![\s-])", line)[0]
             if text.split(" ")[0] in PROGRAMS and "|" not in line:
-                found.append(Command(page.name, re.sub(r"[\[\]]", "", text), False, block))
+                # Brackets stand around what may be left out, except in quotes.
+                plain = re.sub(r'("[^"]*")|[\[\]]', r"\1", text)
+                found.append(Command(page.name, plain, False, block))
         for text in re.findall(r"`([^`\n]+ [^`\n]+)`", "" if shell or python else paragraph):
             if text.split(" ")[0] in PROGRAMS:
                 found.append(Command(page.name, text, True, block))
@@ -97,7 +100,7 @@ def check_atmanrl(arguments: list[str], inline: bool, tmp_path: Path) -> None:
         pytest.fail("the command line is refused")
     overrides = parse_overrides(rest)
     if known.command == "explain":
-        mask_config(overrides)
+        (series_config if known.statistics else mask_config)(overrides)
     elif known.command in ("train", "evaluate"):
         config = known.config if known.config in builtin_recipes() else "ledger"
         recipe = load_recipe(config, overrides)

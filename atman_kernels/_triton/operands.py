@@ -12,8 +12,6 @@ from atman_kernels.problem import AttentionProblem
 
 # Families with a bulk copy engine; the interpreter takes the same path as they do.
 BULK_COPY_FAMILIES = ("sm_90", "sm_100", "interpreter")
-# Families whose matrix instructions leave a thread 2 of every 8 neighbouring columns of the 16-bit products.
-_SHARED_ROW_FAMILIES = ("sm_80", "sm_86", "sm_90", "interpreter")
 _ALIGNMENT_BYTES = 16
 
 
@@ -86,9 +84,13 @@ def streamed_operands(family: str, blocks: BlockSizes, x: AttentionProblem) -> d
 
 def vector_shapes(family: str, blocks: BlockSizes, dtype: torch.dtype) -> dict[str, int]:
     """BIAS_ROWS and SUM_COLUMNS of a row-owned kernel; see ``tiles.load_bias`` and ``tiles.partial_sums``."""
-    shares_rows = family in _SHARED_ROW_FAMILIES and dtype != torch.float32
-    threads = 32 * blocks.num_warps
+    # There a thread holds 2 of every 8 neighbouring columns of a row, in all of the row if no two warps share it.
+    within_threads = family in ("sm_90", "interpreter") or (
+        family in ("sm_80", "sm_86") and blocks.block_m >= 16 * blocks.num_warps
+    )
+    # Without a pipeline there are no asynchronous copies either.
+    copied = family == "interpreter" or (family != "gfx942" and blocks.num_stages > 1)
     return {
-        "BIAS_ROWS": 1 if family == "gfx942" else max(1, threads // blocks.block_n),
-        "SUM_COLUMNS": 8 if shares_rows else 1,
+        "BIAS_ROWS": max(1, 32 * blocks.num_warps // blocks.block_n) if copied else 1,
+        "SUM_COLUMNS": 8 if within_threads and dtype != torch.float32 else 1,
     }

@@ -115,11 +115,12 @@ def _needed(prompt: Sequence[str], tokens: Sequence[str]) -> list[bool]:
 
 def _origin(n: int, generated: GenerationSettings | None) -> str:
     """Whose attention the numbers are of: how the completions came about."""
+    rollouts = f"{n} rollout{'' if n == 1 else 's'}"
     if generated is None:
-        return f"{n} completions as given"
+        return f"{rollouts}, completions as given"
     if generated.temperature > 0:
-        return f"{n} rollouts, completions sampled at temperature {generated.temperature:g}"
-    return f"{n} rollouts, completions greedy; --temperature 1 reads samples of the policy, as the paper does"
+        return f"{rollouts}, completions sampled at temperature {generated.temperature:g}"
+    return f"{rollouts}, completions greedy; --temperature 1 reads samples of the policy, as the paper does"
 
 
 def _print(console: Console, coupled: Sequence[Coupling], changed: Perturbation, needed: NeededRank) -> None:
@@ -139,7 +140,7 @@ def _print(console: Console, coupled: Sequence[Coupling], changed: Perturbation,
     if needed.rollouts:
         console.print(
             f"needed tokens' FAI: mean percentile {100 * needed.percentile:.0f}, AUROC {needed.auroc:.3f}"
-            f" ({needed.rollouts} rollouts)"
+            f" (rollouts: {needed.rollouts})"
         )
 
 

@@ -16,8 +16,10 @@ from atmanrl.rollouts import Rollout
 class NonFiniteLossError(FloatingPointError):
     """A rollout's loss is NaN or infinite.
 
-    Attributes:
-        rollout: its index in the list given.
+    Args:
+        rollout: its index in the list given, an attribute as well.
+        loss: the value.
+        when: at which step, for the message.
     """
 
     def __init__(self, rollout: int, loss: float, when: str) -> None:
@@ -80,8 +82,9 @@ class RolloutSaliency:
 class SaliencyResult(Sequence[RolloutSaliency]):
     """One :class:`RolloutSaliency` per rollout, in the order given.
 
-    Attributes:
-        config: the configuration used.
+    Args:
+        items: the rollouts' results.
+        config: the configuration used, an attribute as well.
     """
 
     def __init__(self, items: Sequence[RolloutSaliency], config: MaskConfig) -> None:

@@ -31,6 +31,38 @@ def test_production_kernels_compile_without_new_spills_or_longer_main_loops() ->
     assert result.stdout.count("Counts(") >= 20
 
 
+_REGRESSIONS = """
+import json
+from benchmarks.compiled import Counts
+from benchmarks.compiled_kernels import worse
+
+row = Counts(255, 8, 1000, matrix_instructions=32, matrix_waits=4, main_loops=(500, 900), waited_loads=(0, 1))
+changes = [
+    {}, {"spill_bytes": 16}, {"main_loops": (530, 900)}, {"matrix_waits": 32}, {"waited_loads": (2, 1)},
+    {"shared_bytes": 240000}, {"matrix_instructions": 0}, {"main_loops": (500,), "waited_loads": (0,)},
+]
+before = json.loads(json.dumps(row._asdict()))
+print(json.dumps([worse("sm_90 bfloat16 d128", row._replace(**each), before) for each in changes]))
+"""
+
+
+def test_every_kind_of_regression_is_told() -> None:
+    result = _python("-c", _REGRESSIONS)
+    assert result.returncode == 0, result.stderr
+    none, *found = json.loads(result.stdout)
+    assert none == []
+    words = (
+        "spills 16 B",
+        "grew from 500 to 530",
+        "serialises",
+        "waits for 2 loads",
+        "240000 B",
+        "no matrix",
+        "1 main",
+    )
+    assert all(word in " ".join(sentences) for word, sentences in zip(words, found, strict=True))
+
+
 _SPECIALIZATIONS = """
 import json
 import torch

@@ -60,11 +60,13 @@ def test_scores_are_scaled_before_the_maximum_where_it_would_be_another(sm_scale
 
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "interpreter"])
 @pytest.mark.parametrize("kernel", ["forward", "backward_queries"])
-def test_a_bias_tile_has_as_many_numbers_as_threads(family: str, kernel: str) -> None:
+def test_a_bias_tile_that_is_copied_has_as_many_numbers_as_threads(family: str, kernel: str) -> None:
     """With fewer, each thread would load the columns of its scores by itself."""
     for dtype in (torch.float16, torch.float32):
         for head_dim in (16, 64, 128, 256):
             blocks = block_sizes(family, kernel, head_dim, dtype)
+            if blocks.num_stages == 1 and family != "interpreter":
+                continue
             rows = vector_shapes(family, blocks, dtype)["BIAS_ROWS"]
             assert rows * blocks.block_n >= 32 * blocks.num_warps
             assert blocks.block_m % rows == 0

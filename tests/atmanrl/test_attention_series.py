@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels import _cpu, backend, observation
 from atman_kernels.hf import observing
+from atmanrl import attention_series as attention_series_module
 from atmanrl.attention_series import SeriesCollector, attention_series
 from atmanrl.config import SeriesConfig
 from atmanrl.saliency.heads import layers_of, sampled_layers, select_heads
@@ -139,6 +140,22 @@ def test_the_loss_is_that_of_the_answers_tokens() -> None:
         found = attention_series(model, prompts, responses, CONFIG, answers=answers, entropy=entropy)
         assert [one.loss for one in found] == pytest.approx(expected, rel=1e-4, nan_ok=True)
         assert [one.entropy is not None for one in found] == [entropy] * 3
+
+
+def test_entropies_are_computed_in_batches_that_their_logits_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollouts = random_rollouts([(9, 1, 2), (7, 2, 3), (8, 0, 1)])
+    model = tiny_model()
+    arguments = ([list(r.prompt_ids) for r in rollouts], [list(r.completion_ids) for r in rollouts], CONFIG)
+    expected = attention_series(model, *arguments, entropy=True)
+    monkeypatch.setattr(attention_series_module, "_MOST_LOGITS", 30 * model.config.vocab_size)
+    packed: list[int] = []
+    pack = attention_series_module._pack
+    monkeypatch.setattr(attention_series_module, "_pack", lambda *a: packed.append(len(a[0])) or pack(*a))
+    found = attention_series(model, *arguments, entropy=True)
+    assert packed == [1, 1, 1]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.entropy, other.entropy, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.fai, other.fai, rtol=1e-4, atol=1e-6)
 
 
 def test_equal_prompts_run_once() -> None:

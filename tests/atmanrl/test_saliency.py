@@ -11,6 +11,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausa
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
 from atmanrl.config import MASK_PRESETS
+from atmanrl.saliency.optimization import BatchOptimization
 from tests.atmanrl.naive_masks import naive_mask
 from tests.atmanrl.tiny_models import FAMILIES, VOCABULARY, random_rollouts, tiny_model
 
@@ -298,3 +299,23 @@ def test_the_general_path_is_taken_with_a_word_of_why(caplog):
     with caplog.at_level("INFO", logger="atmanrl"):
         optimize_masks(tiny_model("qwen3", torch.float64), random_rollouts(LENGTHS[:1]), SHORT)
     assert "general path: float64" in caplog.text
+
+
+def test_losses_without_a_mask_that_are_known_are_taken_and_change_no_mask(monkeypatch):
+    rollouts = random_rollouts([(7, 2, 3), (11, 1, 2)])
+    model, config = tiny_model(), MaskConfig(steps=2)
+    plain = optimize_masks(model, rollouts, config)
+    passes = []
+    original = BatchOptimization._losses_under
+    monkeypatch.setattr(BatchOptimization, "_losses_under", lambda *a: passes.append(1) or original(*a))
+    for known, early_stop, n_passes in (
+        (dict.fromkeys(rollouts, 7.0), None, 3),
+        ({rollouts[0]: 7.0}, None, 4),
+        (dict.fromkeys(rollouts, 7.0), 0.99, 4),
+    ):
+        passes.clear()
+        found = optimize_masks(model, rollouts, replace(config, early_stop=early_stop), loss_unmasked=known)
+        assert len(passes) == n_passes
+        for item, expected in zip(found, plain, strict=True):
+            assert torch.equal(item.mask, expected.mask)
+            assert item.loss_unmasked == (7.0 if n_passes == 3 else expected.loss_unmasked)

@@ -376,6 +376,19 @@ def test_the_loss_gets_the_credit_of_every_token_together_with_the_saliency_rewa
     assert "rewards/saliency/mean" in losses.lines[0]
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_pass_that_may_be_the_references_is_not_read(longer: Task, tmp_path: Path, beta: float) -> None:
+    """The reference of a LoRA policy is the same model with its adapter switched off."""
+    model, tokenizer = load_policy(ModelConfig("ledger", attn_implementation="atman"))
+    args = AtManGRPOConfig(**settings(tmp_path, credit_assignment=CreditConfig(strategy="global")))
+    trainer = AtManGRPOTrainer(model, args, longer, tokenizer)
+    trainer.beta = beta
+    ids = torch.ones(2, 20, dtype=torch.int64)
+    with torch.no_grad():
+        trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 15)
+    assert trainer._credit.needs_forward == bool(beta)
+
+
 @pytest.mark.parametrize("strategy", ["coupled", "entropy"])
 def test_one_forward_serves_the_credit_and_the_masks(longer: Task, tmp_path: Path, strategy: str) -> None:
     """What gives the series gives the losses without a mask too; the masks themselves stay the same, bit for bit."""

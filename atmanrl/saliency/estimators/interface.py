@@ -19,6 +19,10 @@ class Passes(NamedTuple):
 
     A forward over half the rows counts 0.5. The prompt's one forward is common to all estimators and left out. The
     backward of a frozen model computes no weight gradients and costs about one forward.
+
+    Attributes:
+        forward: forwards.
+        backward: backwards.
     """
 
     forward: float
