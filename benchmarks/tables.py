@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import attention_cases
-from benchmarks.estimator_tables import estimator_tables, reward_tables, search_tables
 from benchmarks.peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
@@ -217,6 +216,9 @@ def scaling_page() -> str:
 
 def estimators_page() -> str:
     """The generated part of docs/estimators.md."""
+    # It draws as well, with packages that a machine which only measures may lack.
+    from benchmarks.estimator_tables import estimator_tables, reward_tables, search_tables
+
     rated, trained, searched = (_results(kind) for kind in ("estimators", "reward_estimators", "estimator_search"))
     rewards = f"### Trained on\n\n{reward_tables(trained)}"
     return f"{estimator_tables(rated)}\n{rewards}\n### What was tried\n\n{search_tables(searched)}"
@@ -224,7 +226,7 @@ def estimators_page() -> str:
 
 def credit_page() -> str:
     """The generated part of docs/credit.md."""
-    # It draws as well, with packages that a machine which only measures may lack.
+    # It draws as well; see estimators_page.
     from benchmarks import credit_report
 
     return credit_report.page()
