@@ -119,7 +119,7 @@ def out_of_memory_on_a_cpu() -> None:
         ("trl.GRPOTrainer._compute_loss", "update", "per_device_train_batch_size down"),
         ("trl.GRPOTrainer._generate_single_turn", "generation", "max_completion_length"),
         ("atmanrl.trainer.estimate_saliency", "saliency", "LoRA"),
-        ("atmanrl.trainer.attention_series", "credit", "credit_assignment.strategy"),
+        ("atmanrl.credit_assignment.attention_series", "credit", "credit_assignment.strategy"),
         ("atmanrl.commands.before_after.evaluate", "evaluation", "evaluation.batch_size"),
     ],
     ids=["update", "generation", "saliency", "credit", "evaluation"],
