@@ -74,7 +74,7 @@ def attention_forward(o: Tensor, lse: Tensor, x: AttentionProblem, *, distance: 
     """
     _C.attention_forward(
         o, lse, *x[:_N_TENSORS], x.sequences, x.sm_scale, x.causal, _or_none_as_negative(x.window),
-        torch.get_num_threads(), _isa, distance,
+        torch.get_num_threads(), _isa, distance=distance,
     )  # fmt: skip
 
 

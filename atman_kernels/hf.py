@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from atman_kernels.attention import attention_rows, attention_varlen, checks_values
+from atman_kernels.attention import attention_rows, attention_varlen, check_layout, checks_values
 from atman_kernels.observation import AttentionCall, distance_is_read, observing, show
 from atman_kernels.plan import AttentionPlan, SharedPrefix
 from atman_kernels.row_mask import RowMask, lay_out, read_mask_function, row_mask_of, unsupported
@@ -240,6 +240,8 @@ def _packed(
         _check_key_bias(key_bias, (1, k.shape[1]), k)
     distance = None
     if _finds_distance(layer_idx, q):
+        own_bias = None if key_bias is None else key_bias[0]
+        check_layout(q[0], k[0], v[0], own_bias, None, None, plan, prefix, "attention_plan")
         o, lse, distance = attention_with_distance(
             q, k, v, key_bias, plan=plan, prefix=prefix, sm_scale=scaling, window=window
         )

@@ -78,7 +78,8 @@ def observing(observer: Observer) -> Iterator[None]:
     Single rows without a bias, which a decoding model hands to SDPA, are not shown. Process-wide; blocks nest.
 
     Args:
-        observer: called with an :class:`AttentionCall` per layer and forward.
+        observer: an :class:`Observer`: called with an :class:`AttentionCall` per layer and forward, and asked
+            beforehand whether it will read the distance there.
     """
     _observers.append(observer)
     try:

@@ -75,7 +75,7 @@ def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
     kernels = kernels_for(backend, x.q)
     if kernels is None:
         return reference.attention_forward(x)
-    x = x._replace(q=unit_stride(x.q), k=unit_stride(x.k), v=unit_stride(x.v))
+    x = _laid_out(x)
     o = _allocate(x.q, covers)
     lse = x.q.new_empty((x.q.shape[0], x.q.shape[2], x.q.shape[1]), dtype=torch.float32)
     if not covers:
@@ -97,7 +97,7 @@ def _backward(
         found = [g if need else g.new_empty(0) for g, need in zip(all_four, needed, strict=True)]
         return found[0], found[1], found[2], found[3]
     do = unit_stride(do)
-    x = x._replace(q=unit_stride(x.q), k=unit_stride(x.k), v=unit_stride(x.v))
+    x = _laid_out(x)
     dq, dk, dv = (_allocate(t, covers) if need else None for t, need in zip(x[:3], needed[:3], strict=True))
     dkey_bias = x.k.new_empty(x.k.shape[:2], dtype=torch.float32) if needed[3] else None
     if dkey_bias is not None and not covers:
@@ -111,6 +111,11 @@ def _backward(
         absent.clone() if dv is None else dv,
         x.q.new_empty(0, dtype=torch.float32) if dkey_bias is None else dkey_bias,
     )
+
+
+def _laid_out(x: AttentionProblem) -> AttentionProblem:
+    key_bias = None if x.key_bias is None else unit_stride(x.key_bias)
+    return x._replace(q=unit_stride(x.q), k=unit_stride(x.k), v=unit_stride(x.v), key_bias=key_bias)
 
 
 def unit_stride(x: Tensor) -> Tensor:

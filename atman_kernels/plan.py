@@ -254,7 +254,7 @@ def _schedule(lengths: Tensor, n_tiles: int, *, cost: Tensor, work_at_start: Ten
     """
     n_seq = lengths.shape[0]
     if n_seq == 0:
-        return torch.full((n_tiles, 2), -1, dtype=torch.int32, device=lengths.device)
+        return lengths.new_empty((0, 2), dtype=torch.int32)
     counts = tiles_of(lengths)
     ends = counts.cumsum(0)
     tile = torch.arange(n_tiles, device=lengths.device)

@@ -197,11 +197,11 @@ def mean_of_chosen_rows(values: Tensor, plan: AttentionPlan, rows: Tensor | None
         rows: (B, T) bool; None: all.
     """
     batch, start, length = plan.sequences[:, :K_START].long().unbind(1)
-    weights = values.new_ones(values.shape[0], values.shape[2]) if rows is None else rows
-    weights = weights.double()[:, :, None]
-    sums = torch.cat([weights, weights * values.double().transpose(1, 2)], dim=-1)
-    # Sums over all rows before each, in double precision, so that their differences are exact enough.
-    before = torch.nn.functional.pad(sums.cumsum(1), (0, 0, 1, 0))
-    own = before[batch, start + length] - before[batch, start]
-    means: Tensor = own[:, 1:] / own[:, :1].clamp(min=1)
-    return means.to(values.dtype)
+    means = values.new_zeros(len(start), values.shape[1])
+    # One after another: a NaN stays in its sequence, and one in a row that was not chosen is not seen.
+    for mean, i, first, n in zip(means, batch.tolist(), start.tolist(), length.tolist(), strict=True):
+        own = values[i, :, first : first + n]
+        own = own if rows is None else own[:, rows[i, first : first + n]]
+        if own.shape[1]:
+            mean.copy_(own.double().mean(1))
+    return means

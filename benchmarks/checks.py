@@ -38,7 +38,8 @@ def outcome(name: str, device: Device) -> str:
 
 def run_all(names: list[str], device: Device, deadline: float, path: Path, content: dict[str, Any]) -> None:
     """Run the named checks until the deadline, keeping every outcome; what did not end is left out."""
-    workers = max(1, (os.cpu_count() or 1) - 1) if device.rehearsal is None else 1
+    # Each holds a context on the GPU.
+    workers = min(16, max(1, (os.cpu_count() or 1) - 1)) if device.rehearsal is None else 1
     context = multiprocessing.get_context("spawn")
     # A process that met an illegal access can do nothing more, so none lives long.
     pool = ProcessPoolExecutor(workers, context, max_tasks_per_child=8)

@@ -149,7 +149,9 @@ class Comparison:
         for old in RESULTS.glob(f"{self.name}_*.json"):
             old.unlink()
         date = datetime.datetime.now(datetime.UTC).date()
-        write_text_atomically(RESULTS / f"{self.name}_{date}_{commit()}.json", json.dumps(content, indent=1) + "\n")
+        write_text_atomically(
+            RESULTS / f"{self.name}_{date}_{content['commit']}.json", json.dumps(content, indent=1) + "\n"
+        )
 
 
 CLAIM = Comparison("ledger_claim", ARMS, SETTING, SEEDS, measure)

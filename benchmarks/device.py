@@ -128,7 +128,9 @@ def commit() -> str:
 
 
 def tuned() -> str:
-    """ "-tuned" where the block sizes are not the committed ones, else ""."""
+    """ "-tuned" where the block sizes are not the committed ones, outside a repository once a tuning began, else ""."""
+    if not _git("rev-parse", "HEAD"):
+        return "-tuned" if any(RESULTS.glob("tuning_*_unknown.json")) else ""
     return "-tuned" if _git("status", "--porcelain", "--", str(BLOCK_SIZES_FILE)) else ""
 
 

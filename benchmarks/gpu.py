@@ -39,7 +39,7 @@ class Stage(NamedTuple):
     share: float
     timed: bool = True
     restarts: int = 0
-    needs: str = "torch"
+    needs: tuple[str, ...] = ("torch",)
 
 
 def stages(device: Device) -> list[Stage]:
@@ -62,11 +62,18 @@ def stages(device: Device) -> list[Stage]:
         found.append(Stage("sanitizer", command, 0.1, timed=False))
     # Starts no arm after so many seconds; one cut off goes on in the next call.
     found.append(
-        Stage("mask steps", (*module, "benchmarks.masks", "--seconds", "60"), 0.2, timed=False, needs="transformers")
+        Stage(
+            "mask steps",
+            (*module, "benchmarks.masks", "--seconds", "60"),
+            0.2,
+            timed=False,
+            needs=("transformers", "einops"),
+        )
     )
     update = (*module, "benchmarks.update")
-    found.append(Stage("update", update, 0.4, timed=False, needs="trl"))
-    found.append(Stage("update, LoRA", (*update, "--lora", "16"), 0.3, timed=False, needs="trl"))
+    trained = ("trl", "datasets", "einops")
+    found.append(Stage("update", update, 0.4, timed=False, needs=trained))
+    found.append(Stage("update, LoRA", (*update, "--lora", "16"), 0.3, timed=False, needs=(*trained, "peft")))
     return found
 
 
@@ -97,8 +104,8 @@ def main() -> int:
     in_all = deadline - time.monotonic()
     path, content = kept_results("stages", device, stages={})
     for stage in stages(device):
-        if importlib.util.find_spec(stage.needs) is None:
-            content["stages"][stage.name] = f"left out: {stage.needs} is not installed"
+        if missing := [name for name in stage.needs if importlib.util.find_spec(name) is None]:
+            content["stages"][stage.name] = f"left out: {', '.join(missing)} not installed"
             continue
         # What may have more to do is called again: it returns at once where it has not.
         if content["stages"].get(stage.name) == "passed" and not stage.timed and stage.name != "tables":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from atman_kernels import AttentionPlan, SharedPrefix
 from atman_kernels.hf import KeyValueRecord
+from atman_kernels.observation import AttentionCall, observing
 from tests.atman_kernels.families import FAMILIES, random_ids, random_model
 
 PROMPTS = [7, 3, 4]
@@ -179,3 +181,24 @@ def test_plan_offsets_follow_the_recorded_order():
     for start, end in pairwise([0, 5, 10]):
         assert record.layer(0).k[start:end].shape == alone.layer(0).k.shape
     assert_same(record.layer(2).k[5:], alone.layer(2).k)
+
+
+class ReadsDistance:
+    """An observer for whom the attention finds distances on its way."""
+
+    def __call__(self, call: AttentionCall) -> None:
+        pass
+
+    def reads_distance(self, layer_idx: int) -> bool:
+        return True
+
+
+@torch.no_grad()
+def test_a_plan_of_other_lengths_is_refused_whether_or_not_anyone_looks_on():
+    model, ids, plan = random_model("llama"), random_ids(1, 9), AttentionPlan((4, 4))
+    for watching in (nullcontext(), observing(ReadsDistance())):
+        with (
+            watching,
+            pytest.raises(ValueError, match="the plan describes 8 rows and 8 keys, the tensors have 9 and 9"),
+        ):
+            model(ids, position_ids=torch.arange(9)[None], attention_plan=plan, use_cache=False)

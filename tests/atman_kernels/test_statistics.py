@@ -250,6 +250,14 @@ def test_means_over_chosen_rows_are_those_of_the_statistics() -> None:
         torch.testing.assert_close(means, _compute("cpu", problem, x)["distance"], rtol=1e-5, atol=1e-5)
 
 
+def test_a_nan_stays_in_its_sequence_and_out_of_rows_that_were_not_chosen() -> None:
+    plan = AttentionPlan((2, 3))
+    values = torch.tensor([[[1.0, torch.nan, 2.0, torch.nan, 4.0]]])
+    rows = torch.tensor([[True, True, True, False, True]])
+    found = mean_of_chosen_rows(values, plan, rows)
+    assert torch.equal(found.nan_to_num(-1.0), torch.tensor([[-1.0], [3.0]]))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["reference", *BACKENDS])
 def test_layouts_change_no_number(name: str, layout: str) -> None:
