@@ -96,7 +96,8 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
       for (int64_t key = round_down(seen.begin, kKeyTile); key < seen.end; key += kKeyTile) {
         const int64_t at = key - keys.begin;
         const Tile tile{visible, first, rows, key};
-        for_each_row(tile, p, b.k_panels + at * words<W>(p.head_dim), b.bias_log2 + at, b, [&](int64_t row, Range vectors) {
+        const auto* panels = b.k_panels + at * words<W>(p.head_dim);
+        for_each_row(tile, p, panels, b.bias_log2 + at, b, [&](int64_t row, Range vectors) {
           const float back = tile.distance(row);
           Vec sum = load(b.sums + row * kLanes);
           for (int64_t j = vectors.begin; j < vectors.end; ++j) {

@@ -5,8 +5,8 @@
 
 namespace atman {
 
-// Writes windowed (the row sums with `reach`), p.received and counts, laid out as Statistics says, and unless it is null
-// distance, (n_seq, heads_q).
+// Writes windowed (the row sums with `reach`), p.received and counts, laid out as Statistics says, and, unless it is
+// null, distance, (n_seq, heads_q).
 void attention_statistics(Statistics p, const Scalars& windowed, float* distance, int32_t* counts, int64_t reach,
                           const Kernels& kernels, int threads);
 
