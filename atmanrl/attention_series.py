@@ -33,7 +33,7 @@ class RolloutSeries:
     Attributes:
         waad: (T,) windowed average attention distance; fai: (T,) future attention influence, 0 where no row of the
             horizon exists.
-        entropy: (T,) of the distribution each token was drawn from, nats; None unless asked for.
+        entropy: (T,) of the model's distribution (temperature 1) in each token's place, nats; None unless asked for.
         loss: mean negative log-likelihood of the answer's tokens, nats; NaN unless asked for.
     """
 
@@ -233,11 +233,16 @@ def _read(
     own = logits.split(list(lengths) if entropy else [len(answer) for answer in answers])
     found = []
     for ids, rows, answer in zip(tokens, own, answers, strict=True):
-        entropies = torch.distributions.Categorical(logits=rows).entropy() if entropy else None
+        entropies = _entropies(rows) if entropy else None
         of_answer = rows[answer.start : answer.stop] if entropy else rows
         loss = nn.functional.cross_entropy(of_answer, ids[answer.start : answer.stop]).item() if answer else math.nan
         found.append((entropies, loss))
     return found
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    # Some rows at a time: normalised logits and probabilities are as large as the logits.
+    return torch.cat([torch.distributions.Categorical(logits=rows).entropy() for rows in logits.split(1024)])
 
 
 def _parts(lengths: Sequence[int], budget: int) -> list[list[int]]:

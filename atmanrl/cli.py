@@ -14,8 +14,8 @@ from atmanrl.recipe import ModelConfig, builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
 Any key of a recipe can be overridden: --learning_rate 1e-6, --mask.steps 100, --data.path train.jsonl. Keys are the
-sections model.*, data.*, evaluation.* and mask.*, and the fields of atmanrl.trainer.AtManGRPOConfig, which are those of
-TRL's GRPOConfig and of Hugging Face's TrainingArguments as well.
+sections model.*, data.*, evaluation.*, mask.* and credit_assignment.*, and the fields of
+atmanrl.trainer.AtManGRPOConfig, which are those of TRL's GRPOConfig and of Hugging Face's TrainingArguments as well.
 """
 
 
@@ -93,7 +93,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         temperature=known.temperature,
         seed=known.seed,
         color=known.color,
-        estimators=known.estimator,
+        estimators=known.estimator or ["mask"],
         deletion=known.deletion,
         record_every=known.record_every,
     )
@@ -103,7 +103,7 @@ def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     from atmanrl.commands.explain import examples_of, generation_of
     from atmanrl.commands.statistics import statistics_command
 
-    for option in ("html", "csv", "deletion", "record_every"):
+    for option in ("html", "csv", "deletion", "record_every", "estimator"):
         if getattr(known, option):
             raise ValueError(f"--{option.replace('_', '-')} is not for --statistics, which scores no tokens")
     return statistics_command(
@@ -248,10 +248,9 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument(
         "--estimator",
         nargs="+",
-        default=["mask"],
         metavar="NAME",
-        help="what scores the tokens: mask (the paper's), best, sparse-mask, integrated, gradient, leave-one-out, "
-        "atman, atman-concept, attention, fai or random; the page can switch between several",
+        help="what scores the tokens: mask (the paper's, the default), best, sparse-mask, integrated, gradient, "
+        "leave-one-out, atman, atman-concept, attention, fai or random; the page can switch between several",
     )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
     explain.add_argument("--json", type=Path, metavar="FILE", help="write what `atmanrl compare` reads")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from atmanrl.agreement import spearman
 from atmanrl.plots import plot_comparison, plot_training
-from atmanrl.records import Run, paired_rollouts, write_text_atomically
+from atmanrl.records import RESTORED, Run, paired_rollouts, write_text_atomically
 from atmanrl.report import markdown_table, print_summary, write_page
 from atmanrl.summary import Summary, compare, summarize
 
@@ -71,8 +71,11 @@ def with_scores_of(first: Run, second: Run) -> Run:
             pair = one.scores[first.score], other.scores[name]
             found = {f"spearman_with_{name}": spearman(*pair), f"top_fifth_shared_with_{name}": _top_shared(*pair)}
             measures |= {key: value for key, value in found.items() if math.isfinite(value)}
-        records.append(replace(one, scores={**other.scores, **one.scores}, measures=measures))
-    settings = {**first.settings, "second": second.settings}
+        its_own = {name: other.scores[name]} if name in other.scores else {}
+        records.append(replace(one, scores={**other.scores, **one.scores, **its_own}, measures=measures))
+    # The mask's settings fix its scale: of the run whose mask is shown.
+    masked = second if name == RESTORED else first
+    settings = {**first.settings, "mask": masked.settings.get("mask"), "second": second.settings}
     return Run(f"{first.label}, {first.score} and {name}", tuple(records), first.score, settings)
 
 

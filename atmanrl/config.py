@@ -122,7 +122,7 @@ class CreditConfig:
 
     Attributes:
         strategy: "none"; "local" (local-chunk), "global" (global-anchor) or "coupled" of the paper; its control arms
-            "random" and "entropy"; or "saliency", from the mask of this project.
+            "random" and "entropy"; or "saliency", from the scores of the run's saliency estimator.
         gain: gamma of a chosen token (the paper's gamma_amp); 1 chooses nothing.
         share: share of a rollout's tokens that is chosen.
         alpha: share of a locally dominated token's bonus that goes to the token that introduces it.

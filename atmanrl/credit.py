@@ -99,7 +99,7 @@ def random_tokens(n_tokens: int, generator: torch.Generator, *, gain: float = 1.
 
 
 def high_entropy(entropy: Tensor, *, gain: float = 1.5, share: float = 0.4) -> Tensor:
-    """gamma_t from the entropy of the distribution that token t was drawn from, (T,)."""
+    """gamma_t from the entropy of the model's distribution (temperature 1) in token t's place, (T,)."""
     return amplify(highest(entropy, share), gain)
 
 

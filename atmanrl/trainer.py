@@ -377,7 +377,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         if not self._credit.needs_forward:
             return estimator
         answers = {}
-        if isinstance(estimator, Mask) and self.args.target == "predicted":
+        if isinstance(estimator, Mask) and self.args.target == "predicted" and estimator.config.weights == "model":
             answers = {i: loss_tokens(rollouts[i], estimator.config.answer_loss) for i in active}
         with self._clock("credit"):
             losses = self._credit.forward(model, self._prompt_ids, self._completion_ids, answers)
@@ -406,12 +406,14 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         found = self._credit.gammas(
             [len(ids) for ids in self._completion_ids],
             {i: mask.restored for i, mask in self._masks.items()},
-            self.args.seed + self.state.global_step,
+            self.args.seed + self.state.global_step + (self.accelerator.process_index << 32),
         )
-        values = torch.cat(found)
+        values = torch.cat(found).double().to(self.accelerator.device)
+        sums = torch.stack([torch.ones_like(values).sum(), values.sum(), values.square().sum()])
+        count, total, squared = self.accelerator.gather(sums[None]).sum(0).tolist()
         own = self._metrics["train" if self.model.training else "eval"]
-        own["credit/gamma_mean"].append(float(values.mean()))
-        own["credit/gamma_std"].append(float(values.std(correction=0)))
+        own["credit/gamma_mean"].append(total / count)
+        own["credit/gamma_std"].append(max(0.0, squared / count - (total / count) ** 2) ** 0.5)
         return weighted_advantages(
             output["advantages"], found, output["completion_ids"].shape[1], self._credit.config.sign
         )

@@ -46,12 +46,15 @@
       part.hidden = part.dataset.for !== score || (part.dataset.kind ?? body.dataset.scale) !== body.dataset.scale;
   };
 
+  // What the reader chose; a score without a fixed scale does not change it.
+  let wantsFixed = true;
   const choose = (name, value) => {
     body.dataset[name] = value;
+    if (name === "scale") wantsFixed = value === "fixed";
     if (name === "score") {
       const [fixed, fitted] = document.querySelectorAll("input[name=scale]");
       fixed.disabled = !scales[value].fixed;
-      if (fixed.disabled) fitted.checked = true;
+      (wantsFixed && !fixed.disabled ? fixed : fitted).checked = true;
       body.dataset.scale = fitted.checked ? "fitted" : "fixed";
     }
     if (name !== "unit") repaint();

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -6,11 +7,13 @@ from atmanrl import Rollout, estimate_saliency
 from atmanrl.agreement import spearman
 from atmanrl.cli import main
 from atmanrl.commands.evaluate import labels
+from atmanrl.comparison import with_scores_of
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig
-from atmanrl.records import Run
+from atmanrl.records import RESTORED, Run
 from atmanrl.report.numbers import number
+from atmanrl.report.scale import fixed_scale
 from atmanrl.saliency.estimators import make_estimator
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
@@ -82,6 +85,18 @@ def test_two_scores_of_the_same_completions_are_compared_token_by_token(tmp_path
     assert main(["explain", *given[:-1], COMPLETION.replace(".", "~"), "--estimator", "fai", "--json", other]) == 0
     assert main(["compare", files["gradient"], other]) == 2
     assert "neither scores nor completions can be compared" in capsys.readouterr().err
+
+
+def test_a_masks_scale_is_that_of_the_file_it_came_from(tmp_path):
+    files = {name: str(tmp_path / f"{name}.json") for name in ("gradient", "mask")}
+    given = ["explain", "--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION]
+    assert main([*given, "--estimator", "gradient", "--json", files["gradient"]]) == 0
+    assert main([*given, "--mask.steps", "20", "--json", files["mask"]]) == 0
+    runs = {name: Run.load(file) for name, file in files.items()}
+    both = with_scores_of(runs["gradient"], runs["mask"])
+    of_paper = fixed_scale([replace(both, settings={})], RESTORED)
+    assert fixed_scale([both], RESTORED) == fixed_scale([runs["mask"]], RESTORED) != of_paper
+    assert both.rollouts[0].scores[RESTORED] == runs["mask"].rollouts[0].scores[RESTORED]
 
 
 def test_explain_reads_a_file_and_lets_the_model_complete(tmp_path, capsys):

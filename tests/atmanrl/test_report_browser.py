@@ -161,7 +161,8 @@ def test_a_score_without_a_fixed_scale_offers_none(window, tmp_path):
     assert window.run(chosen) == ["fitted", True]
     assert window.run(SHADES) == rendered_shades([run(both)], "attention", Scale(0.0, 0.02))
     window.click("input[value=restored]")
-    assert window.run(chosen) == ["fitted", False]
+    assert window.run(chosen) == ["fixed", False]
+    assert window.run(SHADES) == rendered_shades([run(both)], "restored", fixed_scale([run(both)], "restored"))
     assert window.messages() == []
 
 

@@ -95,6 +95,7 @@ def test_sampled_completions_end_with_the_context(examples: Path, tmp_path: Path
     ("options", "message"),
     [
         (["--statistics", "--html", "page.html"], "--html is not for --statistics"),
+        (["--statistics", "--estimator", "best"], "--estimator is not for --statistics"),
         (["--statistics", "--record-every", "2"], "--record-every is not for --statistics"),
         (["--plot", "series.png"], "--plot needs --statistics"),
     ],

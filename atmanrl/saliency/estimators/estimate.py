@@ -43,7 +43,7 @@ _MAKE: Mapping[str, Callable[[], Estimator]] = MappingProxyType(
 )
 
 ESTIMATORS = tuple(_MAKE)
-"""Names of the estimators; ``"best"`` is one of them."""
+"""Names of the estimators; ``"best"``, which stands for one of them, is not listed."""
 
 
 def make_estimator(name: str, *, mask: MaskConfig | None = None, record_every: int | None = None) -> Estimator:
