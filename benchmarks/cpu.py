@@ -144,6 +144,17 @@ def _status_bytes(field: str) -> int:
     raise LookupError(field)
 
 
+def provenance() -> dict[str, Any]:
+    """Processor, commit, threads, instruction set and versions that a result belongs to."""
+    return {
+        "device": processor(),
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": (_cpu.isas() or ["reference"])[0],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
 def processor() -> str:
     """The processor's name as the kernel reports it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -162,13 +173,7 @@ def main() -> int:
         _print_peak(*arguments.peak)
         return 0
     deadline = time.monotonic() + arguments.seconds
-    facts = {
-        "device": processor(),
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": (_cpu.isas() or ["reference"])[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+    facts = provenance()
     path = results_file("cpu", facts)
     content = json.loads(path.read_text()) if path.exists() else {**facts, "results": [], "peak_memory": {}}
     done = {(row["case"], row["dtype"]) for row in content["results"]}

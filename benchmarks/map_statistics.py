@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen
+from atman_kernels import AttentionPlan, attention_statistics, attention_varlen
 from atman_kernels.statistics import attention_with_distance
-from benchmarks.cpu import _seconds, _status_bytes, processor
-from benchmarks.device import commit, results_file, save
+from benchmarks.cpu import _seconds, _status_bytes, provenance
+from benchmarks.device import results_file, save
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 HEADS_Q, HEADS_KV, HEAD_DIM = 8, 2, 128
@@ -129,13 +128,7 @@ def main() -> int:
     if arguments.alone:
         _print_one_run(arguments.alone[0], int(arguments.alone[1]))
         return 0
-    facts = {
-        "device": processor(),
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": (_cpu.isas() or ["reference"])[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+    facts = provenance()
     content: dict[str, Any] = {**facts, "results": []}
     path = results_file("statistics", facts)
     # Threads and caches come up before anything counts.

@@ -10,7 +10,6 @@ once; rollouts come in groups of eight with one prompt each. Arms run in turn; t
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels import AttentionPlan, _cpu
+from atman_kernels import AttentionPlan
 from atman_kernels.hf import AttentionCall, observing
 from atmanrl.attention_series import SeriesCollector, attention_series
 from atmanrl.config import SeriesConfig
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.throughput import random_model
-from benchmarks.cpu import _seconds, processor
-from benchmarks.device import commit, results_file, save
+from benchmarks.cpu import _seconds, provenance
+from benchmarks.device import results_file, save
 
 GROUP = 8
 # Prompt, response, rollouts and rounds.
@@ -96,13 +95,7 @@ def measure(prompt: int, response: int, rollouts: int, rounds: int) -> dict[str,
 
 
 def main() -> int:
-    facts = {
-        "device": processor(),
-        "commit": commit(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": (_cpu.isas() or ["reference"])[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
+    facts = provenance()
     content: dict[str, Any] = {**facts, "results": []}
     path = results_file("observed_forward", facts)
     for shape in SHAPES:
