@@ -69,6 +69,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
     bf16: bool | None = None
+    # The loader hands out prompts, which are no tensors.
+    dataloader_pin_memory: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.mask, Mapping):

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atmanrl.commands.failures import explained_without_training
 from atmanrl.comparison import write_comparison, write_single
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task, load_task
@@ -24,6 +25,7 @@ from atmanrl.scoring import with_deletion_effects, with_faithfulness
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+@explained_without_training("evaluation", "checkpoints evaluated before this one have their files")
 def evaluate_command(
     config: str,
     overrides: Sequence[tuple[str, str]] = (),
