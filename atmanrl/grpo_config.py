@@ -106,6 +106,11 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
             arithmetic.check_save_steps(self.save_steps)
         self.arithmetic = arithmetic
 
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether anything in a run reads its rollouts' saliency."""
+        return bool(self.saliency_weight or self.log_saliency) or self.credit_assignment.strategy == "saliency"
+
     def estimator(self) -> Estimator:
         """What scores the tokens.
 

@@ -11,7 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -250,13 +250,9 @@ def build(cls: type[T], data: object, *, source: str, prefix: str = "") -> T:
     """
     if not isinstance(data, Mapping):
         raise RecipeError(f"{source}: {prefix.rstrip('.')} must be a mapping, got {data!r}")
-    known = {item.name: item for item in fields(cls) if item.init}  # type: ignore[arg-type]
+    known = check_keys(cls, data, source=source, prefix=prefix)
     hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        if key not in known:
-            raise RecipeError(f"{source}: unknown key '{prefix}{key}'{_near(str(key), known, prefix)}")
-        values[key] = _coerce(value, hints[key], source=source, key=f"{prefix}{key}")
+    values = {key: _coerce(value, hints[key], source=source, key=f"{prefix}{key}") for key, value in data.items()}
     for name, item in known.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise RecipeError(f"{source}: '{prefix}{name}' is missing")
@@ -264,6 +260,19 @@ def build(cls: type[T], data: object, *, source: str, prefix: str = "") -> T:
         return cls(**values)
     except ValueError as error:
         raise RecipeError(f"{source}: {prefix}{error}") from error
+
+
+def check_keys(cls: type, data: Mapping[str, Any], *, source: str, prefix: str = "") -> dict[str, Field[Any]]:
+    """The fields of the dataclass ``cls`` by name; arguments as for `build`.
+
+    Raises:
+        RecipeError: for a key that is none of them, with near matches.
+    """
+    known = {item.name: item for item in fields(cls) if item.init}
+    for key in data:
+        if key not in known:
+            raise RecipeError(f"{source}: unknown key '{prefix}{key}'{_near(str(key), known, prefix)}")
+    return known
 
 
 def _near(key: str, known: Mapping[str, object], prefix: str) -> str:

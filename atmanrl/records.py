@@ -186,8 +186,8 @@ class Run:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"{path}: no such file") from error
+        except OSError as error:
+            raise ValueError(f"{path}: {(error.strerror or str(error)).lower()}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
         except json.JSONDecodeError as error:

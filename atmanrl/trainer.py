@@ -104,7 +104,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         self._batch = _Batch()
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
-        if args.saliency_weight or args.log_saliency or args.credit_assignment.strategy == "saliency":
+        if args.scores_tokens:
             reward_funcs.append(self.saliency)
             args.reward_weights.append(args.saliency_weight)
         super().__init__(

@@ -17,8 +17,9 @@ from atmanrl.config import MaskConfig
 from atmanrl.data import Task, load_task
 from atmanrl.evaluation import evaluate
 from atmanrl.generation import GenerationSettings
+from atmanrl.grpo_config import AtManGRPOConfig
 from atmanrl.policy import load_policy
-from atmanrl.recipe import Dtype, Recipe, build, load_recipe
+from atmanrl.recipe import Dtype, Recipe, build, check_keys, load_recipe
 from atmanrl.records import Run
 from atmanrl.scoring import with_deletion_effects, with_faithfulness
 
@@ -53,6 +54,7 @@ def evaluate_command(
         ValueError: for a recipe, data or a checkpoint that cannot be used.
     """
     recipe = load_recipe(config, overrides)
+    check_keys(AtManGRPOConfig, recipe.training, source=recipe.source)
     if not recipe.evaluation.prompts:
         raise ValueError(f"{recipe.source}: evaluation.prompts is 0; pass --evaluation.prompts N")
     if initial_model is not None and not faithfulness:

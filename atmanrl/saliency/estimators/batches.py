@@ -61,7 +61,8 @@ class Batch:
     def per_token(self, per_rollout: Tensor) -> Tensor:
         """(C_total,) each rollout's number at each of its tokens."""
         lengths = torch.tensor(self.packed.cot_lengths, device=per_rollout.device)
-        return per_rollout.repeat_interleave(lengths)
+        # With its size known nothing waits for the device.
+        return per_rollout.repeat_interleave(lengths, output_size=len(self.packed.cot_columns))
 
     def filled(self, value: float) -> Tensor:
         """(C_total,) of ``value``."""
