@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -23,6 +23,7 @@ from atmanrl.errors import InputError
 RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T")
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class RecipeError(InputError):
@@ -51,7 +52,7 @@ class ModelConfig:
     Attributes:
         name: Hugging Face id, local directory, or "ledger" for the built-in task's own checkpoint.
         revision: branch, tag or commit of a Hugging Face id.
-        dtype: parameter dtype ("float32", "bfloat16").
+        dtype: of the parameters.
         attn_implementation: attention of the policy's own passes (generation and update); "auto" is
             flash_attention_2 where flash-attn is installed and computes in ``dtype``, else sdpa.
         lora: train adapters instead of the weights.
@@ -59,9 +60,13 @@ class ModelConfig:
 
     name: str
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     attn_implementation: str = "auto"
     lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,11 @@ class EvaluationConfig:
             raise ValueError(
                 f"prompts must not be negative, samples and batch_size at least 1; "
                 f"got {self.prompts}, {self.samples} and {self.batch_size}"
+            )
+        if self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
+            raise ValueError(
+                f"temperature must not be negative, and is 0 for one sample alone; got {self.temperature} "
+                f"for {self.samples}"
             )
 
 
@@ -159,7 +169,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
     return Recipe(source=str(path), training=data, **sections)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a recipe file, presets written out, laid over that of the recipe it names as its ``base``."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -177,9 +187,10 @@ def _read(path: Path) -> dict[str, Any]:
         return data
     beside = path.parent / str(base)
     found = beside if beside.is_file() else find_recipe(str(base))
-    if found == path:
-        raise RecipeError(f"{path}: names itself as its base")
-    return _merged(_read(found), data)
+    above = (*above, path.resolve())
+    if found.resolve() in above:
+        raise RecipeError(f"{path}: its base {base!r} leads back to it")
+    return _merged(_read(found, above), data)
 
 
 def mask_preset(name: object, *, source: str) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def test_a_dry_run_tries_a_large_machines_recipe_on_any(
         (["--num_generations", "7"], "whole groups of num_generations 7"),
         (["--data.name", "gsm8k", "--data.path", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--model.name", "./nowhere"], "model.name './nowhere' cannot be loaded"),
-        (["--max_completion_length", "4000"], "max_completion_length 4000 leaves no room for a prompt"),
+        (["--max_completion_length", "4000"], "max_completion_length 4000 leaves it 0 of the model's context of 256"),
+        (["--evaluation.temperature", "0"], "is 0 for one sample alone; got 0.0 for 2"),
+        (["--max_completion_length", "245"], "prompt 0 of the training rows has 16 tokens"),
     ],
 )
 def test_input_that_cannot_be_used_ends_with_status_2_and_one_message(

@@ -116,6 +116,8 @@ def test_a_wrong_training_key_or_value_is_named_with_its_file(
         ("data.name", "gsm9k", r"'data.name' must be 'ledger' or 'gsm8k' or 'mmlu', got 'gsm9k'"),
         ("data.ledger.asked", "9", r"data.ledger.asked must lie between 1 and pairs \(5\), got 9"),
         ("evaluation.samples", "0", r"evaluation.prompts must not be negative, samples and batch_size at least 1"),
+        ("evaluation.temperature", "-1", r"temperature must not be negative.*; got -1.0 for 1"),
+        ("model.dtype", "bf16", r"'model.dtype' must be 'float32' or 'bfloat16' .*, got 'bf16'"),
         ("seed.value", "1", "--seed.value: 'seed' is the value 3, not a section"),
     ],
 )
@@ -131,12 +133,14 @@ def test_a_wrong_section_key_or_value_is_named(recipe: Path, key: str, value: st
         (b"model: [", "broken.yaml: not YAML"),
         (b"- 1", "broken.yaml: a recipe is a mapping of keys to values, not list"),
         (b"data: {name: ledger}", "broken.yaml: 'model.name' is missing"),
-        (b"base: broken.yaml", "broken.yaml: names itself as its base"),
+        (b"base: broken.yaml", "broken.yaml: its base 'broken.yaml' leads back to it"),
+        (b"base: other.yaml", "other.yaml: its base 'broken.yaml' leads back to it"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
+    (tmp_path / "other.yaml").write_text("base: broken.yaml\n")
     with pytest.raises(RecipeError, match=message):
         load_recipe(str(path))
 
