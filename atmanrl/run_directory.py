@@ -123,11 +123,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _environment() -> dict[str, Any]:
+def installed_versions() -> dict[str, str | None]:
+    """Version of this package and of those it builds on; None where one is not installed."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {"python": platform.python_version(), "platform": platform.platform(), "argv": sys.argv, **versions}
+    return versions
+
+
+def _environment() -> dict[str, Any]:
+    about = {"python": platform.python_version(), "platform": platform.platform(), "argv": sys.argv}
+    return {**about, **installed_versions()}
