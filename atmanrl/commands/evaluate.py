@@ -54,11 +54,13 @@ def evaluate_command(
         ValueError: for a recipe, data or a checkpoint that cannot be used.
     """
     recipe = load_recipe(config, overrides)
-    check_keys(AtManGRPOConfig, recipe.training, source=recipe.source)
     if not recipe.evaluation.prompts:
         raise ValueError(f"{recipe.source}: evaluation.prompts is 0; pass --evaluation.prompts N")
     if initial_model is not None and not faithfulness:
         raise ValueError("--initial-model takes part in --faithfulness only")
+    # Few of the training keys are read here, and a slip in another one would pass unseen.
+    check_keys(AtManGRPOConfig, recipe.training, source=recipe.source, typed=recipe.typed)
+    mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.", typed=recipe.typed)
     names = list(checkpoints) or [recipe.model.name]
     named = list(zip(names, labels(names), strict=True))
     task = load_task(recipe.data)
@@ -69,7 +71,7 @@ def evaluate_command(
         raise ValueError(f"--output {output} cannot be made: {error}") from error
     runs = []
     for name, label in named:
-        run = _evaluate(recipe, task, name, label, faithfulness, reader)
+        run = _evaluate(recipe, task, name, label, mask, faithfulness, reader)
         run.save(output / f"{label}.json")
         runs.append(run)
     console = Console(highlight=False)
@@ -107,13 +109,14 @@ def _load(recipe: Recipe, name: str) -> Policy:
     return load_policy(replace(recipe.model, name=name, revision=revision, dtype=_dtype(recipe)))
 
 
-def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: bool, reader: Policy | None) -> Run:
+def _evaluate(
+    recipe: Recipe, task: Task, name: str, label: str, mask: MaskConfig, faithfulness: bool, reader: Policy | None
+) -> Run:
     section = recipe.evaluation
     model, tokenizer = _load(recipe, name)
     if reader is not None and reader[1].get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{name} and the initial model have different vocabularies: no chain can be read by both")
     limit = recipe.training.get("max_completion_length")
-    mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.")
     generation = GenerationSettings(
         temperature=section.temperature, samples=section.samples, batch_size=section.batch_size
     )

@@ -49,7 +49,8 @@ def train(
     recipe = load_recipe(config, overrides)
     # A dry run computes nothing: the recipe of a large machine can be tried on one that has no half precision.
     anywhere = {"bf16": False, "fp16": False} if dry_run else {}
-    args = build(AtManGRPOConfig, {"disable_tqdm": True, **recipe.training, **anywhere}, source=recipe.source)
+    training = {"disable_tqdm": True, **recipe.training, **anywhere}
+    args = build(AtManGRPOConfig, training, source=recipe.source, typed=recipe.typed)
     console = Console()
     process = PartialState()
     if not sys.stderr.isatty():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from atman_kernels import AttentionPlan, attention
+from atman_kernels import AttentionPlan, attention, attention_varlen
+from atman_kernels import plan as plan_module
 from atman_kernels.plan import TILE, dense_plan
 from tests.random_cases import random_cases
 
@@ -98,6 +99,8 @@ def test_rows_of_a_padded_batch_are_one_sequence_each():
         (([2], None, [0]), "prefix_start and prefix_length are given together"),
         (([2], None, [0, 1], [0, 1]), "prefix_start has 2 entries for 1 sequences"),
         (([2], None, [0], [-4]), "prefix_length must not be negative, got -4 for sequence 0"),
+        (([2**30, 2**30],), "positions are 32-bit numbers, but the queries end at 2147483648"),
+        (([2], None, [2**31], [1]), "positions are 32-bit numbers, but the prefix ranges end at 2147483649"),
     ],
 )
 def test_lengths_that_describe_no_batch_are_refused(arguments, message):
@@ -128,6 +131,22 @@ def test_a_plan_made_in_inference_mode_serves_a_later_backward():
     q.requires_grad_()
     attention(q, q, q).sum().backward()
     assert q.grad is not None
+
+
+def test_a_plan_of_lengths_made_in_inference_mode_serves_a_later_backward():
+    with torch.inference_mode():
+        plan = AttentionPlan([5, 6])
+    q = torch.randn(11, 1, 4, requires_grad=True)
+    attention_varlen(q, q, q, plan=plan).sum().backward()
+    assert q.grad is not None
+
+
+def test_dense_plans_of_different_streams_are_different(monkeypatch):
+    """Another stream might read tables that are still being written."""
+    first = dense_plan(2, 5, 5, CPU)
+    monkeypatch.setattr(plan_module, "_current_stream", lambda device: 1)
+    assert dense_plan(2, 5, 5, CPU) is not first
+    assert dense_plan(2, 5, 5, CPU) is dense_plan(2, 5, 5, CPU)
 
 
 def test_a_plan_made_of_fake_tensors_is_not_kept():

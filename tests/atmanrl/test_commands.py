@@ -51,12 +51,6 @@ def test_a_revision_is_that_of_the_recipes_own_model(tmp_path, monkeypatch):
     assert loaded == [("ledger", "abc"), ("other", None)]
 
 
-def test_a_misspelt_key_is_refused_by_an_evaluation_as_well(tmp_path, capsys):
-    asked = ["evaluate", "--config", "ledger", "--saliency_estimater", "best", "--output", str(tmp_path)]
-    assert main(asked) == 2
-    assert "unknown key 'saliency_estimater'; did you mean 'saliency_estimator'" in capsys.readouterr().err
-
-
 def test_a_directory_is_no_file_to_compare(tmp_path, capsys):
     assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
     assert f"{tmp_path}: is a directory" in capsys.readouterr().err
@@ -211,7 +205,23 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "best", "sparse-mask"],
             "an estimator is named twice: best, sparse-mask",
         ),
-        (["explain", "--model", "/no/such/model", "--prompt", "a"], "'/no/such/model' cannot be loaded"),
+        (
+            ["explain", "--model", "/no/such/model", "--prompt", "a"],
+            "model '/no/such/model' cannot be loaded: there is no such directory",
+        ),
+        (
+            ["explain", "--model", "..", "--prompt", "a"],
+            "model '..' cannot be loaded: the directory has no config.json",
+        ),
+        (
+            ["explain", "--model", "ledger", "--prompt", "a", "--mask.betas", "[0.5"],
+            "--mask.betas: not a YAML value: '[0.5'",
+        ),
+        (
+            ["evaluate", "--config", "ledger", "--saliency_estimatr", "best"],
+            "command line: unknown key 'saliency_estimatr'; did you mean 'saliency_estimator'",
+        ),
+        (["evaluate", "--config", "ledger", "--mask.steps", "few"], "command line: 'mask.steps' must be an integer"),
         (["evaluate", "--config", "ledger", "--evaluation.prompts", "0"], "evaluation.prompts is 0"),
         (["evaluate", "--config", "ledger", "--checkpoints", "ledger", "ledger"], "named twice"),
         (
