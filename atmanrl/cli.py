@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atmanrl.errors import InputError, RunError
-from atmanrl.recipe import ModelConfig, builtin_recipes, parse_overrides
+from atmanrl.recipe import DTYPES, ModelConfig, builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
 Any key of a recipe can be overridden: --learning_rate 1e-6, --mask.steps 100, --data.path train.jsonl. Keys are the
@@ -189,7 +189,7 @@ def _add_evaluate(commands: Any) -> None:
         help="accuracy, length and saliency of checkpoints on held-out prompts",
         description="Evaluate checkpoints on the same held-out prompts; several are compared with the first.",
         epilog="Any key of the recipe can be overridden: --evaluation.prompts 64, --evaluation.saliency false, "
-        "--mask.steps 100, --data.path test.jsonl.",
+        "--mask.steps 100, --saliency_estimator best, --data.path test.jsonl.",
         allow_abbrev=False,
     )
     evaluate.add_argument(
@@ -206,7 +206,11 @@ def _add_evaluate(commands: Any) -> None:
         help='directories, Hugging Face ids or "ledger"; the recipe\'s model if left out',
     )
     evaluate.add_argument(
-        "--output", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="where the results go"
+        "--output",
+        type=Path,
+        default=Path("runs/evaluation"),
+        metavar="DIR",
+        help="where the results go (default: %(default)s)",
     )
     evaluate.add_argument(
         "--faithfulness",
@@ -231,7 +235,7 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument("--model", required=True, help='directory, Hugging Face id, or "ledger" (built in)')
     explain.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
-    explain.add_argument("--dtype", default="float32", help="of the parameters (float32, bfloat16)")
+    explain.add_argument("--dtype", default="float32", choices=DTYPES, help="of the parameters (default: %(default)s)")
     given = explain.add_mutually_exclusive_group(required=True)
     given.add_argument(
         "--input",
@@ -242,9 +246,16 @@ def _add_explain(commands: Any) -> None:
     given.add_argument("--prompt", help="one prompt")
     explain.add_argument("--completion", help="its completion; the model writes one if left out")
     explain.add_argument("--answer", help="the answer as it stands in the completion, where nothing announces it")
-    explain.add_argument("--max-new-tokens", type=int, metavar="N", help="length limit of written completions")
-    explain.add_argument("--temperature", type=float, default=0.0, help="of written completions; 0 is greedy")
-    explain.add_argument("--seed", type=int, default=0)
+    explain.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="length limit of written completions (default: the context's end)",
+    )
+    explain.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="of written completions (default: 0, greedy)"
+    )
+    explain.add_argument("--seed", type=int, default=0, help="of sampling and of random scores (default: %(default)s)")
     explain.add_argument(
         "--estimator",
         nargs="+",
@@ -268,7 +279,7 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument(
         "--record-every", type=int, metavar="STEPS", help="also record the course of masks and losses, for the page"
     )
-    explain.add_argument("--no-color", dest="color", action="store_false")
+    explain.add_argument("--no-color", dest="color", action="store_false", help="print without colours")
 
 
 def _add_bench(commands: Any) -> None:
@@ -277,28 +288,44 @@ def _add_bench(commands: Any) -> None:
         help="throughput of mask optimisation, beside other ways to write it",
         description="Measure one step of mask optimisation, forward and backward of all rollouts' losses without "
         "AdamW: the engine's fast and general path, the loop that the paper suggests, batched SDPA and FlexAttention.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     given = bench.add_mutually_exclusive_group()
-    given.add_argument("--model", help="directory or Hugging Face id")
+    given.add_argument("--model", help='directory, Hugging Face id, or "ledger" (built in)')
     given.add_argument(
-        "--shape", default="llama-30m", help="llama-30m, llama-30m-untied or llama-3.2-3b, random weights"
+        "--shape",
+        default="llama-30m",
+        help="random weights of llama-30m, llama-30m-untied or llama-3.2-3b (default: %(default)s)",
     )
-    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    bench.add_argument("--queries", type=int, default=8)
-    bench.add_argument("--rollouts", type=int, default=8, help="per query")
-    bench.add_argument("--prompt", type=int, default=150, help="tokens")
-    bench.add_argument("--cot", type=int, nargs=2, default=(150, 250), metavar=("LEAST", "MOST"), help="tokens")
-    bench.add_argument("--answer", type=int, default=8, help="tokens")
-    bench.add_argument("--steps", type=int, default=2, help="timed, after one to warm up and one to count")
+    bench.add_argument("--dtype", default="float32", choices=DTYPES, help="of the parameters (default: %(default)s)")
+    sizes = (
+        ("queries", 8, "distinct prompts"),
+        ("rollouts", 8, "per query"),
+        ("prompt", 150, "tokens"),
+        ("answer", 8, "tokens"),
+        ("steps", 2, "timed, after one to warm up and one to count"),
+    )
+    for name, default, meaning in sizes:
+        bench.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
+        )
+    bench.add_argument(
+        "--cot",
+        type=int,
+        nargs=2,
+        default=(150, 250),
+        metavar=("LEAST", "MOST"),
+        help="tokens of a chain of thought (default: 150 250)",
+    )
     bench.add_argument(
         "--arms",
         nargs="+",
         default=["fast", "general", "sdpa", "flex", "paper"],
-        help="ratios are to the first that runs",
+        metavar="ARM",
+        help="of fast, fast-captured, general, paper, paper-answer-logits, sdpa, sdpa-by-8 and flex; ratios are to the "
+        "first that runs (default: fast general sdpa flex paper)",
     )
-    bench.add_argument("--output", type=Path, metavar="FILE.json")
+    bench.add_argument("--output", type=Path, metavar="FILE.json", help="also write the measurements there")
 
 
 def _version() -> str:

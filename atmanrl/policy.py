@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,29 +40,52 @@ def load_policy(
         device: where the weights go; None: to the GPU where there is one.
 
     Raises:
-        InputError: where ``config.name`` is neither a directory nor a model of the hub, or has no safetensors.
+        InputError: as `load_model`, and where there is no tokenizer.
     """
-    name = source_of(config)
-    dtype = getattr(torch, config.dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=config.revision,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=attention_of(config, half=autocast or dtype in (torch.bfloat16, torch.float16)),
-        )
-    except OSError as error:
-        raise InputError(f"model.name {config.name!r} cannot be loaded: {error}") from error
+    model = load_model(config, autocast=autocast, device=device)
+    with _loading(config):
+        tokenizer = AutoTokenizer.from_pretrained(source_of(config), revision=config.revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     ends: Any = model.generation_config.eos_token_id
     # TRL counts padding as the end of a completion by itself, and generate() warns where padding is one of the ends.
     ends = end_of_turn_ids(tokenizer, ends) - {tokenizer.pad_token_id} | {tokenizer.eos_token_id}
     model.generation_config.eos_token_id = sorted(ends)
-    model.to(_default_device() if device is None else device)
     return model, tokenizer
+
+
+def load_model(config: ModelConfig, *, autocast: bool = False, device: torch.device | str | None = None) -> Any:
+    """The model alone, from safetensors; arguments as of `load_policy`.
+
+    Raises:
+        InputError: where ``config.name`` is neither a directory with a model nor a model of the hub, or has no
+            safetensors.
+    """
+    dtype = getattr(torch, config.dtype)
+    with _loading(config):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source_of(config),
+            revision=config.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=attention_of(config, half=autocast or dtype in (torch.bfloat16, torch.float16)),
+        )
+    return model.to(_default_device() if device is None else device)
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    """What transformers says of a name it cannot load, with the name in front; of a path, what is missing there."""
+    path = Path(source_of(config))
+    refused = f"model {config.name!r} cannot be loaded"
+    if not path.exists() and (path.is_absolute() or config.name.startswith((".", "~"))):
+        raise InputError(f"{refused}: there is no such directory")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{refused}: the directory has no config.json")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InputError(f"{refused}: {error}") from error
 
 
 def computing_dtype(model: PreTrainedModel, *, bf16: bool) -> torch.dtype:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -21,8 +21,11 @@ from atmanrl.config import MASK_PRESETS, DataConfig
 from atmanrl.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
+COMMAND_LINE = "command line"
 
 T = TypeVar("T")
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 class RecipeError(InputError):
@@ -51,17 +54,24 @@ class ModelConfig:
     Attributes:
         name: Hugging Face id, local directory, or "ledger" for the built-in task's own checkpoint.
         revision: branch, tag or commit of a Hugging Face id.
-        dtype: parameter dtype ("float32", "bfloat16").
+        dtype: of the parameters.
         attn_implementation: attention of the policy's own passes (generation and update); "auto" is
             flash_attention_2 where flash-attn is installed and computes in ``dtype``, else sdpa.
         lora: train adapters instead of the weights.
+
+    Raises:
+        ValueError: for an unknown dtype.
     """
 
     name: str
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     attn_implementation: str = "auto"
     lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,11 @@ class EvaluationConfig:
                 f"prompts must not be negative, samples and batch_size at least 1; "
                 f"got {self.prompts}, {self.samples} and {self.batch_size}"
             )
+        if self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
+            raise ValueError(
+                f"temperature must not be negative, and is 0 for one sample alone; got {self.temperature} "
+                f"for {self.samples}"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,7 @@ class Recipe:
         source: the file it came from.
         model, data, evaluation: its sections.
         training: the remaining keys, to be checked by `build` against the trainer's configuration.
+        typed: the dotted keys that the command line set.
     """
 
     source: str
@@ -109,6 +125,7 @@ class Recipe:
     data: DataConfig
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     training: Mapping[str, Any] = field(default_factory=dict)
+    typed: frozenset[str] = frozenset()
 
     def to_yaml(self) -> str:
         """The recipe with every override applied, itself a recipe."""
@@ -150,16 +167,17 @@ def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) ->
     data = _read(path)
     for key, text in overrides:
         _set(data, key, text)
+    typed = frozenset(key for key, _ in overrides)
     sections: dict[str, Any] = {}
     for name, section in (("model", ModelConfig), ("data", DataConfig), ("evaluation", EvaluationConfig)):
         value = data.pop(name, {})
         # `--model gpt2` and `model: gpt2` are what one types first.
         value = {"name": value} if isinstance(value, str) and name != "evaluation" else value
-        sections[name] = build(section, value, source=str(path), prefix=f"{name}.")
-    return Recipe(source=str(path), training=data, **sections)
+        sections[name] = build(section, value, source=str(path), prefix=f"{name}.", typed=typed)
+    return Recipe(source=str(path), training=data, typed=typed, **sections)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a recipe file, presets written out, laid over that of the recipe it names as its ``base``."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -176,10 +194,14 @@ def _read(path: Path) -> dict[str, Any]:
     if base is None:
         return data
     beside = path.parent / str(base)
-    found = beside if beside.is_file() else find_recipe(str(base))
-    if found == path:
-        raise RecipeError(f"{path}: names itself as its base")
-    return _merged(_read(found), data)
+    try:
+        found = beside if beside.is_file() else find_recipe(str(base))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: base: {error}") from error
+    above = (*above, path.resolve())
+    if found.resolve() in above:
+        raise RecipeError(f"{path}: its base {base!r} leads back to it")
+    return _merged(_read(found, above), data)
 
 
 def mask_preset(name: object, *, source: str) -> dict[str, Any]:
@@ -223,7 +245,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return overrides
 
 
-def build(cls: type[T], data: object, *, source: str, prefix: str = "") -> T:
+def build(cls: type[T], data: object, *, source: str, prefix: str = "", typed: Collection[str] = ()) -> T:
     """An instance of the dataclass ``cls`` from a mapping, nested dataclasses included.
 
     Args:
@@ -232,30 +254,68 @@ def build(cls: type[T], data: object, *, source: str, prefix: str = "") -> T:
             field is one.
         source: named in errors.
         prefix: put before keys in errors ("model.").
+        typed: dotted keys, prefix included, that are not ``source``'s: errors call them the command line's.
 
     Raises:
         RecipeError: for an unknown key, with near matches, a missing one, a value of the wrong type, and whatever
             the dataclass itself refuses.
     """
     if not isinstance(data, Mapping):
-        raise RecipeError(f"{source}: {prefix.rstrip('.')} must be a mapping, got {data!r}")
+        section = prefix.rstrip(".")
+        raise RecipeError(f"{_where(section, source, typed)}: {section} must be a mapping, got {data!r}")
     known = {item.name: item for item in fields(cls) if item.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in data.items():
-        if key not in known:
-            raise RecipeError(f"{source}: unknown key '{prefix}{key}'{_near(str(key), known, prefix)}")
-        values[key] = _coerce(value, hints[key], source=source, key=f"{prefix}{key}")
+    check_keys(cls, data, source=source, prefix=prefix, typed=typed)
+    values = {
+        key: _coerce(value, hints[key], source=source, key=f"{prefix}{key}", typed=typed) for key, value in data.items()
+    }
     for name, item in known.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise RecipeError(f"{source}: '{prefix}{name}' is missing")
     try:
         return cls(**values)
     except ValueError as error:
-        raise RecipeError(f"{source}: {prefix}{error}") from error
+        # What it refuses is a value or several that do not go together.
+        set_here = [f"--{key}" for key in sorted(typed) if key.startswith(prefix) and key[len(prefix) :] in values]
+        where = f"{source} with {', '.join(set_here)}" if set_here else source
+        raise RecipeError(f"{where}: {prefix}{error}") from error
 
 
-def _near(key: str, known: Mapping[str, object], prefix: str) -> str:
+def build_section(cls: type[T], name: str, overrides: Sequence[tuple[str, str]]) -> T:
+    """An instance of ``cls`` from the overrides of one section, for a command without a recipe.
+
+    Raises:
+        RecipeError: for any other key, and as `build`.
+    """
+    data: dict[str, Any] = {name: {}}
+    for key, text in overrides:
+        if not key.startswith(f"{name}."):
+            raise RecipeError(f"unknown option --{key}; besides the options of this command only --{name}.* can be set")
+        _set(data, key, text)
+    return build(cls, data[name], source=COMMAND_LINE, prefix=f"{name}.")
+
+
+def check_keys(
+    cls: type, data: Mapping[str, Any], *, source: str, prefix: str = "", typed: Collection[str] = ()
+) -> None:
+    """Refuse keys that the dataclass ``cls`` has no field for; arguments as of `build`.
+
+    Raises:
+        RecipeError: naming the first such key, with near matches.
+    """
+    known = {item.name for item in fields(cls) if item.init}
+    for key in data:
+        if key not in known:
+            where = _where(f"{prefix}{key}", source, typed)
+            raise RecipeError(f"{where}: unknown key '{prefix}{key}'{_near(str(key), known, prefix)}")
+
+
+def _where(key: str, source: str, typed: Collection[str]) -> str:
+    """Who set the key: the command line, where it set the key itself or one inside of it, or the file."""
+    return COMMAND_LINE if any(each == key or each.startswith(f"{key}.") for each in typed) else source
+
+
+def _near(key: str, known: Collection[str], prefix: str) -> str:
     sections = [] if prefix else ["model", "data", "evaluation"]
     near = difflib.get_close_matches(key, [*known, *sections], n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(prefix + name) for name in near)}?" if near else ""
@@ -271,7 +331,7 @@ def _set(data: dict[str, Any], key: str, text: str) -> None:
             raise RecipeError(f"--{key}: '{'.'.join(sections[: depth + 1])}' is the value {inner!r}, not a section")
         data = inner
     if key == "mask.preset":
-        data.update(mask_preset(text, source="command line"))
+        data.update(mask_preset(text, source=COMMAND_LINE))
         return
     try:
         data[last] = yaml.safe_load(text)
@@ -279,15 +339,16 @@ def _set(data: dict[str, Any], key: str, text: str) -> None:
         raise RecipeError(f"--{key}: not a YAML value: {text!r}") from error
 
 
-def _coerce(value: Any, hint: Any, *, source: str, key: str) -> Any:
+def _coerce(value: Any, hint: Any, *, source: str, key: str, typed: Collection[str]) -> Any:
+    where = _where(key, source, typed)
     choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None:
         if type(None) in choices or hint is Any:
             return None
-        raise RecipeError(f"{source}: '{key}' must be {_describe(hint)}, got null")
+        raise RecipeError(f"{where}: '{key}' must be {_describe(hint)}, got null")
     for choice in choices:
         if is_dataclass(choice) and isinstance(choice, type):
-            return build(choice, value, source=source, prefix=f"{key}.")
+            return build(choice, value, source=source, prefix=f"{key}.", typed=typed)
         if typing.get_origin(choice) is tuple and isinstance(value, list):
             return tuple(value)
         if typing.get_origin(choice) is typing.Literal and value in typing.get_args(choice):
@@ -307,7 +368,7 @@ def _coerce(value: Any, hint: Any, *, source: str, key: str) -> Any:
     others = {c for c in choices if c is not type(None) and typing.get_origin(c) is not typing.Literal} - scalars
     accepted = any(type(value) is scalar for scalar in scalars) or (bool(others) and not isinstance(value, bool))
     if not accepted:
-        raise RecipeError(f"{source}: '{key}' must be {_describe(hint)}, got {value!r}")
+        raise RecipeError(f"{where}: '{key}' must be {_describe(hint)}, got {value!r}")
     return value
 
 

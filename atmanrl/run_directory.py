@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from atmanrl.errors import InputError
@@ -123,11 +124,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _environment() -> dict[str, Any]:
+def installed_versions() -> dict[str, str | None]:
+    """Version of this package and of those it builds on; None where one is not installed."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {"python": platform.python_version(), "platform": platform.platform(), "argv": sys.argv, **versions}
+    # With the build (+cpu, +cu130), which the metadata of some builds leave out.
+    versions["torch"] = torch.__version__
+    return versions
+
+
+def _environment() -> dict[str, Any]:
+    about = {"python": platform.python_version(), "platform": platform.platform(), "argv": sys.argv}
+    return {**about, **installed_versions()}

@@ -57,6 +57,34 @@ def test_the_readmes_results_are_those_of_the_committed_run():
             assert float(number) == pytest.approx(scale * value, abs=0.501 * 10**-decimals), title
 
 
+def test_the_readmes_speeds_are_those_of_the_committed_measurements():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    (attention,) = (ROOT / "benchmarks" / "results").glob("cpu_*.json")
+    (masks,) = (ROOT / "benchmarks" / "results").glob("masks_*.json")
+    flash: dict[bool, list[float]] = {True: [], False: []}
+    for row in json.loads(attention.read_text())["results"]:
+        ms = {name: times["forward+backward"] for name, times in row["ms"].items()}
+        if row["dtype"] == "float32":
+            flash[row["case"].startswith("1x")].append(ms["SDPA flash, no bias"] / ms["atman"])
+    steps: dict[str, list[float]] = {}
+    for result in json.loads(masks.read_text())["results"]:
+        if result["peer"] in result["arms"]:
+            seconds = {name: arm["seconds"] for name, arm in result["arms"].items()}
+            steps.setdefault(result["peer"], []).append(seconds[result["peer"]] / seconds["fast"])
+    shown = re.search(
+        r"takes ([\d.]+) to ([\d.]+) times as long as ours .* With 16 sequences of 60 tokens it takes ([\d.]+) times .*"
+        r" as the paper suggests it takes ([\d.]+) to ([\d.]+) times as long, .* eight ([\d.]+) to ([\d.]+) times",
+        text,
+    )
+    measured = [flash[True], flash[False], steps["paper"], steps["sdpa-by-8"]]
+    ends = [end for ratios in measured for end in (min(ratios), max(ratios))]
+    # Only the slower of the two batches of short sequences is named.
+    del ends[3]
+    assert shown
+    for number, value in zip(shown.groups(), ends, strict=True):
+        assert float(number) == pytest.approx(value, abs=0.501 * 10 ** -len(number.partition(".")[2]))
+
+
 def test_the_tables_of_the_three_rewards_are_those_of_the_committed_runs():
     path, content = claim_report.latest()
     for page, text in claim_report.pages(path, content).items():

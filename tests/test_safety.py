@@ -14,7 +14,7 @@ from atmanrl import checkpoints
 from atmanrl.cli import main
 from atmanrl.config import DataConfig
 from atmanrl.data import load_task
-from atmanrl.policy import load_policy
+from atmanrl.policy import load_model, load_policy
 from atmanrl.recipe import ModelConfig, RecipeError, load_recipe
 from tests.atmanrl.test_resume import COMMAND
 from tests.atmanrl.tiny import byte_level_tokenizer, llama
@@ -132,8 +132,10 @@ def test_a_pickled_checkpoint_is_refused_and_not_unpickled(tmp_path: Path) -> No
     tokenizer.save_pretrained(tmp_path)
     llama(len(tokenizer)).config.save_pretrained(tmp_path)
     torch.save({"weights": Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_policy(ModelConfig(str(tmp_path)))
+    for load in (load_model, load_policy):
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            load(ModelConfig(str(tmp_path)))
+    assert main(["bench", "--model", str(tmp_path)]) == 2
     assert not (tmp_path / "executed").exists()
 
 

@@ -7,14 +7,14 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from atmanrl.errors import InputError
+from atmanrl.policy import load_model
+from atmanrl.recipe import Dtype, ModelConfig
 from atmanrl.saliency.throughput import (
     Measurement,
     check_arms,
@@ -33,7 +33,7 @@ def bench_command(
     *,
     model: str | None,
     shape: str,
-    dtype: str,
+    dtype: Dtype,
     queries: int,
     rollouts: int,
     prompt: int,
@@ -102,14 +102,10 @@ def bench_command(
     return 0
 
 
-def _policy(model: str | None, shape: str, dtype: str, device: torch.device) -> PreTrainedModel:
+def _policy(model: str | None, shape: str, dtype: Dtype, device: torch.device) -> PreTrainedModel:
     if model is None:
         return random_model(shape, dtype=getattr(torch, dtype), device=device)
-    try:
-        policy: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    except OSError as error:
-        raise InputError(f"model {model!r} cannot be loaded: {error}") from error
-    loaded: PreTrainedModel = policy.to(device)
+    loaded: PreTrainedModel = load_model(ModelConfig(model, dtype=dtype), device=device)
     return loaded
 
 

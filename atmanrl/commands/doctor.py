@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
 import time
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import torch
@@ -16,8 +16,9 @@ from rich.table import Table
 from torch import Tensor
 
 from atman_kernels import attention, backend
+from atmanrl.run_directory import installed_versions
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "flash-attn")
+_NOT_BUILT = "not built: CPU tensors use the reference (pip install .)"
 
 Backend = Literal["triton", "cpu", "reference"]
 
@@ -25,10 +26,15 @@ Backend = Literal["triton", "cpu", "reference"]
 def doctor(console: Console | None = None) -> int:
     """Print versions, devices and the self-test of each backend; 1 if one that is available fails, else 0."""
     console = console or Console()
-    console.print(_versions())
-    console.print(f"devices     {_devices()}")
     built = importlib.util.find_spec("atman_kernels._C") is not None
-    console.print(f"extension   {'built' if built else 'not built: CPU tensors use the reference (pip install .)'}")
+    facts = {"python": f"{platform.python_version()} on {platform.platform()}"}
+    facts |= {package: version or "not installed" for package, version in installed_versions().items()}
+    if facts["atmanrl"] == "not installed":
+        facts["atmanrl"] = "run from a source tree"
+    facts |= {"devices": _devices(), "C++ kernels": _extension() if built else _NOT_BUILT}
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        console.print(f"{name:{width}s}  {fact}", soft_wrap=True)
     failed = False
     table = Table("backend", "device", "self-test", "largest error", "time", box=None, pad_edge=False)
     for name, device, absent in _candidates(built):
@@ -94,18 +100,16 @@ def _candidates(built: bool) -> list[tuple[Backend, str, str]]:
     ]
 
 
-def _versions() -> str:
-    lines = [f"python      {platform.python_version()} on {platform.platform()}"]
-    for package in PACKAGES:
-        try:
-            lines.append(f"{package:11s} {version(package)}")
-        except PackageNotFoundError:
-            lines.append(f"{package:11s} not installed")
-    return "\n".join(lines)
+def _extension() -> str:
+    """The instruction sets it chooses from, best first."""
+    try:
+        return f"built; {', '.join(importlib.import_module('atman_kernels._C').isas())}"
+    except ImportError as error:
+        return f"cannot be loaded: {error}"
 
 
 def _devices() -> str:
-    cpu = f"CPU with {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
+    cpu = f"CPU, cores: {os.cpu_count()}, threads in use: {torch.get_num_threads()}"
     if not torch.cuda.is_available():
         return f"{cpu}; no GPU"
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

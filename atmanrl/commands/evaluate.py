@@ -17,9 +17,10 @@ from atmanrl.data import Task, load_task
 from atmanrl.evaluation import evaluate
 from atmanrl.generation import GenerationSettings
 from atmanrl.policy import load_policy
-from atmanrl.recipe import Recipe, build, load_recipe
+from atmanrl.recipe import Dtype, Recipe, build, check_keys, load_recipe
 from atmanrl.records import Run
 from atmanrl.scoring import with_deletion_effects, with_faithfulness
+from atmanrl.trainer import AtManGRPOConfig
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -55,14 +56,20 @@ def evaluate_command(
         raise ValueError(f"{recipe.source}: evaluation.prompts is 0; pass --evaluation.prompts N")
     if initial_model is not None and not faithfulness:
         raise ValueError("--initial-model takes part in --faithfulness only")
+    # Few of the training keys are read here, and a slip in another one would pass unseen.
+    check_keys(AtManGRPOConfig, recipe.training, source=recipe.source, typed=recipe.typed)
+    mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.", typed=recipe.typed)
     names = list(checkpoints) or [recipe.model.name]
     named = list(zip(names, labels(names), strict=True))
     task = load_task(recipe.data)
     reader = None if initial_model is None else _load(recipe, initial_model)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be made: {error}") from error
     runs = []
     for name, label in named:
-        run = _evaluate(recipe, task, name, label, faithfulness, reader)
+        run = _evaluate(recipe, task, name, label, mask, faithfulness, reader)
         run.save(output / f"{label}.json")
         runs.append(run)
     console = Console(highlight=False)
@@ -88,23 +95,26 @@ def labels(names: Sequence[str]) -> list[str]:
     return [f"{i + 1}-{name}" for i, name in enumerate(short)]
 
 
-def _dtype(recipe: Recipe) -> str:
+def _dtype(recipe: Recipe) -> Dtype:
     """What the recipe's training computes in; a CPU has no use for half precision."""
     half = recipe.training.get("bf16") and torch.cuda.is_available()
     return "bfloat16" if half else recipe.model.dtype
 
 
 def _load(recipe: Recipe, name: str) -> Policy:
-    return load_policy(replace(recipe.model, name=name, dtype=_dtype(recipe)))
+    # A revision is one of the recipe's own model.
+    revision = recipe.model.revision if name == recipe.model.name else None
+    return load_policy(replace(recipe.model, name=name, revision=revision, dtype=_dtype(recipe)))
 
 
-def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: bool, reader: Policy | None) -> Run:
+def _evaluate(
+    recipe: Recipe, task: Task, name: str, label: str, mask: MaskConfig, faithfulness: bool, reader: Policy | None
+) -> Run:
     section = recipe.evaluation
     model, tokenizer = _load(recipe, name)
     if reader is not None and reader[1].get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{name} and the initial model have different vocabularies: no chain can be read by both")
     limit = recipe.training.get("max_completion_length")
-    mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.")
     generation = GenerationSettings(
         temperature=section.temperature, samples=section.samples, batch_size=section.batch_size
     )
@@ -118,6 +128,7 @@ def _evaluate(recipe: Recipe, task: Task, name: str, label: str, faithfulness: b
         mask=mask,
         estimator=str(recipe.training.get("saliency_estimator", "mask")),
         saliency=section.saliency,
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         seed=section.seed,
         settings={"model": name},
         progress=sys.stderr.isatty(),

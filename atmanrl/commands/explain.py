@@ -6,16 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 
 from atmanrl.config import MaskConfig
 from atmanrl.explanation import Example, explain, read_examples
 from atmanrl.generation import GenerationSettings
 from atmanrl.policy import load_policy
-from atmanrl.recipe import ModelConfig, RecipeError, build, mask_preset
+from atmanrl.recipe import ModelConfig, build_section
 from atmanrl.recording import score_name
 from atmanrl.records import Run
 from atmanrl.report import print_run, write_page
@@ -104,13 +102,7 @@ def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
     Raises:
         RecipeError: for any other key, or a value the mask does not take.
     """
-    values: dict[str, Any] = {}
-    for key, text in overrides:
-        section, _, name = key.partition(".")
-        if section != "mask" or not name:
-            raise RecipeError(f"unknown option --{key}; only --mask.* can be set besides the options of this command")
-        values |= mask_preset(text, source="command line") if name == "preset" else {name: yaml.safe_load(text)}
-    return build(MaskConfig, values, source="command line", prefix="mask.")
+    return build_section(MaskConfig, "mask", overrides)
 
 
 def generation_of(max_new_tokens: int | None, temperature: float) -> GenerationSettings | None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +18,7 @@ from atmanrl.data.ledger.vocabulary import ANSWER, ASK, COT
 from atmanrl.explanation import Example, completed
 from atmanrl.generation import GenerationSettings
 from atmanrl.policy import load_policy
-from atmanrl.recipe import ModelConfig, RecipeError, build
+from atmanrl.recipe import ModelConfig, build_section
 from atmanrl.recording import token_texts
 from atmanrl.rhythm import Coupling, NeededRank, Perturbation, couplings, needed_rank, perturbation
 from atmanrl.series_plot import plot_series
@@ -94,13 +93,7 @@ def series_config(overrides: Sequence[tuple[str, str]]) -> SeriesConfig:
     Raises:
         RecipeError: for any other key, or a value out of its range.
     """
-    values = {}
-    for key, text in overrides:
-        section, _, name = key.partition(".")
-        if section != "series" or not name:
-            raise RecipeError(f"unknown option --{key}; with --statistics only --series.* can be set")
-        values[name] = yaml.safe_load(text)
-    return build(SeriesConfig, values, source="command line", prefix="series.")
+    return build_section(SeriesConfig, "series", overrides)
 
 
 def _needed(prompt: Sequence[str], tokens: Sequence[str]) -> list[bool]:

@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from jinja2 import TemplateError
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from atmanrl import checkpoints, run_directory
 from atmanrl.callbacks import MetricsFile, ProgressLine, RolloutPages, StopOnSigterm
+from atmanrl.chat import encode_prompt
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
 from atmanrl.commands.failures import explained, explained_before_training
-from atmanrl.data import load_task
+from atmanrl.data import Task, load_task
 from atmanrl.errors import InputError
+from atmanrl.generation import context_length
 from atmanrl.plain_copy import plain
 from atmanrl.policy import load_policy
-from atmanrl.recipe import LoraSettings, build, load_recipe
+from atmanrl.recipe import EvaluationConfig, LoraSettings, build, load_recipe
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 MODEL, ADAPTER = "model", "adapter"
@@ -45,7 +48,8 @@ def train(
     recipe = load_recipe(config, overrides)
     # A dry run computes nothing: the recipe of a large machine can be tried on one that has no half precision.
     anywhere = {"bf16": False, "fp16": False} if dry_run else {}
-    args = build(AtManGRPOConfig, {"disable_tqdm": True, **recipe.training, **anywhere}, source=recipe.source)
+    training = {"disable_tqdm": True, **recipe.training, **anywhere}
+    args = build(AtManGRPOConfig, training, source=recipe.source, typed=recipe.typed)
     console = Console()
     process = PartialState()
     if dry_run:
@@ -66,7 +70,7 @@ def train(
     device = None if process.num_processes == 1 else "cpu"
     model, tokenizer = load_policy(recipe.model, autocast=bool(args.bf16 or args.fp16), device=device)
     steps = args.arithmetic.optimizer_steps(len(task.train), args.num_train_epochs)
-    _check_context(model, args)
+    _check_context(model, tokenizer, task, args, recipe.evaluation)
     if process.is_main_process:
         run_directory.start(run, recipe, resume=resume)
         console.print(args.arithmetic.describe(), highlight=False, soft_wrap=True)
@@ -129,10 +133,25 @@ def lora_config(settings: LoraSettings | None) -> Any:
     )
 
 
-def _check_context(model: PreTrainedModel, args: AtManGRPOConfig) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and args.max_completion_length >= context:
-        raise InputError(
-            f"max_completion_length {args.max_completion_length} leaves no room for a prompt in the model's context of "
-            f"{context} tokens"
-        )
+def _check_context(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    args: AtManGRPOConfig,
+    evaluation: EvaluationConfig,
+) -> None:
+    """Check that every prompt leaves room for a completion: otherwise the run stops at the first long one."""
+    room = context_length(model) - args.max_completion_length
+    tested = len(task.test) if args.eval_strategy != "no" else min(evaluation.prompts, len(task.test))
+    for name, rows in (("training", task.train), ("test", task.test.select(range(tested)))):
+        for i, prompt in enumerate(rows["prompt"]):
+            try:
+                length = len(encode_prompt(tokenizer, prompt, args.chat_template_kwargs))
+            except (ValueError, TemplateError) as error:
+                raise InputError(f"prompt {i} of the {name} rows: {error}") from error
+            if length > room:
+                raise InputError(
+                    f"prompt {i} of the {name} rows has {length} tokens: max_completion_length "
+                    f"{args.max_completion_length} leaves it {max(room, 0)} of the model's context of "
+                    f"{room + args.max_completion_length}"
+                )

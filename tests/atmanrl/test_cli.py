@@ -94,8 +94,11 @@ def test_a_dry_run_tries_a_large_machines_recipe_on_any(
         (["--mask.stesp", "3"], "unknown key 'mask.stesp'; did you mean 'mask.steps'"),
         (["--num_generations", "7"], "whole groups of num_generations 7"),
         (["--data.name", "gsm8k", "--data.path", "missing.jsonl"], "missing.jsonl: no such file"),
-        (["--model.name", "./nowhere"], "model.name './nowhere' cannot be loaded"),
-        (["--max_completion_length", "4000"], "max_completion_length 4000 leaves no room for a prompt"),
+        (["--model.name", "./nowhere"], "model './nowhere' cannot be loaded: there is no such directory"),
+        (["--model.dtype", "fp16"], "'model.dtype' must be 'float32' or 'bfloat16' or"),
+        (["--max_completion_length", "4000"], "max_completion_length 4000 leaves it 0 of the model's context of 256"),
+        (["--evaluation.temperature", "0"], "is 0 for one sample alone; got 0.0 for 2"),
+        (["--max_completion_length", "245"], "prompt 0 of the training rows has 16 tokens"),
     ],
 )
 def test_input_that_cannot_be_used_ends_with_status_2_and_one_message(
@@ -112,7 +115,9 @@ def test_doctor_tests_the_backends_and_fails_when_one_is_wrong(
 ) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert f"torch       {torch.__version__}" in printed
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", printed, re.MULTILINE)
+    assert re.search(r"^atmanrl +\S", printed, re.MULTILINE)
+    assert re.search(r"^C\+\+ kernels +(built; .*portable|not built: .*)$", printed, re.MULTILINE)
     assert "reference" in printed
     monkeypatch.setattr(doctor, "largest_error", lambda name, device: 0.5)
     assert main(["doctor"]) == 1

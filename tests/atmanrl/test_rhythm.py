@@ -79,7 +79,7 @@ def test_explain_statistics_finds_ledgers_needed_values_and_writes_what_it_found
 def test_options_of_the_mask_are_refused_with_statistics(examples: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["explain", "--model", "ledger", "--input", str(examples), "--statistics", "--mask.steps", "3"]
     assert main(arguments) == 2
-    assert "with --statistics only --series.* can be set" in capsys.readouterr().err
+    assert "besides the options of this command only --series.* can be set" in capsys.readouterr().err
 
 
 def test_sampled_completions_end_with_the_context(examples: Path, tmp_path: Path) -> None:
