@@ -180,6 +180,11 @@ PEERS: dict[str, Callable[[AttentionCase, Inputs], Attention]] = {
 }
 
 
+def inputs_with_gradients(peer: str, x: Inputs) -> list[Tensor]:
+    """What gradients of a peer are taken of: the inputs that require one, for those without a bias all but it."""
+    return [t for t in x.differentiable if t.requires_grad and not (t is x.key_bias and peer.endswith("unbiased"))]
+
+
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
     # Beyond the limit an uncompiled FlexAttention would be timed; a full graph makes that an error.
