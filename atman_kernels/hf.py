@@ -104,6 +104,16 @@ def atman_mask(
     later padding (right padding, holes) is removed by a bias of -inf. Arguments are those that transformers passes to
     every mask function. What the kernels do not compute is noted in the result and refused by the attention function,
     so that a forward with its own ``attention_plan`` is not disturbed.
+
+    Args:
+        batch_size, q_length, kv_length: B, Tq and Tk.
+        q_offset, kv_offset: positions of the first query and key.
+        mask_function: what may see what; recognised by one call with symbols instead of positions.
+        attention_mask: (B, T), 0 on padding, or None; a layout of this function passes through.
+        device: where the layout goes.
+
+    Raises:
+        ValueError: for an ``attention_mask`` of another shape.
     """
     if isinstance(attention_mask, RowMask):
         return attention_mask

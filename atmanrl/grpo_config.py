@@ -69,6 +69,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
     bf16: bool | None = None
+    # The loader hands out prompts, which are no tensors.
+    dataloader_pin_memory: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.mask, Mapping):
@@ -103,6 +105,11 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         if self.save_strategy == "steps":
             arithmetic.check_save_steps(self.save_steps)
         self.arithmetic = arithmetic
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether anything in a run reads its rollouts' saliency."""
+        return bool(self.saliency_weight or self.log_saliency) or self.credit_assignment.strategy == "saliency"
 
     def estimator(self) -> Estimator:
         """What scores the tokens.

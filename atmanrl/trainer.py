@@ -102,10 +102,9 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         self.part = "update"
         self.watch: Callable[[str], None] = lambda part: None
         self._batch = _Batch()
-        self._credit = CreditAssignment(args.credit_assignment)
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
-        if args.saliency_weight or args.log_saliency or args.credit_assignment.strategy == "saliency":
+        if args.scores_tokens:
             reward_funcs.append(self.saliency)
             args.reward_weights.append(args.saliency_weight)
         super().__init__(
@@ -117,6 +116,8 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             callbacks=list(callbacks),
             **kwargs,
         )
+        reduce = partial(self.accelerator.reduce, reduction="sum")
+        self._credit = CreditAssignment(args.credit_assignment, reduce if self.accelerator.num_processes > 1 else None)
         self._end_ids = end_of_turn_ids(processing_class, self.eos_token_ids)
 
     # Reward functions: TRL calls them with the data set's columns and weighs, adds and logs what they return.

@@ -11,20 +11,22 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atmanrl.commands.failures import explained_without_training
 from atmanrl.comparison import write_comparison, write_single
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task, load_task
 from atmanrl.evaluation import evaluate
 from atmanrl.generation import GenerationSettings
+from atmanrl.grpo_config import AtManGRPOConfig
 from atmanrl.policy import load_policy
 from atmanrl.recipe import Dtype, Recipe, build, check_keys, load_recipe
 from atmanrl.records import Run
 from atmanrl.scoring import with_deletion_effects, with_faithfulness
-from atmanrl.trainer import AtManGRPOConfig
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+@explained_without_training("evaluation", "checkpoints evaluated before this one have their files")
 def evaluate_command(
     config: str,
     overrides: Sequence[tuple[str, str]] = (),

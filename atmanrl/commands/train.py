@@ -14,13 +14,14 @@ from jinja2 import TemplateError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from atmanrl import checkpoints, run_directory
 from atmanrl.callbacks import MetricsFile, ProgressLine, RolloutPages, StopOnSigterm
 from atmanrl.chat import encode_prompt
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
-from atmanrl.commands.failures import explained, explained_before_training
+from atmanrl.commands.failures import explained, explained_without_training
 from atmanrl.data import Task, load_task
 from atmanrl.errors import InputError
 from atmanrl.generation import context_length
@@ -52,6 +53,9 @@ def train(
     args = build(AtManGRPOConfig, training, source=recipe.source, typed=recipe.typed)
     console = Console()
     process = PartialState()
+    if not sys.stderr.isatty():
+        # One line per log entry, not one per file that is read or written.
+        disable_progress_bar()
     if dry_run:
         if process.is_main_process:
             console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
@@ -83,7 +87,7 @@ def train(
     evaluation = BeforeAfter(recipe, args, task, tokenizer, run)
     # Before the trainer is made: it seeds the generators, so that an evaluation changes no number of the training.
     if process.num_processes == 1:
-        with explained_before_training():
+        with explained_without_training("evaluation", "nothing has been trained yet"):
             evaluation.before(model)
     stop = StopOnSigterm(args.arithmetic.steps_per_generation)
     trainer = AtManGRPOTrainer(
@@ -102,11 +106,14 @@ def train(
             console.print(f"stopped at step {step}; the same command with --resume goes on from there")
             return 0
         if recipe.model.lora is not None:
-            trainer.save_model(str(run / ADAPTER))
+            with checkpoints.staged(run, ADAPTER, trainer.accelerator) as staging:
+                trainer.save_model(str(staging / ADAPTER))
         trained = plain(trainer.accelerator.unwrap_model(trainer.model), model.dtype)
+        with checkpoints.staged(run, MODEL, trainer.accelerator) as staging:
+            if process.is_main_process:
+                trained.save_pretrained(staging / MODEL)
+                tokenizer.save_pretrained(staging / MODEL)
         if process.is_main_process:
-            trained.save_pretrained(run / MODEL)
-            tokenizer.save_pretrained(run / MODEL)
             trainer.part = "evaluation"
             evaluation.after(trained, console)
     return 0

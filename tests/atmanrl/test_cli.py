@@ -68,6 +68,10 @@ def test_a_dry_run_prints_the_arithmetic_and_writes_nothing(tmp_path: Path, caps
     # 2 + 4 x 200 + 6 x 2 + 2 operations per parameter and token.
     assert "generation 0%, saliency 98%, update 2%" in printed
     assert not run.exists()
+    # Credit may be all that the scores are for.
+    credit = ["--saliency_weight", "0", "--credit_assignment.strategy", "saliency"]
+    assert main(["train", "--config", "ledger", "--output_dir", str(run), "--dry-run", *credit]) == 0
+    assert "generation 0%, saliency 98%, update 2%" in capsys.readouterr().out
 
 
 def test_a_dry_run_tries_a_large_machines_recipe_on_any(

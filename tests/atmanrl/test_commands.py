@@ -51,6 +51,11 @@ def test_a_revision_is_that_of_the_recipes_own_model(tmp_path, monkeypatch):
     assert loaded == [("ledger", "abc"), ("other", None)]
 
 
+def test_a_directory_is_no_file_to_compare(tmp_path, capsys):
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
+    assert f"{tmp_path}: is a directory" in capsys.readouterr().err
+
+
 def test_an_output_that_cannot_be_made_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["evaluate", "--config", "ledger", "--output", str(tmp_path / "file" / "x")]) == 2
