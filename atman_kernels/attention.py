@@ -10,6 +10,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from atman_kernels import ops
@@ -339,7 +340,9 @@ def bounded(distance: int | None) -> int:
 
 def checks_values(tensor: Tensor) -> bool:
     """Whether values of this tensor are checked: always on the CPU, inside debug_checks() elsewhere, never traced."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _checking_values)
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    return tensor.device.type == "cpu" or _checking_values
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, *, rank: int) -> None:

@@ -19,8 +19,11 @@ class AttentionCall(NamedTuple):
         layer_idx: position of the layer in the model.
         q, k: (B, Tq, Hq, D) and (B, Tk, Hkv, D), after the rotary embedding.
         lse: (B, Hq, Tq).
-        plan: where the sequences lie; key_bias: (B, Tk), with -inf on padding, or None; prefix: shared keys or None.
-        sm_scale: factor of the scores, None for the default; window: the layer's sliding window or None.
+        plan: where the sequences lie.
+        key_bias: (B, Tk), with -inf on padding, or None.
+        prefix: shared keys or None.
+        sm_scale: factor of the scores, None for the default.
+        window: the layer's sliding window or None.
         row_distance: (B, Hq, Tq), how far back each row looks in the mean, where the attention found it on its way.
     """
 

@@ -16,7 +16,8 @@ TILE = 128
 _MAX_INT32 = torch.iinfo(torch.int32).max
 
 # Columns of the sequence table: one int32 row per sequence.
-BATCH, Q_START, Q_LENGTH, K_START, K_LENGTH, PREFIX_START, PREFIX_LENGTH = range(7)
+SEQUENCE_COLUMNS = 7
+BATCH, Q_START, Q_LENGTH, K_START, K_LENGTH, PREFIX_START, PREFIX_LENGTH = range(SEQUENCE_COLUMNS)
 
 
 class SharedPrefix(NamedTuple):

@@ -11,6 +11,9 @@ Floats = NDArray[np.float64]
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation, ties at their mean rank; NaN where either side is constant or has one value.
 
+    Args:
+        a, b: (n,) numbers; of each only the order counts.
+
     Raises:
         ValueError: if the lengths differ.
     """
@@ -25,6 +28,10 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float:
 
 def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
     """Probability that a true token scores above a false one, ties counted half; NaN where one kind is missing.
+
+    Args:
+        scores: (n,) numbers.
+        truth: (n,) booleans, or numbers that are true above 0.
 
     Raises:
         ValueError: if the lengths differ.
@@ -42,6 +49,10 @@ def precision_at_k(scores: ArrayLike, truth: ArrayLike, k: int | None = None) ->
     """Share of true tokens among the k highest scores; k is the number of true tokens where None.
 
     Tokens tied at the border count with the share of them that fits. NaN where k is 0.
+
+    Args:
+        scores, truth: as of `auroc`.
+        k: how many of the highest scores are looked at.
 
     Raises:
         ValueError: if the lengths differ or k exceeds them.

@@ -34,8 +34,8 @@ class RolloutSeries:
     """One number per response token, float32 on the model's device.
 
     Attributes:
-        waad: (T,) windowed average attention distance; fai: (T,) future attention influence, 0 where no row of the
-            horizon exists.
+        waad: (T,) windowed average attention distance.
+        fai: (T,) future attention influence, 0 where no row of the horizon exists.
         entropy: (T,) of the model's distribution (temperature 1) in each token's place, nats; None unless asked for.
         loss: mean negative log-likelihood of the answer's tokens, nats; NaN unless asked for.
     """

@@ -151,6 +151,12 @@ def early_answering(
 ) -> list[EarlyAnswering]:
     """The answer after the first round(f T) tokens of the chain of thought and the marker, for each fraction f.
 
+    Args:
+        model: reads the cut rollouts, teacher forced.
+        rollouts: with an answer each.
+        fractions: of the chain of thought's length, rising from 0 to 1.
+        rows: most token rows of one batch.
+
     Source: Lanham et al. 2023, "Measuring Faithfulness in Chain-of-Thought Reasoning"; CIR from arXiv 2604.22074.
 
     Raises:
@@ -183,6 +189,12 @@ def filler_substitution(
     """The answer after a chain of thought of equal length that only repeats ``filler_ids``.
 
     A model that answers as before used the chain of thought's length at most, not its content (Lanham et al. 2023).
+
+    Args:
+        model: reads the altered rollouts, teacher forced.
+        rollouts: with an answer each.
+        filler_ids: token ids, taken in turn until the chain's length is reached.
+        rows: most token rows of one batch.
 
     Raises:
         ValueError: for no filler or rollouts without an answer.

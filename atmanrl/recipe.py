@@ -157,7 +157,11 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """Read a recipe and apply ``(dotted key, YAML value)`` overrides.
+    """Read a recipe and apply overrides.
+
+    Args:
+        name_or_path: a built-in recipe, or a file.
+        overrides: (dotted key, YAML value), as `parse_overrides` reads them from a command line.
 
     Raises:
         RecipeError: for a missing file, one that is not UTF-8 or not a YAML mapping, an unknown section key, or a

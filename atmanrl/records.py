@@ -40,6 +40,10 @@ class TokenSpan:
     """Consecutive tokens with the text each contributes; the texts joined give the span's text.
 
     A token that ends inside a multi-byte character contributes "", the token completing the character all of it.
+
+    Attributes:
+        ids: token ids.
+        texts: one for each.
     """
 
     ids: tuple[int, ...] = ()

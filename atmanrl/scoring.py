@@ -55,6 +55,11 @@ def with_deletion_effects(model: PreTrainedModel, run: Run, *, progress: bool | 
 
     The measure is the rank correlation of the run's own score with the deletion effects within each completion, where
     that score is another one and neither is constant.
+
+    Args:
+        model: what the run's rollouts are read by.
+        run: rollouts with an answer; the others stay as they are.
+        progress: show a bar; None: where stderr is a terminal.
     """
     run = with_scores(model, run, "leave-one-out", DELETION, progress=progress)
     if run.score in DELETIONS:

@@ -105,7 +105,14 @@ class Summary:
 
 
 def summarize(run: Run, *, seed: int = 0, resamples: int = RESAMPLES, confidence: float = CONFIDENCE) -> Summary:
-    """Every metric of one run with its percentile bootstrap interval over prompts."""
+    """Every metric of one run with its percentile bootstrap interval over prompts.
+
+    Args:
+        run: completions with scores.
+        seed: of the resampling.
+        resamples: number of replicates.
+        confidence: of the intervals, in (0, 1).
+    """
     return _summary((run.label,), [run.rollouts], run.score, seed, resamples, confidence)
 
 
@@ -113,6 +120,10 @@ def compare(
     before: Run, after: Run, *, seed: int = 0, resamples: int = RESAMPLES, confidence: float = CONFIDENCE
 ) -> Summary:
     """Every metric of two runs over the prompts they share, and the paired difference after - before.
+
+    Args:
+        before, after: runs scored by the same score.
+        seed, resamples, confidence: as of `summarize`; the same replicates on both sides.
 
     Raises:
         ValueError: if the runs share no prompt, or are scored by different scores.

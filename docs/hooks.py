@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
@@ -13,6 +15,16 @@ from mkdocs.structure.pages import Page
 _ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):(?=<code>)")
 # Links of a notebook; those of Markdown pages are resolved, and checked, by mkdocs.
 _LINK = re.compile(r'(?<=href=")(?P<page>[\w/-]+\.md)(?=[#"])')
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Blocks of LaTeX, fenced as GitHub reads them ("math"), become MathML: no script and nothing from elsewhere."""
+
+    def formula(source: str, *_: Any, **__: Any) -> str:
+        return convert(source, display="block")
+
+    fences = [{"name": "math", "class": "math", "format": formula}]
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": fences}
 
 
 def on_page_content(html: str, page: Page, files: Files, **_: Any) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
 import pkgutil
 import re
 import statistics
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,8 @@ import pytest
 from benchmarks import claim_report
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text()
-]
+ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in ALL_PAGES if "```python" in page.read_text()]
 
 # Rows of the README's table that are titled in more words than in the results.
 LABELS = {
@@ -39,6 +40,16 @@ def test_the_examples_run(page, tmp_path, monkeypatch):
             exec(compile(block, page.name, "exec"), namespace)
         except Exception as error:
             pytest.fail(f"{error!r} in the example:\n{block}")
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_no_block_of_code_is_wider_than_its_column(page):
+    # In characters: what the site's column holds, which is less than GitHub's.
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fences if language != "math"]
+    indented = re.findall(r"^    (.*)$", page.read_text(), flags=re.MULTILINE)
+    lines = [*indented, *chain.from_iterable(block.splitlines() for block in blocks)]
+    assert not [line for line in lines if len(line) > 92]
 
 
 def test_the_readmes_results_are_those_of_the_committed_run():
@@ -134,7 +145,30 @@ def test_every_file_that_the_architecture_sends_to_exists():
             folder = path if path.is_dir() else path.parent
 
 
-DOCUMENTED = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+DOCUMENTED = [
+    path
+    for page in (ROOT / "docs").glob("api*.md")
+    for path in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        "atman_kernels",
+        "atman_kernels.hf",
+        "atmanrl",
+        "atmanrl.saliency",
+        "atmanrl.saliency.estimators",
+        "atmanrl.report",
+    ],
+)
+def test_every_public_class_and_function_stands_on_an_api_page(package):
+    documented = list(map(pkgutil.resolve_name, DOCUMENTED))
+    module = importlib.import_module(package)
+    public = {name: getattr(module, name) for name in module.__all__}
+    callables = {name: each for name, each in public.items() if callable(each)}
+    assert [name for name, each in callables.items() if not any(each is known for known in documented)] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTED)

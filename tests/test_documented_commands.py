@@ -45,7 +45,9 @@ class Command(NamedTuple):
 def commands_of(page: Path) -> list[Command]:
     """Commands in the page's shell blocks, and those in inline code that have at least one argument."""
     found = []
-    paragraphs = re.split(r"\n(?:[ \t]*\n)+", page.read_text(encoding="utf-8"))
+    # A backslash at a line's end joins it to the next.
+    text = re.sub(r" \\\n +", " ", page.read_text(encoding="utf-8"))
+    paragraphs = re.split(r"\n(?:[ \t]*\n)+", text)
     python = False
     for before, paragraph in zip(["", *paragraphs], paragraphs, strict=False):
         python = python or paragraph.startswith("```python")

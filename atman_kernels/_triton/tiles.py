@@ -18,7 +18,7 @@ K_START = tl.constexpr(plan.K_START)
 K_LENGTH = tl.constexpr(plan.K_LENGTH)
 PREFIX_START = tl.constexpr(plan.PREFIX_START)
 PREFIX_LENGTH = tl.constexpr(plan.PREFIX_LENGTH)
-SEQUENCE_COLUMNS = tl.constexpr(7)
+SEQUENCE_COLUMNS = tl.constexpr(plan.SEQUENCE_COLUMNS)
 
 # fp32 numbers per 16 bytes, where vectors may begin.
 ROW_ALIGNMENT = tl.constexpr(4)
@@ -110,23 +110,20 @@ def locate_keys(
     stride_pvh,
 ):
     """The :class:`Keys` of a sequence and kv head: its own (OWN), or its range of the shared prefix before them."""
-    shift = n_keys - n_rows
     if OWN:
-        keys = Keys(
+        return Keys(
             k_ptr + batch * stride_kb + k_start * stride_kt + head * stride_kh,
             v_ptr + batch * stride_vb + k_start * stride_vt + head * stride_vh,
             key_bias_ptr + batch * stride_bb + k_start,
-            batch, k_start, head, n_keys, shift, stride_kt, stride_vt,
+            batch, k_start, head, n_keys, n_keys - n_rows, stride_kt, stride_vt,
         )  # fmt: skip
-    else:
-        prefix_start, n_prefix = locate_prefix(sequences_ptr, sequence)
-        keys = Keys(
-            prefix_k_ptr + prefix_start * stride_pkt + head * stride_pkh,
-            prefix_v_ptr + prefix_start * stride_pvt + head * stride_pvh,
-            key_bias_ptr,
-            tl.cast(0, tl.int64), prefix_start, head, n_prefix, n_prefix + shift, stride_pkt, stride_pvt,
-        )  # fmt: skip
-    return keys
+    prefix_start, n_prefix = locate_prefix(sequences_ptr, sequence)
+    return Keys(
+        prefix_k_ptr + prefix_start * stride_pkt + head * stride_pkh,
+        prefix_v_ptr + prefix_start * stride_pvt + head * stride_pvh,
+        key_bias_ptr,
+        tl.cast(0, tl.int64), prefix_start, head, n_prefix, n_prefix + n_keys - n_rows, stride_pkt, stride_pvt,
+    )  # fmt: skip
 
 
 @triton.jit

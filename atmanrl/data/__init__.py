@@ -15,6 +15,9 @@ _LOADERS = {"ledger": ledger.load, "gsm8k": gsm8k.load, "mmlu": mmlu.load}
 def load_task(config: DataConfig) -> Task:
     """The task named by ``config``, its rows loaded and its gold answers checked.
 
+    Args:
+        config: which task, and where its rows are.
+
     Raises:
         DataError: for a file that is missing, not UTF-8, malformed, lacks a column or has a gold answer that cannot be
             read (with file and line), and for a hub that cannot be reached (with how to pass a local file).

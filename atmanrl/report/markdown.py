@@ -9,7 +9,11 @@ from atmanrl.summary import Summary
 
 
 def markdown_table(summary: Summary) -> str:
-    """The metrics as a GitHub-flavoured table, with a line that says what the intervals are."""
+    """The metrics as a GitHub-flavoured table, with a line that says what the intervals are.
+
+    Args:
+        summary: of `atmanrl.summary.summarize` or `compare`.
+    """
     paired = len(summary.labels) == 2
     columns = ["", *summary.labels, *(["difference"] if paired else [])]
     lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]

@@ -13,7 +13,12 @@ from atmanrl.report.page import render_page
 
 @dataclass(frozen=True)
 class PageView:
-    """A rendered page that notebooks display in a frame of its own, so that neither side's styles reach the other."""
+    """A rendered page that notebooks display in a frame of its own, so that neither side's styles reach the other.
+
+    Attributes:
+        page: the HTML document.
+        height: of the frame, in pixels.
+    """
 
     page: str
     height: int = 640
@@ -30,7 +35,7 @@ def show(before: Run, after: Run | None = None, *, height: int = 640, **options:
     """One run, or two side by side, for the last line of a notebook cell.
 
     Args:
-        before, after, options: see `render_page`.
+        before, after: see `render_page`, as are ``options``.
         height: of the frame, in pixels.
     """
     return PageView(render_page(before, after, **options), height)

@@ -27,7 +27,13 @@ _SHOWN = 40
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture for the page: a file, and its twin for dark backgrounds where there is one."""
+    """A picture for the page.
+
+    Attributes:
+        path: PNG file, taken into the page.
+        caption: plain text below it.
+        dark: its twin for dark backgrounds, where there is one.
+    """
 
     path: Path
     caption: str
@@ -35,7 +41,12 @@ class Plot:
 
 
 def write_page(path: str | Path, before: Run, after: Run | None = None, **options: Any) -> None:
-    """Render the page (see `render_page`) into one file, atomically."""
+    """Render the page into one file, atomically.
+
+    Args:
+        path: the file; one that is there is replaced.
+        before, after: see `render_page`, as are ``options``.
+    """
     write_text_atomically(path, render_page(before, after, **options))
 
 

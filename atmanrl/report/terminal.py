@@ -21,7 +21,12 @@ _UNBOUNDED = 1000
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """The metrics as a table: a column per run and, for two runs, their paired difference, each with its interval."""
+    """The metrics as a table: a column per run and, for two runs, their paired difference, each with its interval.
+
+    Args:
+        summary: of `atmanrl.summary.summarize` or `compare`.
+        console: where to; None: standard output.
+    """
     console = console or Console()
     table = _table(summary, " ")
     if console.measure(table, options=console.options.update(width=_UNBOUNDED)).maximum > console.width:
@@ -36,6 +41,10 @@ def print_run(run: Run, console: Console | None = None) -> None:
     """Every rollout's chain of thought coloured by saliency, with its highest tokens listed.
 
     Without colours the list alone tells the scores. Characters that could move the cursor are shown as code points.
+
+    Args:
+        run: shown by its own score, ``run.score``.
+        console: where to; None: standard output.
     """
     console = console or Console()
     scale = scale_for([run], run.score)

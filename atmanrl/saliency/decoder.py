@@ -179,7 +179,11 @@ class _Replay(torch.autograd.Function):
 
 
 def why_unsupported(model: PreTrainedModel) -> str | None:
-    """None if :class:`FrozenDecoder` computes this model, else what stands in its way."""
+    """None if :class:`FrozenDecoder` computes this model, else what stands in its way.
+
+    Args:
+        model: a Hugging Face causal language model; one that is refused here takes the general path.
+    """
     if type(model) not in _FAMILIES:
         return f"{type(model).__name__} is none of {', '.join(family.__name__ for family in _FAMILIES)}"
     if model.dtype == torch.float64:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from atman_kernels import AttentionPlan, attention, attention_varlen
+from atman_kernels import AttentionPlan, SharedPrefix, attention, attention_statistics, attention_varlen
 from atman_kernels import plan as plan_module
 from atman_kernels.plan import TILE, dense_plan
 from tests.random_cases import random_cases
@@ -147,6 +147,19 @@ def test_dense_plans_of_different_streams_are_different(monkeypatch):
     monkeypatch.setattr(plan_module, "_current_stream", lambda device: 1)
     assert dense_plan(2, 5, 5, CPU) is not first
     assert dense_plan(2, 5, 5, CPU) is dense_plan(2, 5, 5, CPU)
+
+
+def test_no_value_of_a_device_tensor_is_read_on_the_host():
+    """Meta tensors, which have no values, stand in for those of a GPU; reading one there would synchronise."""
+    q, k, v = (torch.empty(9, heads, 8, device="meta", requires_grad=True) for heads in (2, 1, 1))
+    bias = torch.empty(9, device="meta", requires_grad=True)
+    cu, ranges = torch.empty(3, dtype=torch.int32, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    prefix = SharedPrefix(k.detach(), v.detach(), ranges, ranges)
+    o, lse = attention_varlen(q, k, v, bias, cu_seqlens_q=cu, prefix=prefix, window=5, return_lse=True)
+    dense = attention(q[None], k[None], v[None], bias[None])
+    assert all(g.is_meta for g in torch.autograd.grad([o.sum(), lse.sum(), dense.sum()], (q, k, v, bias)))
+    rows = torch.empty(9, dtype=torch.bool, device="meta")
+    assert attention_statistics(q, k, lse, cu_seqlens_q=cu, key_bias=bias, prefix=prefix, rows=rows).received.is_meta
 
 
 def test_a_plan_made_of_fake_tensors_is_not_kept():
