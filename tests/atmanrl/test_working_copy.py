@@ -91,9 +91,10 @@ def _on_each_rank(rank, port, directory):
         # The policy still runs, sharded, and trains.
         base.train()
         base(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
-    # A rank that leaves while the other still talks to it takes the group's threads down with it.
+    # A rank that leaves while the other still talks to it takes the group's threads down with it; and taken down in
+    # order they now and then abort the process, so it ends without.
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)
 
 
 def _scores(model, rollouts):
