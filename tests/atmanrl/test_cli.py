@@ -95,6 +95,7 @@ def test_a_dry_run_tries_a_large_machines_recipe_on_any(
         (["--mask.stesp", "3"], "unknown key 'mask.stesp'; did you mean 'mask.steps'"),
         (["--num_generations", "7"], "whole groups of num_generations 7"),
         (["--data.name", "gsm8k", "--data.path", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--data.path", "mine.jsonl"], "data.path is not for ledger, whose rows are generated"),
         (["--model.name", "./nowhere"], "model './nowhere' cannot be loaded: there is no such directory"),
         (["--model.dtype", "fp16"], "dtype must be one of float32, bfloat16, float16, got 'fp16'"),
         (["--max_completion_length", "4000"], "max_completion_length 4000 leaves no room for a prompt"),
