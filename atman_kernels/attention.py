@@ -10,11 +10,15 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from atman_kernels import ops
 from atman_kernels.plan import PREFIX_LENGTH, PREFIX_START, AttentionPlan, SharedPrefix, dense_plan
 
 MAX_HEAD_DIM = 256
+# No sequence is as long; kernels add window and position in 32 bits.
+_FARTHEST = 2**30
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Plain globals: torch.compile guards on them, which it cannot do for context variables.
@@ -32,6 +36,7 @@ def backend(name: Literal["triton", "cpu", "reference"], *, deterministic: bool 
         name: "triton" (on CPU tensors only under TRITON_INTERPRET=1), "cpu" (the C++ kernel) or "reference".
         deterministic: False lets "triton" use a backward of five matrix products instead of seven, whose dq is added up
             in fp32 in an order that varies from run to run (Hopper and later); the others are always deterministic.
+            ``torch.use_deterministic_algorithms(True)`` overrules it.
 
     Raises:
         ValueError: for any other name, or a backend that has no other backward.
@@ -105,7 +110,9 @@ def attention(
         k, v: keys and values, (B, Tk, Hkv, D), same dtype and device; Hq a multiple of Hkv.
         key_bias: (B, Tk) float32, added to the scaled scores of a key for all heads and rows, in natural-log units:
             positive raises attention to the key, -inf removes it. None: zero. Its gradient is
-            sum over heads and rows of p (dp - delta).
+            sum over heads and rows of p (dp - delta). Remove keys by -inf, not by -1e9: gradients recompute p from lse,
+            and in rows all of whose keys have biases of magnitude b their relative error is about 5e-8 b. Numbers below
+            -1e30 may count as -inf.
         causal: a row sees keys up to its own position; Tq != Tk aligns the edge bottom-right.
         sm_scale: default 1 / sqrt(D).
         window: a row sees only the ``window`` nearest keys including its own (needs ``causal``).
@@ -113,9 +120,11 @@ def attention(
 
     Returns:
         o (B, Tq, Hq, D) in the dtype of q; with ``return_lse`` also lse (B, Hq, Tq) float32, natural log,
-        differentiable. A row that sees no key gives o = 0, lse = -inf and zero gradients.
+        differentiable. A row that sees no key gives o = 0, lse = -inf and zero gradients. Computed in the dtype of q
+        also under autocast. Differentiable once and in reverse mode; torch.func has no transforms of it.
 
     Raises:
+        NotImplementedError: operands with forward-mode tangents; second derivatives, when they are taken.
         ValueError: wrong rank, shape, dtype or device; Hq not divisible by Hkv; D above 256; NaN or +inf in key_bias
             (on CPU tensors, and on GPU tensors inside :func:`debug_checks`).
 
@@ -254,16 +263,24 @@ def _call(
             raise ValueError(f"window must be at least 1, got {window}")
         if not causal:
             raise ValueError("window needs causal=True: it counts keys back from a row's own position")
+    _refuse_tangents(q, k, v, key_bias)
     if key_bias is not None and checks_values(key_bias):
         _check_bias_values(key_bias)
     # Kernels read D with unit stride; copied here, a prefix is copied once for forward and backward.
-    prefix_k, prefix_v = (None, None) if prefix is None else (_unit_stride(prefix.k), _unit_stride(prefix.v))
+    prefix_k, prefix_v = (None, None) if prefix is None else (ops.unit_stride(prefix.k), ops.unit_stride(prefix.v))
     o, lse = ops.attention_forward(
-        q, k, v, key_bias, prefix_k, prefix_v, plan.sequences, plan.tiles_q, plan.tiles_k,
-        1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale),
-        causal, -1 if window is None else window, plan.covers, _forced_backend,
+        q, k, v, key_bias, prefix_k, prefix_v, plan.sequences, plan.tiles_q, plan.tiles_k, scale_of(q, sm_scale),
+        causal, bounded(window), plan.covers, _forced_backend,
     )  # fmt: skip
     return o, lse
+
+
+def _refuse_tangents(*operands: Tensor | None) -> None:
+    # An operator registered with torch.library answers them with zeros.
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in operands):
+        raise NotImplementedError("atman_kernels attention has no forward-mode derivative; use backward()")
 
 
 def check_layout(
@@ -301,7 +318,7 @@ def check_layout(
             _check_ranges(plan, prefix)
     if prefix is not None and plan.prefix_end is not None and plan.prefix_end > prefix.k.shape[0]:
         raise ValueError(f"a prefix range ends at key {plan.prefix_end}, but the prefix has {prefix.k.shape[0]} keys")
-    if prefix is None and plan.prefix_end:
+    if prefix is None and plan.prefix_end != 0:
         raise ValueError("the plan has prefix ranges, but no prefix was given")
     return plan
 
@@ -311,13 +328,21 @@ def forced_backend() -> str:
     return _forced_backend
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+def scale_of(q: Tensor, sm_scale: float | None) -> float:
+    """The factor of the scores; by default 1 / sqrt(D)."""
+    return 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale)
+
+
+def bounded(distance: int | None) -> int:
+    """A window or other distance between positions as the operators take it: -1 for none, and never beyond 2^30."""
+    return -1 if distance is None else min(distance, _FARTHEST)
 
 
 def checks_values(tensor: Tensor) -> bool:
     """Whether values of this tensor are checked: always on the CPU, inside debug_checks() elsewhere, never traced."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or _checking_values)
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    return tensor.device.type == "cpu" or _checking_values
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, *, rank: int) -> None:

@@ -1,25 +1,29 @@
 """Operation counts of the attention operators for ``torch.utils.flop_counter``; importing this module registers them.
 
-A multiplication with its addition counts as 2, as everywhere in PyTorch's counter. Counted are the matrix products
-over visible (row, key) pairs: an implementation that recomputes scores or
-works on hidden pairs of a tile executes more.
+A multiplication with its addition counts as 2, as everywhere in PyTorch's counter. Counted are the matrix products over
+visible (row, key) pairs: an implementation that recomputes scores or works on hidden pairs of a tile executes more.
+
+Fake and meta tensors have no table to read: there each batch row counts as one sequence that fills it, after the whole
+prefix. That is exact for dense batches and the most that a packed one can be.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from atman_kernels.plan import K_LENGTH, PREFIX_LENGTH, Q_LENGTH
+from atman_kernels.plan import K_LENGTH, PREFIX_LENGTH, Q_LENGTH, SEQUENCE_COLUMNS
 
 __all__ = ["attention_backward_flops", "attention_forward_flops", "attention_statistics_flops", "visible_pairs"]
 
 
-def visible_pairs(sequences: Tensor, *, causal: bool, window: int | None) -> tuple[int, int]:
+def visible_pairs(sequences: Tensor | Sequence[Sequence[int]], *, causal: bool, window: int | None) -> tuple[int, int]:
     """(row, key) pairs that a plan's sequences compute: with their own keys, and with those of the shared prefix.
 
     Args:
@@ -27,16 +31,36 @@ def visible_pairs(sequences: Tensor, *, causal: bool, window: int | None) -> tup
         causal, window: as in :func:`atman_kernels.attention_varlen`.
     """
     own = prefix = 0
-    for row in sequences.tolist():
+    for row in sequences.tolist() if isinstance(sequences, Tensor) else sequences:
         length_q, length_k, length_prefix = row[Q_LENGTH], row[K_LENGTH], row[PREFIX_LENGTH]
         if not causal:
             own, prefix = own + length_q * length_k, prefix + length_q * length_prefix
             continue
-        position = torch.arange(length_q) + (length_prefix + length_k - length_q)
-        first = torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0)
-        own += int((position + 1 - first.clamp(min=length_prefix)).clamp(min=0).sum())
-        prefix += int((position.clamp(max=length_prefix - 1) + 1 - first).clamp(min=0).sum())
+        end = length_prefix + length_k
+        begin = end - length_q
+        # Rows see what lies up to their position, less what lies beyond the window.
+        seen = _pairs_up_to(begin, end, 0), _pairs_up_to(begin, end, length_prefix)
+        hidden = (0, 0)
+        if window is not None:
+            hidden = _pairs_up_to(begin, end, window), _pairs_up_to(begin, end, window + length_prefix)
+        own += seen[1] - hidden[1]
+        prefix += seen[0] - seen[1] - (hidden[0] - hidden[1])
     return own, prefix
+
+
+def _pairs_up_to(begin: int, end: int, back: int) -> int:
+    """Sum of max(position + 1 - back, 0) over the positions begin .. end - 1."""
+    last, before = max(end - back, 0), max(begin - back, 0)
+    return (last * (last + 1) - before * (before + 1)) // 2
+
+
+def _table(sequences: Tensor, q: Tensor, k: Tensor, prefix_k: Tensor | None) -> list[list[int]]:
+    if not sequences.is_meta and not isinstance(sequences, FakeTensor):
+        return sequences.tolist()
+    row = [0] * SEQUENCE_COLUMNS
+    row[Q_LENGTH], row[K_LENGTH] = q.shape[1], k.shape[1]
+    row[PREFIX_LENGTH] = 0 if prefix_k is None else prefix_k.shape[0]
+    return [row] * q.shape[0]
 
 
 def attention_forward_flops(pairs: int, heads_q: int, head_dim: int) -> int:
@@ -57,7 +81,7 @@ def attention_backward_flops(
 
 
 def attention_statistics_flops(
-    sequences: Tensor,
+    sequences: Tensor | Sequence[Sequence[int]],
     heads_q: int,
     head_dim: int,
     *,
@@ -83,16 +107,16 @@ def attention_statistics_flops(
 
 @register_flop_formula(torch.ops.atman_kernels.attention_forward, get_raw=True)
 def _forward_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
-    sequences, _, _, _, causal, window = operands[5:11]
-    own, prefix = visible_pairs(sequences, causal=causal, window=None if window < 0 else window)
+    k, _, _, prefix_k, _, sequences, _, _, _, causal, window = operands[:11]
+    own, prefix = visible_pairs(_table(sequences, q, k, prefix_k), causal=causal, window=None if window < 0 else window)
     return attention_forward_flops(own + prefix, q.shape[2], q.shape[3])
 
 
 @register_flop_formula(torch.ops.atman_kernels.attention_backward, get_raw=True)
 def _backward_formula(do: Tensor, dlse: Any, o: Any, lse: Any, q: Tensor, *operands: Any, out_val: Any = None) -> int:
-    sequences, _, _, _, causal, window = operands[5:11]
+    k, _, _, prefix_k, _, sequences, _, _, _, causal, window = operands[:11]
     need_dq, need_dk, need_dv, _ = operands[-4:]
-    own, prefix = visible_pairs(sequences, causal=causal, window=None if window < 0 else window)
+    own, prefix = visible_pairs(_table(sequences, q, k, prefix_k), causal=causal, window=None if window < 0 else window)
     return attention_backward_flops(
         own, prefix, q.shape[2], q.shape[3], need_dq=need_dq, need_dk=need_dk, need_dv=need_dv
     )
@@ -101,16 +125,16 @@ def _backward_formula(do: Tensor, dlse: Any, o: Any, lse: Any, q: Tensor, *opera
 @register_flop_formula(torch.ops.atman_kernels.attention_forward_distance, get_raw=True)
 def _forward_distance_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
     # The distances are sums, not products.
-    sequences, _, _, _, window, _ = operands[5:11]
-    pairs = sum(visible_pairs(sequences, causal=True, window=None if window < 0 else window))
+    k, _, _, prefix_k, _, sequences, _, _, _, window, _ = operands
+    pairs = sum(visible_pairs(_table(sequences, q, k, prefix_k), causal=True, window=None if window < 0 else window))
     return attention_forward_flops(pairs, q.shape[2], q.shape[3])
 
 
 @register_flop_formula(torch.ops.atman_kernels.attention_statistics, get_raw=True)
 def _statistics_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
-    sequences, _, _, _, attention_window, _, _, window, low, high, need_distance = operands[5:]
+    k, _, _, prefix_k, _, sequences, _, _, _, attention_window, _, _, window, low, high, need_distance = operands
     return attention_statistics_flops(
-        sequences,
+        _table(sequences, q, k, prefix_k),
         q.shape[2],
         q.shape[3],
         attention_window=None if attention_window < 0 else attention_window,

@@ -248,25 +248,16 @@ def _packed(
         raise ValueError(f"attention_plan lays out a packed batch of shape (1, T_total), got a batch of {q.shape[0]}")
     if key_bias is not None:
         _check_key_bias(key_bias, (1, k.shape[1]), k)
+    # Not q[0]: the backward of an index fills and copies a tensor of zeros.
+    packed = (q.squeeze(0), k.squeeze(0), v.squeeze(0), None if key_bias is None else key_bias.squeeze(0))
     distance = None
     if _finds_distance(layer_idx, q):
-        own_bias = None if key_bias is None else key_bias[0]
-        check_layout(q[0], k[0], v[0], own_bias, None, None, plan, prefix, "attention_plan")
+        check_layout(*packed, None, None, plan, prefix, "attention_plan")
         o, lse, distance = attention_with_distance(
             q, k, v, key_bias, plan=plan, prefix=prefix, sm_scale=scaling, window=window
         )
     else:
-        o, lse = attention_varlen(
-            q[0],
-            k[0],
-            v[0],
-            None if key_bias is None else key_bias[0],
-            plan=plan,
-            prefix=prefix,
-            sm_scale=scaling,
-            window=window,
-            return_lse=True,
-        )
+        o, lse = attention_varlen(*packed, plan=plan, prefix=prefix, sm_scale=scaling, window=window, return_lse=True)
         o, lse = o[None], lse[None]
     show(AttentionCall(layer_idx, q, k, lse, plan, key_bias, prefix, scaling, window, distance))
     return o, lse

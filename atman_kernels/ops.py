@@ -15,6 +15,7 @@ Arguments that every kernel takes, in this order:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -35,13 +36,16 @@ _OPERANDS = (
     "float sm_scale, bool causal, SymInt window, bool covers, str backend"
 )
 _N_OPERANDS = 14
+# The first of them are tensors.
+_N_TENSORS = 9
 
 _library = torch.library.Library("atman_kernels", "DEF")
-_library.define(f"attention_forward({_OPERANDS}) -> (Tensor o, Tensor lse)")
+_library.define(f"attention_forward({_OPERANDS}) -> (Tensor o, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
 _library.define(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor o, Tensor lse, {_OPERANDS}, "
     "bool need_dq, bool need_dk, bool need_dv, bool need_dkey_bias) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dkey_bias)"
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dkey_bias)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 attention_forward = torch.ops.atman_kernels.attention_forward.default
@@ -63,6 +67,11 @@ def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
     return _cpu if _cpu.supports(q, forced=backend == "cpu") else None
 
 
+def without_autocast(q: Tensor) -> AbstractContextManager[None]:
+    """Around the reference: like the kernels, it computes in the dtype of its operands also under autocast."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
 def _problem(operands: tuple[Any, ...]) -> AttentionProblem:
     *tensors_and_tables, sm_scale, causal, window, _, _ = operands
     return AttentionProblem._make((*tensors_and_tables, sm_scale, causal, None if window < 0 else window))
@@ -74,7 +83,8 @@ def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
     x = _problem(operands)
     kernels = kernels_for(backend, x.q)
     if kernels is None:
-        return reference.attention_forward(x)
+        with without_autocast(x.q):
+            return reference.attention_forward(x)
     x = _laid_out(x)
     o = _allocate(x.q, covers)
     lse = x.q.new_empty((x.q.shape[0], x.q.shape[2], x.q.shape[1]), dtype=torch.float32)
@@ -93,7 +103,8 @@ def _backward(
     x = _problem(operands)
     kernels = kernels_for(backend, x.q)
     if kernels is None:
-        all_four = reference.attention_backward(do, dlse, x)
+        with without_autocast(x.q):
+            all_four = reference.attention_backward(do, dlse, x)
         found = [g if need else g.new_empty(0) for g, need in zip(all_four, needed, strict=True)]
         return found[0], found[1], found[2], found[3]
     do = unit_stride(do)
@@ -102,7 +113,7 @@ def _backward(
     dkey_bias = x.k.new_empty(x.k.shape[:2], dtype=torch.float32) if needed[3] else None
     if dkey_bias is not None and not covers:
         dkey_bias.zero_()
-    variant = {"fused": True} if backend == TRITON_FUSED else {}
+    variant = {"fused": True} if backend == TRITON_FUSED and not _must_be_deterministic() else {}
     kernels.attention_backward(Gradients(dq, dk, dv, dkey_bias), do, dlse, o, lse, x, **variant)
     absent = x.q.new_empty(0)
     return (
@@ -111,6 +122,10 @@ def _backward(
         absent.clone() if dv is None else dv,
         x.q.new_empty(0, dtype=torch.float32) if dkey_bias is None else dkey_bias,
     )
+
+
+def _must_be_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _laid_out(x: AttentionProblem) -> AttentionProblem:
@@ -130,9 +145,9 @@ def _allocate(like: Tensor, covers: bool) -> Tensor:
     return make(like.shape, dtype=like.dtype, device=like.device)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("attention_forward", _forward, _device)
-    _library.impl("attention_backward", _backward, _device)
+# For every device: the reference computes where no kernel does.
+_library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+_library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:
@@ -165,8 +180,8 @@ torch.library.register_fake("atman_kernels::attention_backward", _backward_fake,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9], *output)
-    ctx.settings = inputs[9:]
+    ctx.save_for_backward(*inputs[:_N_TENSORS], *output)
+    ctx.settings = inputs[_N_TENSORS:]
     ctx.set_materialize_grads(False)
 
 

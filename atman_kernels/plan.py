@@ -13,8 +13,11 @@ from torch import Tensor
 # Rows (or keys) per entry of a tile schedule. Kernels whose block is smaller run TILE / BLOCK programs per entry.
 TILE = 128
 
+_MAX_INT32 = torch.iinfo(torch.int32).max
+
 # Columns of the sequence table: one int32 row per sequence.
-BATCH, Q_START, Q_LENGTH, K_START, K_LENGTH, PREFIX_START, PREFIX_LENGTH = range(7)
+SEQUENCE_COLUMNS = 7
+BATCH, Q_START, Q_LENGTH, K_START, K_LENGTH, PREFIX_START, PREFIX_LENGTH = range(SEQUENCE_COLUMNS)
 
 
 class SharedPrefix(NamedTuple):
@@ -59,7 +62,8 @@ class AttentionPlan:
         covers: whether every row and key of the tensors belongs to a sequence.
 
     Raises:
-        ValueError: if the lists differ in length, a length or start is negative, or only half a prefix is given.
+        ValueError: if the lists differ in length, a length or start is negative, they end beyond 32 bits, or only half
+            a prefix is given.
     """
 
     sequences: Tensor
@@ -71,6 +75,8 @@ class AttentionPlan:
     prefix_end: int | None
     covers: bool
 
+    # Tensors made in inference mode could not be saved for a later backward.
+    @torch.inference_mode(False)
     def __init__(
         self,
         lengths_q: Sequence[int] | Tensor,
@@ -88,6 +94,14 @@ class AttentionPlan:
         zeros = torch.zeros_like(host_q)
         start = zeros if prefix_start is None else _host_lengths("prefix_start", prefix_start, n_seq)
         length = zeros if prefix_length is None else _host_lengths("prefix_length", prefix_length, n_seq)
+        self.batch = 1
+        self.total_q = int(host_q.sum())
+        self.total_k = int(host_k.sum())
+        self.prefix_end = int(torch.where(length > 0, start + length, 0).max()) if n_seq else 0
+        self.covers = True
+        for what, end in (("queries", self.total_q), ("keys", self.total_k), ("prefix ranges", self.prefix_end)):
+            if end > _MAX_INT32:
+                raise ValueError(f"positions are 32-bit numbers, but the {what} end at {end}")
         table = torch.stack(
             [zeros, host_q.cumsum(0) - host_q, host_q, host_k.cumsum(0) - host_k, host_k, start, length], dim=1
         )
@@ -97,11 +111,6 @@ class AttentionPlan:
             n_tiles_k=int(tiles_of(host_k).sum()),
             device=torch.device(device),
         )
-        self.batch = 1
-        self.total_q = int(host_q.sum())
-        self.total_k = int(host_k.sum())
-        self.prefix_end = int(torch.where(length > 0, start + length, 0).max()) if n_seq else 0
-        self.covers = True
 
     @classmethod
     def from_cu_seqlens(
@@ -138,7 +147,7 @@ class AttentionPlan:
             device=device,
         )
         plan.batch, plan.total_q, plan.total_k = 1, total_q, total_k
-        plan.prefix_end = None
+        plan.prefix_end = 0 if prefix_length is None else None
         plan.covers = True
         return plan
 
@@ -218,12 +227,16 @@ def dense_plan(batch: int, length_q: int, length_k: int, device: torch.device) -
     ordinary = type(torch.empty(0, device=device)) is Tensor
     if not ordinary or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return _build_dense_plan(batch, length_q, length_k, device)
-    return _kept_dense_plan(batch, length_q, length_k, device)
+    return _kept_dense_plan(batch, length_q, length_k, device, _current_stream(device))
 
 
+def _current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+# One per stream: on another one the tables may not be written yet, and their memory be reused too early.
 @lru_cache(maxsize=64)
-def _kept_dense_plan(batch: int, length_q: int, length_k: int, device: torch.device) -> AttentionPlan:
-    # Tensors made in inference mode could not be saved for a later backward.
+def _kept_dense_plan(batch: int, length_q: int, length_k: int, device: torch.device, stream: int) -> AttentionPlan:
     with torch.inference_mode(False):
         return _build_dense_plan(batch, length_q, length_k, device)
 

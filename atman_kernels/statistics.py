@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from atman_kernels import statistics_ops
-from atman_kernels.attention import check_layout, checks_values, forced_backend
+from atman_kernels.attention import bounded, check_layout, checks_values, forced_backend, scale_of
 from atman_kernels.plan import K_START, AttentionPlan, SharedPrefix
 
 
@@ -105,14 +104,14 @@ def statistics_of_rows(
     lse: Tensor,
     *,
     plan: AttentionPlan,
-    key_bias: Tensor | None = None,
-    prefix: SharedPrefix | None = None,
-    window: int = 10,
-    horizon: tuple[int, int] = (10, 100),
-    rows: Tensor | None = None,
-    sm_scale: float | None = None,
-    attention_window: int | None = None,
-    need_distance: bool = True,
+    key_bias: Tensor | None,
+    prefix: SharedPrefix | None,
+    window: int,
+    horizon: tuple[int, int],
+    rows: Tensor | None,
+    sm_scale: float | None,
+    attention_window: int | None,
+    need_distance: bool,
 ) -> AttentionStatistics:
     """:func:`attention_statistics` of padded batches: tensors have a batch axis first, and a plan says what is where.
 
@@ -144,9 +143,8 @@ def statistics_of_rows(
     distance, windowed, received, count = statistics_ops.attention_statistics(
         q.detach(), k.detach(), lse.detach(), None if key_bias is None else key_bias.detach(),
         None if prefix is None else prefix.k, rows, plan.sequences, plan.tiles_q, plan.tiles_k,
-        1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else float(sm_scale),
-        -1 if attention_window is None else attention_window, plan.covers, forced_backend(),
-        window, low, high, need_distance,
+        scale_of(q, sm_scale), bounded(attention_window), plan.covers, forced_backend(),
+        bounded(window), bounded(low), bounded(high), need_distance,
     )  # fmt: skip
     return AttentionStatistics(distance, windowed.transpose(1, 2), received.transpose(1, 2), count)
 
@@ -179,8 +177,7 @@ def attention_with_distance(
     prefix_k, prefix_v = (None, None) if prefix is None else (prefix.k, prefix.v)
     o, lse, distance = statistics_ops.attention_forward_distance(
         q.detach(), k.detach(), v.detach(), None if key_bias is None else key_bias.detach(), prefix_k, prefix_v,
-        plan.sequences, plan.tiles_q, plan.tiles_k, 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale,
-        -1 if window is None else window, plan.covers,
+        plan.sequences, plan.tiles_q, plan.tiles_k, scale_of(q, sm_scale), bounded(window), plan.covers,
     )  # fmt: skip
     return o, lse, distance
 

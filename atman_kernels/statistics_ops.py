@@ -31,12 +31,14 @@ _library.define(
     "attention_statistics(Tensor q, Tensor k, Tensor lse, Tensor? key_bias, Tensor? prefix_k, Tensor? rows, "
     "Tensor sequences, Tensor tiles_q, Tensor tiles_k, float sm_scale, SymInt attention_window, bool covers, "
     "str backend, SymInt window, SymInt low, SymInt high, bool need_distance) "
-    "-> (Tensor distance, Tensor windowed_distance, Tensor received, Tensor received_count)"
+    "-> (Tensor distance, Tensor windowed_distance, Tensor received, Tensor received_count)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "attention_forward_distance(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? prefix_k, Tensor? prefix_v, "
     "Tensor sequences, Tensor tiles_q, Tensor tiles_k, float sm_scale, SymInt window, bool covers) "
-    "-> (Tensor o, Tensor lse, Tensor distance)"
+    "-> (Tensor o, Tensor lse, Tensor distance)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 attention_forward_distance = torch.ops.atman_kernels.attention_forward_distance.default
@@ -50,10 +52,12 @@ def _statistics(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = StatisticsProblem._make((*tensors_and_tables, *bounds))
     kernels = ops.kernels_for(backend, x.q)
     if kernels is None:
-        return reference.attention_statistics(x, need_distance)
+        with ops.without_autocast(x.q):
+            return reference.attention_statistics(x, need_distance)
     x = x._replace(
         q=ops.unit_stride(x.q),
         k=ops.unit_stride(x.k),
+        key_bias=None if x.key_bias is None else ops.unit_stride(x.key_bias),
         prefix_k=None if x.prefix_k is None else ops.unit_stride(x.prefix_k),
         lse=x.lse.contiguous(),
         rows=None if x.rows is None else x.rows.contiguous().view(torch.uint8),
@@ -110,8 +114,7 @@ def _forward_distance_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("attention_statistics", _statistics, _device)
+_library.impl("attention_statistics", _statistics, "CompositeExplicitAutograd")
 _library.impl("attention_forward_distance", _forward_distance, "CPU")
 torch.library.register_fake("atman_kernels::attention_forward_distance", _forward_distance_fake, lib=_library)
 torch.library.register_fake("atman_kernels::attention_statistics", _statistics_fake, lib=_library)

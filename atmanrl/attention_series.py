@@ -7,9 +7,9 @@ token s later on. Source: arXiv 2510.13554 (v2), equations 7 to 10.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from transformers import PreTrainedModel
 from atman_kernels import AttentionPlan
 from atman_kernels.hf import AttentionCall, KeyValueRecord, observing
 from atmanrl.config import SeriesConfig
+from atmanrl.saliency.budget import halving_on_out_of_memory, within
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.heads import Heads, layers_of, sampled_layers, select_heads
+
+Reduce = Callable[[Tensor], Tensor]
 
 # Logits of one batch, 1 GiB in float32.
 _MOST_LOGITS = 2**28
@@ -52,13 +55,16 @@ class SeriesCollector:
         n_layers: of the model.
         responses: (B, T) bool of each part in turn: which positions are response tokens.
         config: layers, windows and head share.
+        reduce: sums a tensor over all processes, whose responses the heads are then ranked by together.
     """
 
-    def __init__(self, n_layers: int, responses: Sequence[Tensor], config: SeriesConfig) -> None:
-        self._config, self._responses = config, list(responses)
+    def __init__(
+        self, n_layers: int, responses: Sequence[Tensor], config: SeriesConfig, reduce: Reduce | None = None
+    ) -> None:
+        self._config, self._responses, self._reduce = config, list(responses), reduce
         layers = sampled_layers(n_layers, config.layers)
-        # Per layer, per part: (sum of distances, rows), (N, Hq) WAAD and FAI of the N response tokens.
-        self._distances: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+        # Per layer, per part: (1 + Hq,) rows and sums of distances, (N, Hq) WAAD and FAI of the N response tokens.
+        self._distances: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         self._series: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
 
     def __call__(self, call: AttentionCall) -> None:
@@ -68,7 +74,8 @@ class SeriesCollector:
         found = call.statistics(window=self._config.window, horizon=self._config.horizon, rows=rows)
         # A sequence's distance is a mean over its response rows, which differ in number.
         counts = _response_rows(call.plan.sequences, rows)
-        self._distances[call.layer_idx].append((counts.to(found.distance.dtype) @ found.distance, counts.sum()))
+        counts = counts.to(found.distance.dtype)
+        self._distances[call.layer_idx].append(torch.cat([counts.sum()[None], counts @ found.distance]))
         self._series[call.layer_idx].append((found.windowed_distance[rows], found.received[rows]))
 
     def reads_distance(self, layer_idx: int) -> bool:
@@ -77,11 +84,9 @@ class SeriesCollector:
 
     def distance(self) -> dict[int, Tensor]:
         """(Hq,) mean distance of every sampled layer over all response rows."""
-        return {
-            layer: torch.stack([total for total, _ in parts]).sum(0)
-            / torch.stack([count for _, count in parts]).sum().clamp(min=1)
-            for layer, parts in self._distances.items()
-        }
+        sums = torch.stack([torch.stack(parts).sum(0) for parts in self._distances.values()])
+        sums = sums if self._reduce is None else self._reduce(sums)
+        return dict(zip(self._distances, sums[:, 1:] / sums[:, :1].clamp(min=1), strict=True))
 
     def series(self, lengths: Sequence[int]) -> list[RolloutSeries]:
         """WAAD and FAI of each response, given their lengths in the order in which they were shown."""
@@ -111,6 +116,7 @@ def attention_series(
     entropy: bool = False,
     answers: Sequence[range] | None = None,
     token_budget: int = 16384,
+    reduce: Reduce | None = None,
 ) -> list[RolloutSeries]:
     """WAAD and FAI of every response token, from one packed forward of the responses behind their prompts.
 
@@ -124,21 +130,29 @@ def attention_series(
             those need.
         answers: of each response the places of the tokens whose ``loss`` is wanted, or an empty range; takes the logits
             of those tokens.
-        token_budget: tokens of one packed batch, prompts included; a longer rollout goes alone.
+        token_budget: tokens of one packed batch, prompts included; a longer rollout goes alone. If memory runs out,
+            half of it is tried once.
+        reduce: see `SeriesCollector`; then every process must call.
     """
     config = SeriesConfig() if config is None else config
     answers = [range(0)] * len(responses) if answers is None else answers
     if entropy:
         token_budget = min(token_budget, _MOST_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
-    parts = _parts([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], token_budget)
-    batches = [_pack([prompts[i] for i in part], [responses[i] for i in part], model.device) for part in parts]
-    collector = SeriesCollector(layers_of(model), [batch.is_response for batch in batches], config)
-    read: list[tuple[Tensor | None, float]] = []
-    with frozen(model), torch.no_grad():
+    sizes = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+
+    def run(budget: int) -> tuple[SeriesCollector, list[tuple[Tensor | None, float]]]:
+        parts = list(within(budget, range(len(sizes)), sizes))
+        batches = [_pack([prompts[i] for i in part], [responses[i] for i in part], model.device) for part in parts]
+        collector = SeriesCollector(layers_of(model), [batch.is_response for batch in batches], config, reduce)
+        read = []
         for part, batch in zip(parts, batches, strict=True):
             lengths, spans = [len(responses[i]) for i in part], [answers[i] for i in part]
             logits = _logits(model, batch, collector, _wanted(batch, lengths, spans, entropy))
             read += _read(logits, batch, lengths, spans, entropy)
+        return collector, read
+
+    with frozen(model), torch.no_grad():
+        collector, read = halving_on_out_of_memory(run, min(token_budget, sum(sizes)))
     found = collector.series([len(response) for response in responses])
     return [replace(one, entropy=own, loss=loss) for one, (own, loss) in zip(found, read, strict=True)]
 
@@ -191,7 +205,8 @@ def _pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], 
 
 def _wanted(batch: _Packed, lengths: Sequence[int], answers: Sequence[range], entropy: bool) -> Tensor:
     """The rows that draw the tokens whose logits are read: all of the responses, or those of the answers."""
-    first = [sum(lengths[:i]) + i for i in range(len(lengths))]
+    # Each response stands behind its prompt's last token.
+    first = [0, *accumulate(length + 1 for length in lengths)][: len(lengths)]
     places = [range(n) if entropy else answer for n, answer in zip(lengths, answers, strict=True)]
     rows = [start + place for start, own in zip(first, places, strict=True) for place in own]
     return torch.tensor(rows, dtype=torch.int64, device=batch.ids.device)
@@ -243,16 +258,3 @@ def _read(
 def _entropies(logits: Tensor) -> Tensor:
     # Some rows at a time: normalised logits and probabilities are as large as the logits.
     return torch.cat([torch.distributions.Categorical(logits=rows).entropy() for rows in logits.split(1024)])
-
-
-def _parts(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive indices whose lengths add up to at most ``budget``, or single ones above it."""
-    parts: list[list[int]] = []
-    used = budget + 1
-    for index, length in enumerate(lengths):
-        if used + length > budget:
-            parts.append([])
-            used = 0
-        parts[-1].append(index)
-        used += length
-    return parts

@@ -134,17 +134,22 @@ class BatchArithmetic:
         """Optimiser steps between one sampling and the next."""
         return self.micro_batches_per_generation * self.num_iterations // self.gradient_accumulation_steps
 
-    def check_save_steps(self, save_steps: int) -> None:
+    def check_save_steps(self, save_steps: float) -> None:
         """Check that checkpoints fall where a generation batch ends: elsewhere the batch would have to be stored too.
 
         Raises:
-            BatchArithmeticError: with the nearest multiples.
+            BatchArithmeticError: with the nearest multiples; for a share of the run, as transformers takes it.
         """
+        if save_steps < 1:
+            raise BatchArithmeticError(
+                f"save_steps {save_steps} is a share of the run: give optimiser steps, in multiples of the "
+                f"{self.steps_per_generation} of a generation batch"
+            )
         if save_steps % self.steps_per_generation:
             raise BatchArithmeticError(
-                f"save_steps {save_steps} would save inside a generation batch of {self.steps_per_generation} "
+                f"save_steps {save_steps:g} would save inside a generation batch of {self.steps_per_generation} "
                 f"optimiser steps, from where no run can be resumed exactly; nearest that works: "
-                f"{_join(_neighbours(save_steps, self.steps_per_generation))}"
+                f"{_join(_neighbours(int(save_steps), self.steps_per_generation))}"
             )
 
     def describe(self) -> str:

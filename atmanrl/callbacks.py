@@ -21,7 +21,7 @@ METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 ROLLOUTS = "rollouts"
 
-_MEASURED_TIMES = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+_MEASURED_TIMES = ("step_time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 class MetricsFile(TrainerCallback):

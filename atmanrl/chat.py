@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,10 +38,19 @@ def end_of_turn_ids(
     return frozenset(ids.union(*(_ids(tokenizer.convert_tokens_to_ids(name)) for name in names)))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Mapping[str, str]],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of a prompt: messages through the chat template with the assistant's turn opened, strings as they are.
 
     The BOS stands once: Llama-3's template writes it, and so does its tokenizer around every text.
+
+    Args:
+        tokenizer: whose ids and template.
+        prompt: text or messages.
+        template_kwargs: what else the template reads, such as Qwen3's ``enable_thinking``.
 
     Raises:
         ValueError: for messages where the tokenizer has no chat template.
@@ -54,7 +63,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Map
                 "the tokenizer has no chat template, so messages cannot be rendered; give the prompt as text "
                 '(a task: set data.prompt_style to "plain")'
             )
-        text = tokenizer.apply_chat_template([dict(m) for m in prompt], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [dict(m) for m in prompt], tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
+        )
         ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:

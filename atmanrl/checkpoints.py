@@ -1,6 +1,6 @@
-"""Checkpoints that are there whole or not at all.
+"""Checkpoints, and the trained model, that are there whole or not at all.
 
-A checkpoint is written into a staging directory, gets a manifest with the size and CRC-32 of every file, and appears
+One is written into a staging directory, gets a manifest with the size and CRC-32 of every file, and appears
 under its name by one rename. A process killed at any moment leaves the older checkpoints as they were; a checkpoint
 damaged later is recognised by its manifest.
 """

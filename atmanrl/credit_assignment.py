@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels.hf import observing
 from atmanrl import credit
-from atmanrl.attention_series import RolloutSeries, SeriesCollector, attention_series
+from atmanrl.attention_series import Reduce, RolloutSeries, SeriesCollector, attention_series
 from atmanrl.config import CreditConfig
 from atmanrl.saliency.heads import layers_of
 
@@ -25,10 +25,11 @@ class CreditAssignment:
 
     Args:
         config: the strategy and its parameters.
+        reduce: see `SeriesCollector`.
     """
 
-    def __init__(self, config: CreditConfig) -> None:
-        self.config = config
+    def __init__(self, config: CreditConfig, reduce: Reduce | None = None) -> None:
+        self.config, self._reduce = config, reduce
         self._series: list[RolloutSeries] | None = None
 
     def begin(self) -> None:
@@ -50,7 +51,7 @@ class CreditAssignment:
         if self.config.strategy not in READ_FROM_ATTENTION or model.config._attn_implementation != "atman":
             yield
             return
-        collector = SeriesCollector(layers_of(model), response.split(size), self.config.series)
+        collector = SeriesCollector(layers_of(model), response.split(size), self.config.series, self._reduce)
         with observing(collector):
             yield
         self._series = collector.series(response.sum(1).tolist())
@@ -78,6 +79,7 @@ class CreditAssignment:
             self.config.series,
             entropy=self.config.strategy == "entropy",
             answers=[places.get(i, range(0)) for i in range(len(responses))],
+            reduce=self._reduce,
         )
         return [one.loss for one in self._series]
 

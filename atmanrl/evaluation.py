@@ -29,6 +29,7 @@ def evaluate(
     mask: MaskConfig | None = None,
     estimator: str = "mask",
     saliency: bool = True,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -47,6 +48,7 @@ def evaluate(
         mask: how masks are optimised; the paper's numbers where None.
         estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
         saliency: whether they are scored at all.
+        chat_template_kwargs: see `encode_prompt`; those of the training, whose prompts are other ones without them.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
         progress: show progress bars on stderr.
@@ -59,7 +61,7 @@ def evaluate(
         raise ValueError(f"no rows of task {task.name!r} to evaluate on")
     generation = generation or GenerationSettings()
     scorer = make_estimator(estimator, mask=mask)
-    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    prompts = [encode_prompt(tokenizer, row["prompt"], chat_template_kwargs) for row in rows]
     sampled = generate(model, tokenizer, prompts, generation, seed=seed, progress=progress)
     completions = [
         Completion(

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atmanrl.interventions import ROWS, Mask, Outcome, Variant, answer_log_probabilities, outcomes
+from atmanrl.interventions import Mask, Outcome, Variant, answer_log_probabilities, outcomes
 from atmanrl.rollouts import Rollout
 
 Floats = NDArray[np.float64]
@@ -96,7 +96,7 @@ def score_curves(
     fractions: Sequence[float] = FRACTIONS,
     draws: int = RANDOM_DRAWS,
     seed: int = 0,
-    rows: int = ROWS,
+    rows: int | None = None,
 ) -> list[ScoreCurves]:
     """Deletion and insertion curves of each rollout's score, and of random orders of its tokens.
 
@@ -147,7 +147,7 @@ def early_answering(
     rollouts: Sequence[Rollout],
     *,
     fractions: Sequence[float] = FRACTIONS,
-    rows: int = ROWS,
+    rows: int | None = None,
 ) -> list[EarlyAnswering]:
     """The answer after the first round(f T) tokens of the chain of thought and the marker, for each fraction f.
 
@@ -184,7 +184,7 @@ def early_answering(
 
 
 def filler_substitution(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], filler_ids: Sequence[int], *, rows: int = ROWS
+    model: PreTrainedModel, rollouts: Sequence[Rollout], filler_ids: Sequence[int], *, rows: int | None = None
 ) -> list[Outcome]:
     """The answer after a chain of thought of equal length that only repeats ``filler_ids``.
 
@@ -216,7 +216,7 @@ def added_mistakes(
     *,
     draws: int = MISTAKES,
     seed: int = 0,
-    rows: int = ROWS,
+    rows: int | None = None,
 ) -> list[list[Outcome]]:
     """The original answer after one token of the chain of thought became another, the rest kept, for several draws.
 
@@ -249,7 +249,7 @@ def added_mistakes(
 
 
 def substitution(
-    model: PreTrainedModel, rollout: Rollout, replacements: Sequence[tuple[int, int]], *, rows: int = ROWS
+    model: PreTrainedModel, rollout: Rollout, replacements: Sequence[tuple[int, int]], *, rows: int | None = None
 ) -> list[Outcome]:
     """The original answer after one chain-of-thought token was replaced, for each ``(position, token id)`` in turn.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,15 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.rollouts import Rollout
+from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, within
+from atmanrl.saliency.decoder import why_unsupported
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
 from atmanrl.saliency.working_copy import working_copy
 
 Mask = NDArray[np.bool_]
-
-ROWS = 8192
-"""Packed rows per forward, prompts not counted; a longer variant runs alone."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Outcome:
 
 
 def answer_log_probabilities(
-    model: PreTrainedModel, variants: Iterable[Variant], *, rows: int = ROWS
+    model: PreTrainedModel, variants: Sequence[Variant], *, rows: int | None = None
 ) -> Iterator[Tensor]:
     """Log-probabilities of the next token at each position of the answer, (N, V) fp32, one tensor per variant.
 
@@ -66,34 +65,44 @@ def answer_log_probabilities(
     Args:
         model: a causal LM on transformers' AttentionInterface, adapted or sharded as :func:`working_copy` allows (then
             every rank must call); borrowed frozen while a batch runs.
-        variants: taken as they are needed.
-        rows: packed completion rows per forward, which bounds the memory.
+        variants: in the order of what is returned.
+        rows: packed rows per forward, prompts not counted; a longer variant runs alone. None: see `rows_that_fit`. If
+            memory runs out, half of it is tried once and kept.
 
     Raises:
         ValueError: for a rollout without an answer, or a ``hidden`` of another length than its chain of thought.
     """
-    # At the call, not at the first variant: a rank without any takes part in gathering a sharded model.
-    return _in_batches(working_copy(model), variants, rows)
-
-
-def _in_batches(model: PreTrainedModel, variants: Iterable[Variant], rows: int) -> Iterator[Tensor]:
-    batch: list[Variant] = []
-    size = 0
     for variant in variants:
         _check(variant)
-        length = len(variant.rollout.completion_ids)
-        if batch and size + length > rows:
-            yield from _forward(model, batch)
-            batch, size = [], 0
-        batch.append(variant)
-        size += length
-    if batch:
-        yield from _forward(model, batch)
+    # At the call, not at the first variant: a rank without any takes part in gathering a sharded model.
+    model = working_copy(model)
+    if rows is None and variants:
+        with frozen(model):
+            packed = [_with_a_row(variant.rollout) for variant in variants]
+            rows = rows_that_fit(model, packed, fast=why_unsupported(model) is None)
+    return _in_batches(model, variants, rows or 1)
 
 
-def outcomes(model: PreTrainedModel, variants: Iterable[Variant], *, rows: int = ROWS) -> list[Outcome]:
+def _in_batches(model: PreTrainedModel, variants: Sequence[Variant], rows: int) -> Iterator[Tensor]:
+    sizes = [len(variant.rollout.completion_ids) for variant in variants]
+    start = 0
+    while start < len(variants):
+        batch = next(within(rows, variants[start:], sizes[start:]))
+
+        def run(budget: int, batch: Sequence[Variant] = batch) -> list[Tensor]:
+            nonlocal rows
+            rows = budget
+            parts = within(budget, batch, [len(variant.rollout.completion_ids) for variant in batch])
+            return [logits for part in parts for logits in _forward(model, part)]
+
+        for logits in halving_on_out_of_memory(run, rows):
+            # One variant's at a time: in float32 a vocabulary is large.
+            yield logits.float().log_softmax(-1)
+        start += len(batch)
+
+
+def outcomes(model: PreTrainedModel, variants: Sequence[Variant], *, rows: int | None = None) -> list[Outcome]:
     """The `Outcome` of each variant; arguments as for `answer_log_probabilities`."""
-    variants = list(variants)
     results = []
     for variant, log_probabilities in zip(variants, answer_log_probabilities(model, variants, rows=rows), strict=True):
         targets = torch.tensor(variant.rollout.answer_ids, device=log_probabilities.device)
@@ -113,12 +122,13 @@ def _check(variant: Variant) -> None:
 
 @torch.no_grad()
 def _forward(model: PreTrainedModel, variants: Sequence[Variant]) -> list[Tensor]:
+    """(N, V) logits of each variant's answer, in the model's dtype."""
     with frozen(model), torch.no_grad():
         batch = pack([_with_a_row(variant.rollout) for variant in variants], answer_loss="value", device=model.device)
         bias = torch.cat([_bias(variant) for variant in variants]).to(model.device)
         logits = ModelLikelihood(model, batch).logits(batch.key_bias(bias))
         lengths = [len(variant.rollout.answer_ids) for variant in variants]
-        return list(logits.float().log_softmax(-1).split(lengths))
+        return list(logits.split(lengths))
 
 
 def _with_a_row(rollout: Rollout) -> Rollout:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -21,10 +21,11 @@ from atmanrl.config import MASK_PRESETS, DataConfig
 from atmanrl.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
-DTYPES = ("float32", "bfloat16", "float16")
 COMMAND_LINE = "command line"
 
 T = TypeVar("T")
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 class RecipeError(InputError):
@@ -53,7 +54,7 @@ class ModelConfig:
     Attributes:
         name: Hugging Face id, local directory, or "ledger" for the built-in task's own checkpoint.
         revision: branch, tag or commit of a Hugging Face id.
-        dtype: parameter dtype, one of `DTYPES`.
+        dtype: of the parameters.
         attn_implementation: attention of the policy's own passes (generation and update); "auto" is
             flash_attention_2 where flash-attn is installed and computes in ``dtype``, else sdpa.
         lora: train adapters instead of the weights.
@@ -64,7 +65,7 @@ class ModelConfig:
 
     name: str
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     attn_implementation: str = "auto"
     lora: LoraSettings | None = None
 
@@ -100,6 +101,11 @@ class EvaluationConfig:
             raise ValueError(
                 f"prompts must not be negative, samples and batch_size at least 1; "
                 f"got {self.prompts}, {self.samples} and {self.batch_size}"
+            )
+        if self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
+            raise ValueError(
+                f"temperature must not be negative, and is 0 for one sample alone; got {self.temperature} "
+                f"for {self.samples}"
             )
 
 
@@ -198,7 +204,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: base: {error}") from error
     above = (*above, path.resolve())
     if found.resolve() in above:
-        raise RecipeError(f"{path}: names {base!r} as its base, which starts from this recipe itself")
+        raise RecipeError(f"{path}: its base {base!r} leads back to it")
     return _merged(_read(found, above), data)
 
 

@@ -190,8 +190,8 @@ class Run:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"{path}: no such file") from error
+        except OSError as error:
+            raise ValueError(f"{path}: {(error.strerror or str(error)).lower()}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
         except json.JSONDecodeError as error:
@@ -243,8 +243,15 @@ def paired_rollouts(before: Run, after: Run) -> list[tuple[RolloutRecord, Rollou
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
-    """Write ``text`` as UTF-8 so that a reader finds either the old file or the whole new one."""
+    """Write ``text`` as UTF-8 so that a reader finds either the old file or the whole new one.
+
+    A link is followed. A pipe, a terminal or another device is written to as it is.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", newline="\n")
+        return
+    path = path.resolve()
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(descriptor, "w", encoding="utf-8", newline="\n") as file:

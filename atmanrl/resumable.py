@@ -7,6 +7,7 @@ process, what was measured since the last log line is lost, and a checkpoint may
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from atmanrl import checkpoints
 
 UNLOGGED = "unlogged-{process}.json"
 """File of a checkpoint, one per process: what was measured since the last log line."""
+
+logger = logging.getLogger(__name__)
 
 # transformers has torch.load put the optimiser of several processes on this process's device. On a CPU accelerate calls
 # that "cpu:1", which torch.load does not know.
@@ -46,6 +49,11 @@ class ResumableGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         )
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
+        batch = self.num_iterations * self.args.steps_per_generation // self.args.gradient_accumulation_steps
+        if batch and self.state.global_step % batch:
+            # Where a run ends; one that is to go on repeats the steps since the checkpoint before.
+            logger.warning("no checkpoint at step %d, inside a generation batch", self.state.global_step)
+            return
         name = f"checkpoint-{self.state.global_step}"
         with checkpoints.staged(Path(self.args.output_dir), name, self.accelerator) as staging:
             self._staging = staging

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from atmanrl.errors import InputError
@@ -131,6 +132,8 @@ def installed_versions() -> dict[str, str | None]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    # With the build (+cpu, +cu130), which the metadata of some builds leave out.
+    versions["torch"] = torch.__version__
     return versions
 
 

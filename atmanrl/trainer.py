@@ -7,9 +7,9 @@ NaN stops the run with its rollout on disk. That a run can be resumed exactly is
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,129 +17,43 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOConfig
 
-from atmanrl.batches import BatchArithmetic
 from atmanrl.chat import end_of_turn_ids
-from atmanrl.config import CreditConfig, MaskConfig
 from atmanrl.credit_assignment import CreditAssignment, weighted_advantages
 from atmanrl.data import Task
+from atmanrl.grpo_config import AtManGRPOConfig
 from atmanrl.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
+from atmanrl.plain_copy import is_whole
 from atmanrl.recording import Completion, record_one, score_name
 from atmanrl.records import Run
 from atmanrl.resumable import ResumableGRPOTrainer
-from atmanrl.rewards import Direction, Reduction, saliency_reward
+from atmanrl.rewards import saliency_reward
 from atmanrl.rollouts import CompletionSplit, Rollout, rollout_from_completion, split_completion
 from atmanrl.saliency import NonFiniteLossError, working_copy
-from atmanrl.saliency.estimators import Estimator, Mask, TokenScores, estimate_saliency, make_estimator
+from atmanrl.saliency.estimators import Estimator, Mask, TokenScores, estimate_saliency
 from atmanrl.saliency.packing import loss_tokens
 
-Target = Literal["predicted", "correct"]
+__all__ = ["AtManGRPOConfig", "AtManGRPOTrainer", "NonFiniteError"]
+
+_FOREIGN_TOKENS = "tokens that the policy did not write would be scored as its chain of thought"
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
-    """TRL's ``GRPOConfig`` plus the saliency reward; defaults are the paper's (AtManRL, arXiv 2604.16158).
+class _Batch:
+    """This process's part of a generation batch, one entry per rollout; filled as TRL goes on with it."""
 
-    The reward is R = R_out + saliency_weight * R_sal, with R_out 0 for a correct answer and -1 otherwise, and the loss
-    L = -(1/G) sum_i (1/|o_i|) sum_t min(r_t A_i, clip(r_t, 1 - epsilon, 1 + epsilon) A_i) with A_i = R_i - mean(R) of
-    the group: ``scale_rewards="none"``, ``loss_type="grpo"``, no KL term. ``importance_sampling_level="sequence"`` puts
-    one length-normalised ratio per rollout in place of r_t.
-
-    Attributes:
-        saliency_weight: weight of R_sal; with 0 the run is TRL's own, step for step.
-        direction: see :func:`atmanrl.saliency_reward`.
-        reduction: see :func:`atmanrl.saliency_reward`.
-        target: which answer the mask's loss teacher-forces: the rollout's own ("predicted") or the gold ("correct").
-        mask: how masks are optimised.
-        saliency_estimator: what scores the tokens, "mask" (the paper's) or another of `atmanrl.ESTIMATORS`, or "best";
-            R_sal then averages `TokenScores.restored`.
-        credit_assignment: how a rollout's advantage is spread over its tokens; by default evenly.
-        log_saliency: compute and log the saliency also where ``saliency_weight`` is 0; it changes no number of the run.
-        skip_non_finite: leave a rollout with a NaN or infinite loss, mask or reward out instead of stopping.
-        page_steps: optimiser steps between two pages of sampled rollouts coloured by saliency; 0 for none.
-        page_rollouts: rollouts on a page.
-    """
-
-    saliency_weight: float = 1.0
-    direction: str = "restored"
-    reduction: str = "causal"
-    target: str = "predicted"
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    saliency_estimator: str = "mask"
-    credit_assignment: CreditConfig = field(default_factory=CreditConfig)
-    log_saliency: bool = False
-    skip_non_finite: bool = False
-    page_steps: int = 50
-    page_rollouts: int = 16
-    report_to: str | list[str] | None = field(default_factory=lambda: ["tensorboard"])
-
-    per_device_train_batch_size: int = 2
-    gradient_accumulation_steps: int = 32
-    num_iterations: int = 2
-    num_train_epochs: float = 8.0
-    max_completion_length: int = 1024
-    learning_rate: float = 1e-6
-    lr_scheduler_type: str = "constant"
-    scale_rewards: str = "none"
-    loss_type: str = "grpo"
-    logging_steps: float = 1
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 2
-    bf16: bool | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.mask, Mapping):
-            self.mask = MaskConfig(**self.mask)
-        if isinstance(self.credit_assignment, Mapping):
-            self.credit_assignment = CreditConfig(**self.credit_assignment)
-        for name, choices in (("direction", Direction), ("reduction", Reduction), ("target", Target)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}")
-        self.estimator()
-        if self.reward_weights is not None:
-            raise ValueError(f"reward_weights {self.reward_weights}: the one free weight is saliency_weight")
-        if self.credit_assignment.strategy != "none" and self.use_liger_kernel:
-            raise ValueError(
-                "use_liger_kernel computes with one advantage per rollout; credit_assignment needs its own"
-            )
-        if self.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end is not supported: checkpoints are rotated by age alone")
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        arithmetic = BatchArithmetic.check(
-            num_generations=self.num_generations,
-            per_device_train_batch_size=self.per_device_train_batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            num_iterations=self.num_iterations,
-            # What a launcher sets; the process group itself comes up inside super().__post_init__().
-            processes=int(os.environ.get("WORLD_SIZE", "1")),
-            generation_batch_size=self.generation_batch_size,
-            steps_per_generation=self.steps_per_generation,
-        )
-        super().__post_init__()
-        if self.save_strategy == "steps" and self.save_steps >= 1:
-            arithmetic.check_save_steps(int(self.save_steps))
-        self.arithmetic = arithmetic
-
-    def estimator(self) -> Estimator:
-        """What scores the tokens.
-
-        Raises:
-            ValueError: for an unknown name.
-        """
-        return make_estimator(self.saliency_estimator, mask=self.mask)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return {**super().to_dict(), "mask": asdict(self.mask), "credit_assignment": asdict(self.credit_assignment)}
+    rows: Sequence[Mapping[str, Any]] = ()
+    prompt_ids: Sequence[list[int]] = ()
+    completion_ids: Sequence[list[int]] = ()
+    splits: Sequence[CompletionSplit] = ()
+    masks: Mapping[int, TokenScores] = field(default_factory=dict)
 
 
 class NonFiniteError(FloatingPointError):
@@ -155,7 +69,11 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         task: rows to train on and how their answers are read.
         processing_class: the policy's tokenizer.
         callbacks: further callbacks of transformers' Trainer.
-        **kwargs: passed to ``trl.GRPOTrainer`` (``peft_config``, ``optimizers``, ``rollout_func``).
+        **kwargs: passed to ``trl.GRPOTrainer`` (``peft_config``, ``optimizers``, ``rollout_func``). ``eval_dataset`` is
+            the task's test rows where ``args.eval_strategy`` asks for evaluations.
+
+    Raises:
+        ValueError: for tools or environments, whose tokens would be scored as the policy's chain of thought.
 
     Attributes:
         seconds: spent by this process so far on "generation", "saliency", "credit" and "update".
@@ -172,19 +90,21 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
+        for name in ("tools", "environment_factory"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}: {_FOREIGN_TOKENS}")
+        # TRL gets the weights of the reward functions through them; the caller's stay as they are.
+        args = copy.copy(args)
+        if args.eval_strategy != "no":
+            kwargs.setdefault("eval_dataset", task.test)
         self.task = task
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.part = "update"
         self.watch: Callable[[str], None] = lambda part: None
-        self._prompt_ids: list[list[int]] = []
-        self._rows: list[dict[str, Any]] = []
-        self._completion_ids: list[list[int]] = []
-        self._splits: list[CompletionSplit] = []
-        self._masks: dict[int, TokenScores] = {}
-        self._credit = CreditAssignment(args.credit_assignment)
+        self._batch = _Batch()
         reward_funcs: list[Callable[..., list[float]]] = [self.outcome]
         args.reward_weights = [1.0]
-        if args.saliency_weight or args.log_saliency or args.credit_assignment.strategy == "saliency":
+        if args.scores_tokens:
             reward_funcs.append(self.saliency)
             args.reward_weights.append(args.saliency_weight)
         super().__init__(
@@ -196,6 +116,8 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             callbacks=list(callbacks),
             **kwargs,
         )
+        reduce = partial(self.accelerator.reduce, reduction="sum")
+        self._credit = CreditAssignment(args.credit_assignment, reduce if self.accelerator.num_processes > 1 else None)
         self._end_ids = end_of_turn_ids(processing_class, self.eos_token_ids)
 
     # Reward functions: TRL calls them with the data set's columns and weighs, adds and logs what they return.
@@ -204,7 +126,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         self, completion_ids: list[list[int]], answer: list[str], log_metric: Any, log_extra: Any, **columns: Any
     ) -> list[float]:
         """R_out: 0 where the parsed answer equals the gold answer, else -1."""
-        predicted = [None if split.answer is None else split.answer.value for split in self._splits]
+        predicted = [None if split.answer is None else split.answer.value for split in self._batch.splits]
         log_extra("predicted", predicted)
         correct = [
             value is not None and self.task.answer_format.matches(value, gold)
@@ -213,10 +135,12 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         measured: dict[str, Sequence[float]] = {
             "answers/parse_failures": [value is None for value in predicted],
             "answers/accuracy": correct,
-            "cot/tokens": [len(split.cot_ids) for split in self._splits],
+            "cot/tokens": [len(split.cot_ids) for split in self._batch.splits],
         }
         if (flexible := self.task.answer_format.flexible) is not None:
-            accepted = [flexible.accepts(split.text, gold) for split, gold in zip(self._splits, answer, strict=True)]
+            accepted = [
+                flexible.accepts(split.text, gold) for split, gold in zip(self._batch.splits, answer, strict=True)
+            ]
             measured["answers/accuracy_flexible"] = accepted
         log_values(log_metric, measured | tokens_per_class(self._classes(), self.task.token_classes))
         return [0.0 if is_correct else -1.0 for is_correct in correct]
@@ -233,7 +157,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         estimator = self._reading_credit(model, rollouts, active)
         with self._clock("saliency"):
             active, masks = self._scores(model, rollouts, active, estimator)
-        self._masks = dict(zip(active, masks, strict=True))
+        self._batch.masks = dict(zip(active, masks, strict=True))
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
         classes = self._classes()
         restored = restored_per_class(masks, [classes[i] for i in active], self.task.token_classes)
@@ -242,23 +166,25 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
 
     def sampled(self, most: int) -> Run | None:
         """The first ``most`` rollouts of this process's last generation batch with their masks; None without masks."""
-        if not self._masks:
+        if not self._batch.masks:
             return None
         classify = self.task.classify_tokens
         records = []
-        for i, row in enumerate(self._rows[:most]):
+        for i, row in enumerate(self._batch.rows[:most]):
             completion = Completion(
                 prompt_id=f"{self.task.name}-{i // self.num_generations}",
                 sample=i % self.num_generations,
-                prompt_ids=self._prompt_ids[i],
-                completion_ids=self._completion_ids[i],
+                prompt_ids=self._batch.prompt_ids[i],
+                completion_ids=self._batch.completion_ids[i],
                 answer_format=self.task.answer_format,
                 expected=row["answer"],
                 classify=None if classify is None else partial(classify, row),
             )
-            mask = self._masks.get(i)
+            mask = self._batch.masks.get(i)
             reason = None if mask is not None else "no mask was optimised"
-            records.append(record_one(self.processing_class, completion, self._splits[i], mask, reason, self._end_ids))
+            records.append(
+                record_one(self.processing_class, completion, self._batch.splits[i], mask, reason, self._end_ids)
+            )
         settings = {"mask": asdict(self.args.mask), "task": self.task.name}
         return Run(
             label=f"step {self.state.global_step}",
@@ -272,14 +198,16 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
     def _generate(self, prompts: list[Any]) -> Any:
         with self._clock("generation"):
             generated = super()._generate(prompts)
-        self._prompt_ids = generated[0]
+        if generated[2] is not None:
+            raise ValueError(f"env_mask: {_FOREIGN_TOKENS}")
+        self._batch.prompt_ids = generated[0]
         return generated
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
     ) -> Tensor:
-        self._rows, self._completion_ids = inputs, completion_ids
-        self._splits = [self._split(ids) for ids in completion_ids]
+        self._batch.rows, self._batch.completion_ids = inputs, completion_ids
+        self._batch.splits = [self._split(ids) for ids in completion_ids]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         # TRL sums with nansum, which would take a NaN for a reward function that does not apply.
         broken = ~rewards.isfinite().all(dim=1)
@@ -288,17 +216,21 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             own = [i for i in range(len(prompts)) if broken[first + i]]
             self._on_non_finite(
                 "reward",
-                [self._describe(self._prompt_ids[i], completion_ids[i], reward=rewards[first + i]) for i in own],
+                [self._describe(self._batch.prompt_ids[i], completion_ids[i], reward=rewards[first + i]) for i in own],
             )
             rewards[broken] = torch.nan
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._credit.begin()
+        before, self._batch = self._batch, _Batch()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self.args.credit_assignment.strategy != "none":
             with self._clock("credit"):
                 output["advantages"] = self._assign_credit(output)
+        if not self.model.training:
+            # An evaluation's; pages show what was trained on.
+            self._batch = before
         return output
 
     def _get_per_token_logps_and_entropies(
@@ -322,12 +254,14 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             [ids[mask.bool()].tolist() for ids, mask in zip(inputs[f"{part}_ids"], inputs[f"{part}_mask"], strict=True)]
             for part in ("prompt", "completion")
         )
+        # Where weights are sharded, other processes wait for this one's part in every layer's backward.
         self._on_non_finite(
             f"loss of optimiser step {self.state.global_step + 1}",
             [
                 self._describe(prompt, completion, advantage=advantage)
                 for prompt, completion, advantage in zip(prompts, completions, inputs["advantages"], strict=True)
             ],
+            can_skip=is_whole(model),
         )
         # A gradient of zeros for every parameter: other processes wait for all of them.
         return torch.stack([0.0 * parameter.sum() for parameter in model.parameters() if parameter.requires_grad]).sum()
@@ -351,7 +285,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         if self.args.target == "predicted":
             return [
                 Rollout(tuple(prompt_ids), split.cot_ids, split.answer_ids, split.marker_ids)
-                for prompt_ids, split in zip(self._prompt_ids, self._splits, strict=True)
+                for prompt_ids, split in zip(self._batch.prompt_ids, self._batch.splits, strict=True)
             ]
         return [
             rollout_from_completion(
@@ -363,7 +297,9 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
                 gold=gold,
                 end_ids=self._end_ids,
             )
-            for prompt_ids, completion_ids, gold in zip(self._prompt_ids, self._completion_ids, answer, strict=True)
+            for prompt_ids, completion_ids, gold in zip(
+                self._batch.prompt_ids, self._batch.completion_ids, answer, strict=True
+            )
         ]
 
     def _policy(self) -> PreTrainedModel:
@@ -380,7 +316,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         if isinstance(estimator, Mask) and self.args.target == "predicted" and estimator.config.weights == "model":
             answers = {i: loss_tokens(rollouts[i], estimator.config.answer_loss) for i in active}
         with self._clock("credit"):
-            losses = self._credit.forward(model, self._prompt_ids, self._completion_ids, answers)
+            losses = self._credit.forward(model, self._batch.prompt_ids, self._batch.completion_ids, answers)
         if isinstance(estimator, Mask) and answers:
             estimator = replace(estimator, loss_unmasked={rollouts[i]: losses[i] for i in answers})
         return estimator
@@ -402,10 +338,10 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
     def _assign_credit(self, output: Mapping[str, Tensor]) -> Tensor:
         """(B, T) advantages gamma_t A of the completions' tokens; TRL's loss takes them in place of (B,)."""
         if self._credit.needs_forward:
-            self._credit.forward(self._policy(), self._prompt_ids, self._completion_ids)
+            self._credit.forward(self._policy(), self._batch.prompt_ids, self._batch.completion_ids)
         found = self._credit.gammas(
-            [len(ids) for ids in self._completion_ids],
-            {i: mask.restored for i, mask in self._masks.items()},
+            [len(ids) for ids in self._batch.completion_ids],
+            {i: mask.restored for i, mask in self._batch.masks.items()},
             self.args.seed + self.state.global_step + (self.accelerator.process_index << 32),
         )
         values = torch.cat(found).double().to(self.accelerator.device)
@@ -422,9 +358,9 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         """The class of each chain-of-thought token of the batch; nothing per rollout where the task knows none."""
         classify = self.task.classify_tokens
         if classify is None:
-            return [[] for _ in self._splits]
-        texts = [self.processing_class.convert_ids_to_tokens(list(split.cot_ids)) for split in self._splits]
-        return [classify(row, text) for row, text in zip(self._rows, texts, strict=True)]
+            return [[] for _ in self._batch.splits]
+        texts = [self.processing_class.convert_ids_to_tokens(list(split.cot_ids)) for split in self._batch.splits]
+        return [classify(row, text) for row, text in zip(self._batch.rows, texts, strict=True)]
 
     def _describe(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], **numbers: Tensor) -> dict[str, Any]:
         return {
@@ -435,15 +371,19 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             **{name: str(value.tolist()) for name, value in numbers.items()},
         }
 
-    def _on_non_finite(self, what: str, rollouts: list[dict[str, Any]]) -> None:
-        """Write the rollouts to disk; stop, unless the configuration says to leave them out."""
-        folder = Path(self.args.output_dir) / "non_finite"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{self.state.global_step + 1}-process-{self.accelerator.process_index}.json"
-        path.write_text(
-            json.dumps({"what": what, "rollouts": rollouts}, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
-        message = f"{what} is not finite; the {len(rollouts)} rollout(s) it came from are in {path}"
+    def _on_non_finite(self, what: str, rollouts: list[dict[str, Any]], *, can_skip: bool = True) -> None:
+        """Write the rollouts to disk; stop, unless the configuration says to leave them out and that can be done."""
+        message = f"{what} is not finite in another process"
+        if rollouts:
+            folder = Path(self.args.output_dir) / "non_finite"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"step-{self.state.global_step + 1}-process-{self.accelerator.process_index}.json"
+            path.write_text(
+                json.dumps({"what": what, "rollouts": rollouts}, indent=1, ensure_ascii=False), encoding="utf-8"
+            )
+            message = f"{what} is not finite; the {len(rollouts)} rollout(s) it came from are in {path}"
+        if not can_skip:
+            raise NonFiniteError(f"{message}; skip_non_finite cannot leave out a loss of sharded weights")
         if not self.args.skip_non_finite:
             raise NonFiniteError(f"{message}; skip_non_finite leaves such rollouts out instead")
         logger.warning("%s, left out", message)

@@ -25,7 +25,7 @@ import torch
 from atman_kernels import _cpu
 from benchmarks.cases import AttentionCase, Inputs, make_inputs
 from benchmarks.device import commit, results_file, save
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, inputs_with_gradients
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 BF16_LENGTHS = (1024, 4096)
@@ -82,7 +82,7 @@ def measure(case: AttentionCase, dtype: torch.dtype, rounds: int) -> dict[str, A
         matrix_seconds = min(matrix_seconds, _seconds(lambda: torch.mm(matrix, matrix)))
         for name, (compute, inputs) in arms.items():
             _cpu._isa = named[name].isa
-            found = _forward_and_both(compute, inputs, name)
+            found = _forward_and_both(compute, inputs, named[name].peer)
             best[name] = [min(pair) for pair in zip(best[name], found, strict=True)]
     _cpu._isa = ""
     return {
@@ -94,8 +94,8 @@ def measure(case: AttentionCase, dtype: torch.dtype, rounds: int) -> dict[str, A
     }
 
 
-def _forward_and_both(compute: Callable[[], torch.Tensor], x: Inputs, name: str) -> tuple[float, float]:
-    wanted = [t for t in x.differentiable if t.requires_grad and not (t is x.key_bias and "no bias" in name)]
+def _forward_and_both(compute: Callable[[], torch.Tensor], x: Inputs, peer: str) -> tuple[float, float]:
+    wanted = inputs_with_gradients(peer, x)
     start = time.perf_counter()
     o = compute()
     middle = time.perf_counter()
@@ -122,7 +122,7 @@ def peak_memory_ratio(length: int, head_dim: int, threads: int) -> float:
 def _print_peak(length: int, head_dim: int, threads: int) -> None:
     torch.set_num_threads(threads)
     warm_up, case = (AttentionCase("", (n,), (HEADS, HEADS), head_dim) for n in (64, length))
-    _forward_and_both(*_atman(warm_up), "")
+    _forward_and_both(*_atman(warm_up), "atman")
     before = _status_bytes("VmRSS")
     compute, x = _atman(case)
     o = compute()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -101,12 +102,12 @@ def flex(case: AttentionCase, x: Inputs) -> Attention:
 
 def sdpa_flash_extra_column(case: AttentionCase, x: Inputs) -> Attention:
     """SDPA flash with the bias, rounded to 16 bits, as one more column of k (and a column of ones in q)."""
-    return _extra_column(case, x, SDPBackend.FLASH_ATTENTION)
+    return _sdpa_causal(case, x, SDPBackend.FLASH_ATTENTION, extra_column=True)
 
 
 def sdpa_cudnn_extra_column(case: AttentionCase, x: Inputs) -> Attention:
     """SDPA cuDNN with the bias, rounded to 16 bits, as one more column of k (and a column of ones in q)."""
-    return _extra_column(case, x, SDPBackend.CUDNN_ATTENTION)
+    return _sdpa_causal(case, x, SDPBackend.CUDNN_ATTENTION, extra_column=True)
 
 
 def fla(case: AttentionCase, x: Inputs) -> Attention:
@@ -117,7 +118,7 @@ def fla(case: AttentionCase, x: Inputs) -> Attention:
         raise UnavailableError("parallel_attn has no prefix")
     from fla.ops.attn.parallel import parallel_attn
 
-    starts = torch.tensor([0, *torch.tensor(case.lengths).cumsum(0).tolist()], device=x.q.device)
+    starts = torch.tensor([*accumulate(case.lengths, initial=0)], device=x.q.device)
     is_first = torch.zeros_like(x.key_bias).index_fill(0, starts[:-1], 1.0)
 
     def run() -> Tensor:
@@ -136,7 +137,7 @@ def flash_attn_extra_column(case: AttentionCase, x: Inputs) -> Attention:
         raise UnavailableError("keys would have to be copied in front of every sequence")
     from flash_attn import flash_attn_varlen_func
 
-    starts = torch.tensor([0, *torch.tensor(case.lengths).cumsum(0).tolist()], device=x.q.device, dtype=torch.int32)
+    starts = torch.tensor([*accumulate(case.lengths, initial=0)], device=x.q.device, dtype=torch.int32)
     longest = max(case.lengths)
 
     def run() -> Tensor:
@@ -151,12 +152,12 @@ def flash_attn_extra_column(case: AttentionCase, x: Inputs) -> Attention:
 
 def sdpa_flash_unbiased(case: AttentionCase, x: Inputs) -> Attention:
     """Ceiling: SDPA flash without any bias."""
-    return _sdpa_causal(case, x, SDPBackend.FLASH_ATTENTION, None)
+    return _sdpa_causal(case, x, SDPBackend.FLASH_ATTENTION)
 
 
 def sdpa_cudnn_unbiased(case: AttentionCase, x: Inputs) -> Attention:
     """Ceiling: SDPA cuDNN without any bias."""
-    return _sdpa_causal(case, x, SDPBackend.CUDNN_ATTENTION, None)
+    return _sdpa_causal(case, x, SDPBackend.CUDNN_ATTENTION)
 
 
 PEERS: dict[str, Callable[[AttentionCase, Inputs], Attention]] = {
@@ -177,6 +178,11 @@ PEERS: dict[str, Callable[[AttentionCase, Inputs], Attention]] = {
         eager,
     )
 }
+
+
+def inputs_with_gradients(peer: str, x: Inputs) -> list[Tensor]:
+    """What gradients of a peer are taken of: the inputs that require one, for those without a bias all but it."""
+    return [t for t in x.differentiable if t.requires_grad and not (t is x.key_bias and peer.endswith("unbiased"))]
 
 
 @lru_cache(maxsize=1)
@@ -233,7 +239,7 @@ def _sdpa_with_mask(case: AttentionCase, x: Inputs, backend: SDPBackend) -> Atte
     return run
 
 
-def _sdpa_causal(case: AttentionCase, x: Inputs, backend: SDPBackend, bias_column: bool | None) -> Attention:
+def _sdpa_causal(case: AttentionCase, x: Inputs, backend: SDPBackend, *, extra_column: bool = False) -> Attention:
     to_batch, from_batch, _ = _padding(case, x)
     n_rows, n_keys = max(case.lengths), case.prefix + max(case.lengths)
     # is_causal aligns the edge top-left, which is wrong where a prefix precedes the keys.
@@ -241,17 +247,13 @@ def _sdpa_causal(case: AttentionCase, x: Inputs, backend: SDPBackend, bias_colum
 
     def run() -> Tensor:
         q, k, v, bias = to_batch(x)
-        if bias_column:
+        if extra_column:
             q, k, v = _with_extra_column(case, q, k, v, bias[:, None, :, None])
         with sdpa_kernel(backend):
             o = scaled_dot_product_attention(q, k, v, scale=case.sm_scale, enable_gqa=True, **edge)
         return from_batch(o[..., : case.head_dim])
 
     return run
-
-
-def _extra_column(case: AttentionCase, x: Inputs, backend: SDPBackend) -> Attention:
-    return _sdpa_causal(case, x, backend, bias_column=True)
 
 
 def _with_extra_column(

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.cases import AttentionCase, attention_cases, make_inputs
 from benchmarks.device import Device, device_of_command, kept_results, save, tuned
-from benchmarks.peers import PEERS, UnavailableError
+from benchmarks.peers import PEERS, UnavailableError, inputs_with_gradients
 
 DIRECTIONS = ("forward+backward", "forward")
 STARTS = 2
@@ -38,7 +38,7 @@ def measure(case: AttentionCase, peer: str, direction: str, device: Device) -> d
     try:
         x = make_inputs(case, device.dtype, device.name)
         compute = PEERS[peer](case, x)
-        wanted = [t for t in x.differentiable if peer_uses(peer, t is x.key_bias)]
+        wanted = inputs_with_gradients(peer, x)
 
         def forward_and_backward() -> None:
             torch.autograd.grad(compute(), wanted, x.do)
@@ -57,11 +57,6 @@ def measure(case: AttentionCase, peer: str, direction: str, device: Device) -> d
             raise
         row["unavailable"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return row
-
-
-def peer_uses(peer: str, is_bias: bool) -> bool:
-    """Whether a peer has a gradient for an input: the ones without bias have none for it."""
-    return not (is_bias and peer.endswith("unbiased"))
 
 
 def main() -> int:

@@ -84,7 +84,8 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
   pack_panels<T>(KeyRows<T>(s, p.prefix_k, p.k, task.head_kv), keys, p.head_dim, b.k_panels);
   pack_bias(p, s, keys, b.bias_log2);
   const Vec lanes = lane_numbers();
-  const float reach = near ? static_cast<float>(p.reach) : 0.0f;
+  // The sum is subtracted from it: its rounding must not exceed that of distances in the sequence.
+  const float reach = near ? static_cast<float>(minimum<int64_t>(p.reach, visible.n_keys)) : 0.0f;
   for (int64_t first = task.row_begin; first < task.row_end; first += kStatisticsRows) {
     const int64_t rows = minimum<int64_t>(kStatisticsRows, task.row_end - first);
     bool any = near;

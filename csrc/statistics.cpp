@@ -58,8 +58,7 @@ void attention_statistics(Statistics p, const Scalars& windowed, float* distance
     average_rows(p, distance);
   }
   p.row_sums = windowed;
-  p.reach = reach;
-  p.window = std::min(reach, attention_window);
+  p.reach = p.window = std::min(reach, attention_window);
   run_all(p, kernels.row_statistics, row_tasks(p, threads), threads);
 
   // Tasks are cut as if the horizon were the window, which is what they cost.

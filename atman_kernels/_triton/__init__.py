@@ -15,8 +15,8 @@ def require_runnable(device: torch.device, dtype: torch.dtype) -> None:
 
     Raises:
         ValueError: for float64.
-        RuntimeError: if Triton is not installed, or for CPU tensors unless TRITON_INTERPRET=1 was set before the
-            first import of Triton.
+        RuntimeError: if Triton is not installed, on devices other than CUDA's (and ROCm's), and for CPU tensors unless
+            TRITON_INTERPRET=1 was set before the first import of Triton.
     """
     if dtype == torch.float64:
         raise ValueError('the "triton" backend computes in float32, float16 and bfloat16; float64 needs "reference"')
@@ -29,6 +29,8 @@ def require_runnable(device: torch.device, dtype: torch.dtype) -> None:
             'the "triton" backend runs on CPU tensors only in Triton\'s interpreter:'
             " set TRITON_INTERPRET=1 in the environment before starting Python, or move the tensors to a GPU"
         )
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f'the "triton" backend computes on CUDA and ROCm devices, not on {device}')
 
 
 def attention_forward(o: Tensor, lse: Tensor, x: AttentionProblem) -> None:

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from atman_kernels._triton.tiles import (
-    LOG2_E,
     aligned_rows,
     count_tiles,
     is_visible,
+    load_own_bias,
     load_rows,
     locate_tile,
     query_bounds,
@@ -82,7 +82,6 @@ def backward_keys_kernel(
     stride_vt,
     stride_vh,
     stride_bb,
-    stride_bt,
     stride_pkt,
     stride_pkh,
     stride_pvt,
@@ -118,10 +117,7 @@ def backward_keys_kernel(
     k = load_rows(k_base, first, n_keys, stride_kt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, first, n_keys, stride_vt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     keys = first + tl.arange(0, BLOCK_N)
-    bias_log2 = tl.zeros([BLOCK_N], tl.float32)
-    if HAS_KEY_BIAS:
-        bias_ptrs = key_bias_ptr + batch * stride_bb + (k_start + keys) * stride_bt
-        bias_log2 = tl.load(bias_ptrs, mask=keys < n_keys, other=0.0) * LOG2_E
+    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, stride_bb, HAS_KEY_BIAS, BLOCK_N)
 
     # Every program of the group starts from the group's first query head.
     head = head_kv * GROUP

@@ -7,14 +7,13 @@ import triton.language as tl
 
 from atman_kernels._triton.tiles import (
     LOG2_E,
-    Keys,
     aligned_rows,
     attention_scores,
     count_tiles,
     key_bounds,
     load_keys,
     load_rows,
-    locate_prefix,
+    locate_keys,
     locate_tile,
     partial_sums,
     store_rows,
@@ -31,6 +30,8 @@ def _accumulate_dq(
     lse_log2,
     row_term,
     keys,
+    k_desc,
+    v_desc,
     first,
     last,
     sm_scale,
@@ -57,8 +58,8 @@ def _accumulate_dq(
     for MASKED in tl.static_range(2):
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
-            k = load_keys(keys.k_desc, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
-            v = load_keys(keys.v_desc, keys.v_ptr, keys.stride_vt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            k = load_keys(k_desc, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v = load_keys(v_desc, keys.v_ptr, keys.stride_vt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
             scores, to_log2 = attention_scores(
                 q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, BIAS_ROWS, SCALE_FIRST,
                 IS_CAUSAL, HAS_WINDOW, MASKED, BLOCK_M, BLOCK_N, PRECISION,
@@ -114,7 +115,6 @@ def backward_queries_kernel(
     stride_vt,
     stride_vh,
     stride_bb,
-    stride_bt,
     stride_pkt,
     stride_pkh,
     stride_pvt,
@@ -149,7 +149,6 @@ def backward_queries_kernel(
     )
     if first >= n_rows:
         return
-    head_kv = head // GROUP
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
 
     rows = first + tl.arange(0, BLOCK_M)
@@ -174,24 +173,16 @@ def backward_queries_kernel(
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
         for OWN in tl.static_range(1 - HAS_PREFIX, 1 if PREFIX_ONLY else 2):
-            if OWN:
-                keys = Keys(
-                    k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh,
-                    v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh,
-                    key_bias_ptr + batch * stride_bb + k_start * stride_bt,
-                    k_desc, v_desc, batch, k_start, head_kv, n_keys, n_keys - n_rows, stride_kt, stride_vt, stride_bt,
-                )  # fmt: skip
-            else:
-                prefix_start, n_prefix = locate_prefix(sequences_ptr, sequence)
-                keys = Keys(
-                    prefix_k_ptr + prefix_start * stride_pkt + head_kv * stride_pkh,
-                    prefix_v_ptr + prefix_start * stride_pvt + head_kv * stride_pvh,
-                    key_bias_ptr, prefix_k_desc, prefix_v_desc, tl.cast(0, tl.int64), prefix_start, head_kv, n_prefix,
-                    n_prefix + n_keys - n_rows, stride_pkt, stride_pvt, stride_bt,
-                )  # fmt: skip
+            keys = locate_keys(
+                OWN, k_ptr, v_ptr, key_bias_ptr, prefix_k_ptr, prefix_v_ptr,
+                sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP,
+                stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bb,
+                stride_pkt, stride_pkh, stride_pvt, stride_pvh,
+            )  # fmt: skip
             dq, ds_sum = _accumulate_dq(
-                dq, ds_sum, q, do, lse_log2, row_term, keys, first, last, sm_scale, window,
-                HAS_KEY_BIAS and OWN, BIAS_ROWS, SUM_COLUMNS, SCALE_FIRST, IS_CAUSAL, HAS_WINDOW, NEED_DQ, EXACT_DELTA,
+                dq, ds_sum, q, do, lse_log2, row_term, keys, k_desc if OWN else prefix_k_desc,
+                v_desc if OWN else prefix_v_desc, first, last, sm_scale, window, HAS_KEY_BIAS and OWN, BIAS_ROWS,
+                SUM_COLUMNS, SCALE_FIRST, IS_CAUSAL, HAS_WINDOW, NEED_DQ, EXACT_DELTA,
                 HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
         if NEED_DQ:

@@ -8,6 +8,7 @@ import triton.language as tl
 from atman_kernels._triton.tiles import (
     LOG2_E,
     count_tiles,
+    load_own_bias,
     load_rows,
     locate_tile,
     tile_bounds,
@@ -76,7 +77,6 @@ def column_statistics_kernel(
     stride_kt,
     stride_kh,
     stride_bb,
-    stride_bt,
     sm_scale,
     window,
     low,
@@ -101,10 +101,7 @@ def column_statistics_kernel(
     k_base = k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh
     k = load_rows(k_base, first, n_keys, stride_kt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     keys = first + tl.arange(0, BLOCK_N)
-    bias_log2 = tl.zeros([BLOCK_N], tl.float32)
-    if HAS_KEY_BIAS:
-        bias_ptrs = key_bias_ptr + batch * stride_bb + (k_start + keys) * stride_bt
-        bias_log2 = tl.load(bias_ptrs, mask=keys < n_keys, other=0.0) * LOG2_E
+    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, stride_bb, HAS_KEY_BIAS, BLOCK_N)
     q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
     lse_base = lse_ptr + batch * stride_lb + head * stride_lh + q_start
     rows_base = rows_ptr + batch * stride_rb + q_start

@@ -14,13 +14,12 @@ from atman_kernels._triton.launch import Launch, strides_of
 from atman_kernels._triton.operands import attention_operands, streamed_operands
 from atman_kernels._triton.tiles import (
     LN_2,
-    Keys,
     attention_scores,
     count_tiles,
     key_bounds,
     load_keys,
     load_rows,
-    locate_prefix,
+    locate_keys,
     locate_tile,
     partial_sums,
     store_rows,
@@ -41,6 +40,8 @@ def _attend(
     max_log2,
     q,
     keys,
+    k_desc,
+    v_desc,
     first,
     last,
     sm_scale,
@@ -65,7 +66,7 @@ def _attend(
     for MASKED in tl.static_range(2):
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
-            k = load_keys(keys.k_desc, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            k = load_keys(k_desc, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
             scores, to_log2 = attention_scores(
                 q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, BIAS_ROWS, SCALE_FIRST,
                 IS_CAUSAL, HAS_WINDOW, MASKED, BLOCK_M, BLOCK_N, PRECISION,
@@ -74,7 +75,7 @@ def _attend(
             p = tl.exp2(scores * to_log2 - new_max[:, None])
             rescale = tl.exp2(max_log2 - new_max)
             row_sum = row_sum * rescale[:, None] + partial_sums(p, SUM_COLUMNS)
-            v = load_keys(keys.v_desc, keys.v_ptr, keys.stride_vt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            v = load_keys(v_desc, keys.v_ptr, keys.stride_vt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
             max_log2 = new_max
     return acc, row_sum, max_log2
@@ -111,7 +112,6 @@ def forward_kernel(
     stride_vt,
     stride_vh,
     stride_bb,
-    stride_bt,
     stride_pkt,
     stride_pkh,
     stride_pvt,
@@ -139,7 +139,6 @@ def forward_kernel(
     )
     if first >= n_rows:
         return
-    head_kv = head // GROUP
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
     q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
     q = load_rows(q_base, first, n_rows, stride_qt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -147,24 +146,16 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
     max_log2 = tl.full([BLOCK_M], LOWEST, tl.float32)
     for OWN in tl.static_range(1 - HAS_PREFIX, 2):
-        if OWN:
-            keys = Keys(
-                k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh,
-                v_ptr + batch * stride_vb + k_start * stride_vt + head_kv * stride_vh,
-                key_bias_ptr + batch * stride_bb + k_start * stride_bt,
-                k_desc, v_desc, batch, k_start, head_kv, n_keys, n_keys - n_rows, stride_kt, stride_vt, stride_bt,
-            )  # fmt: skip
-        else:
-            prefix_start, n_prefix = locate_prefix(sequences_ptr, sequence)
-            keys = Keys(
-                prefix_k_ptr + prefix_start * stride_pkt + head_kv * stride_pkh,
-                prefix_v_ptr + prefix_start * stride_pvt + head_kv * stride_pvh,
-                key_bias_ptr, prefix_k_desc, prefix_v_desc, tl.cast(0, tl.int64), prefix_start, head_kv, n_prefix,
-                n_prefix + n_keys - n_rows, stride_pkt, stride_pvt, stride_bt,
-            )  # fmt: skip
+        keys = locate_keys(
+            OWN, k_ptr, v_ptr, key_bias_ptr, prefix_k_ptr, prefix_v_ptr,
+            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP,
+            stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bb,
+            stride_pkt, stride_pkh, stride_pvt, stride_pvh,
+        )  # fmt: skip
         acc, row_sum, max_log2 = _attend(
-            acc, row_sum, max_log2, q, keys, first, last, sm_scale, window, HAS_KEY_BIAS and OWN, BIAS_ROWS,
-            SUM_COLUMNS, SCALE_FIRST, IS_CAUSAL, HAS_WINDOW, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            acc, row_sum, max_log2, q, keys, k_desc if OWN else prefix_k_desc, v_desc if OWN else prefix_v_desc,
+            first, last, sm_scale, window, HAS_KEY_BIAS and OWN, BIAS_ROWS, SUM_COLUMNS, SCALE_FIRST,
+            IS_CAUSAL, HAS_WINDOW, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 
     row_sum = tl.sum(row_sum, 1)

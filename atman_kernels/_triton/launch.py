@@ -27,12 +27,21 @@ class Launch(NamedTuple):
 
 @lru_cache(maxsize=16)
 def device_family(device: torch.device) -> str:
-    """The key of the block-size table for a device."""
+    """The key of the block-size table for a device.
+
+    Raises:
+        RuntimeError: for NVIDIA devices before compute capability 8.0, which Triton does not compile these kernels for.
+    """
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or higher, {device} has {major}.{minor};"
+            ' backend("reference") computes on every device'
+        )
     if major == 9:
         return "sm_90"
     if major == 10:

@@ -49,7 +49,7 @@ def attention_operands(x: AttentionProblem) -> dict[str, object]:
         **strides_of("q", q, "bth"),
         **strides_of("k", k, "bth"),
         **strides_of("v", v, "bth"),
-        **strides_of("b", x.key_bias, "bt"),
+        **strides_of("b", x.key_bias, "b"),
         **strides_of("pk", x.prefix_k, "th"),
         **strides_of("pv", x.prefix_v, "th"),
         "sm_scale": x.sm_scale,

@@ -11,12 +11,12 @@ from atman_kernels._triton.tiles import (
     Q_LENGTH,
     Q_START,
     SEQUENCE_COLUMNS,
-    Keys,
     attention_scores,
     count_tiles,
     key_bounds,
     load_keys,
     load_rows,
+    locate_keys,
     locate_prefix,
     locate_tile,
     tile_start,
@@ -33,7 +33,6 @@ def _weighted_sum(
     last,
     sm_scale,
     window,
-    reach,
     HAS_KEY_BIAS: tl.constexpr,
     BIAS_ROWS: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
@@ -45,7 +44,7 @@ def _weighted_sum(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add sum_v p d (NEAR: p max(reach - d, 0)) of the rows ``first`` .. ``last`` over one run of keys."""
+    """Add sum_v p d (NEAR: p (window - d)) of the rows ``first`` .. ``last`` over one run of keys."""
     row_position = keys.shift + first + tl.arange(0, BLOCK_M)
     begin, full_begin, full_end, end = key_bounds(
         keys.shift + first, keys.shift + last, keys.length, window, True, HAS_WINDOW, BLOCK_N
@@ -60,12 +59,12 @@ def _weighted_sum(
             )  # fmt: skip
             p = tl.exp2(scores * to_log2 - lse_log2[:, None])
             distance = row_position[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
-            weight = tl.maximum(reach - distance, 0) if NEAR else distance
+            weight = window - distance if NEAR else distance
             total += tl.sum(p * weight.to(tl.float32), 1)
     return total
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_bb", "window", "reach"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_bb", "window"])
 def row_statistics_kernel(
     out_ptr,
     lse_ptr,
@@ -86,12 +85,10 @@ def row_statistics_kernel(
     stride_kt,
     stride_kh,
     stride_bb,
-    stride_bt,
     stride_pkt,
     stride_pkh,
     sm_scale,
     window,
-    reach,
     HEADS_Q: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -107,7 +104,7 @@ def row_statistics_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The distance (NEAR: the windowed distance) of a tile of rows of one head; ``out`` is laid out as ``lse``.
+    """The distance (NEAR: min(distance, window)) of a tile of rows of one head; ``out`` is laid out as ``lse``.
 
     Distances of rows that are not chosen are 0, and tiles without a chosen row cost nothing.
     """
@@ -116,7 +113,6 @@ def row_statistics_kernel(
     )
     if first >= n_rows:
         return
-    head_kv = head // GROUP
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
     rows = first + tl.arange(0, BLOCK_M)
     row_offset = batch * stride_lb + head * stride_lh + q_start
@@ -134,26 +130,23 @@ def row_statistics_kernel(
     q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
     q = load_rows(q_base, first, n_rows, stride_qt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if NEAR:
+        # The sum is subtracted from the window, whose rounding must not exceed that of distances in the sequence.
+        n_prefix = locate_prefix(sequences_ptr, sequence)[1] if HAS_PREFIX else 0
+        window = tl.minimum(window, n_prefix + n_keys)
     for OWN in tl.static_range(1 - HAS_PREFIX, 2):
-        if OWN:
-            k_base = k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh
-            keys = Keys(
-                k_base, None, key_bias_ptr + batch * stride_bb + k_start * stride_bt, None, None,
-                batch, k_start, head_kv, n_keys, n_keys - n_rows, stride_kt, None, stride_bt,
-            )  # fmt: skip
-        else:
-            prefix_start, n_prefix = locate_prefix(sequences_ptr, sequence)
-            k_base = prefix_k_ptr + prefix_start * stride_pkt + head_kv * stride_pkh
-            keys = Keys(
-                k_base, None, key_bias_ptr, None, None,
-                batch, prefix_start, head_kv, n_prefix, n_prefix + n_keys - n_rows, stride_pkt, None, stride_bt,
-            )  # fmt: skip
+        keys = locate_keys(
+            OWN, k_ptr, k_ptr, key_bias_ptr, prefix_k_ptr, prefix_k_ptr,
+            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP,
+            stride_kb, stride_kt, stride_kh, stride_kb, stride_kt, stride_kh, stride_bb,
+            stride_pkt, stride_pkh, stride_pkt, stride_pkh,
+        )  # fmt: skip
         total = _weighted_sum(
-            total, q, lse_log2, keys, first, last, sm_scale, window, reach, HAS_KEY_BIAS and OWN, BIAS_ROWS,
+            total, q, lse_log2, keys, first, last, sm_scale, window, HAS_KEY_BIAS and OWN, BIAS_ROWS,
             SCALE_FIRST, HAS_WINDOW, NEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     if NEAR:
-        total = tl.where(without_key, 0.0, reach - total)
+        total = tl.where(without_key, 0.0, window - total)
     tl.store(out_ptr + row_offset + rows, total, mask=inside)
 
 

@@ -7,6 +7,7 @@ one program: no atomics, and the same bits every time.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from atman_kernels._triton.blocks import block_sizes
@@ -48,7 +49,6 @@ def statistics_launches(family: str, out: Statistics, x: StatisticsProblem) -> l
             **attention_operands(attention._replace(window=bound)),
             "out_ptr": out,
             "tiles_ptr": x.tiles_q,
-            "reach": x.window,
             "NEAR": near,
         }
         programs = x.tiles_q.shape[0] * (TILE // blocks.block_m) * heads_q
@@ -56,7 +56,7 @@ def statistics_launches(family: str, out: Statistics, x: StatisticsProblem) -> l
 
     launches = []
     if out.distance is not None:
-        row_distance = x.lse.new_zeros(x.lse.shape)
+        row_distance = torch.empty_like(x.lse)
         launches.append(row_launch(row_distance, x.attention_window, near=False))
         arguments = {**common, "distance_ptr": out.distance, "row_distance_ptr": row_distance, "BLOCK": TILE}
         launches.append(_launch(mean_distance_kernel, x.sequences.shape[0] * heads_q, arguments, 4, 1))

@@ -18,7 +18,7 @@ K_START = tl.constexpr(plan.K_START)
 K_LENGTH = tl.constexpr(plan.K_LENGTH)
 PREFIX_START = tl.constexpr(plan.PREFIX_START)
 PREFIX_LENGTH = tl.constexpr(plan.PREFIX_LENGTH)
-SEQUENCE_COLUMNS = tl.constexpr(7)
+SEQUENCE_COLUMNS = tl.constexpr(plan.SEQUENCE_COLUMNS)
 
 # fp32 numbers per 16 bytes, where vectors may begin.
 ROW_ALIGNMENT = tl.constexpr(4)
@@ -31,19 +31,16 @@ class Keys(NamedTuple):
     """A run of keys that the rows of a program see: the sequence's own, or its range of the shared prefix.
 
     Attributes:
-        k_ptr, v_ptr, bias_ptr: the run's first key and value of this head, and its first bias.
-        k_desc, v_desc: tensor descriptors of all keys and values, or None.
-        batch, start, head: where the run begins in them.
+        k_ptr, v_ptr, bias_ptr: the run's first key and value of this head, and its first bias (the prefix has none).
+        batch, start, head: where the run begins in the tensors of all keys and values.
         length: keys of the run.
         shift: position of the sequence's first row, counted from the run's first key.
-        stride_kt, stride_vt, stride_bt: from one key to the next.
+        stride_kt, stride_vt: from one key to the next.
     """
 
     k_ptr: Any
     v_ptr: Any
     bias_ptr: Any
-    k_desc: Any
-    v_desc: Any
     batch: Any
     start: Any
     head: Any
@@ -51,7 +48,6 @@ class Keys(NamedTuple):
     shift: Any
     stride_kt: Any
     stride_vt: Any
-    stride_bt: Any
 
 
 @triton.jit
@@ -84,6 +80,50 @@ def locate_prefix(sequences_ptr, sequence):
     """(first key, number of keys) of a sequence's range of the shared prefix."""
     row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
     return tl.load(row_ptr + PREFIX_START).to(tl.int64), tl.load(row_ptr + PREFIX_LENGTH)
+
+
+@triton.jit
+def locate_keys(
+    OWN: tl.constexpr,
+    k_ptr,
+    v_ptr,
+    key_bias_ptr,
+    prefix_k_ptr,
+    prefix_v_ptr,
+    sequences_ptr,
+    sequence,
+    batch,
+    k_start,
+    n_keys,
+    n_rows,
+    head,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_bb,
+    stride_pkt,
+    stride_pkh,
+    stride_pvt,
+    stride_pvh,
+):
+    """The :class:`Keys` of a sequence and kv head: its own (OWN), or its range of the shared prefix before them."""
+    if OWN:
+        return Keys(
+            k_ptr + batch * stride_kb + k_start * stride_kt + head * stride_kh,
+            v_ptr + batch * stride_vb + k_start * stride_vt + head * stride_vh,
+            key_bias_ptr + batch * stride_bb + k_start,
+            batch, k_start, head, n_keys, n_keys - n_rows, stride_kt, stride_vt,
+        )  # fmt: skip
+    prefix_start, n_prefix = locate_prefix(sequences_ptr, sequence)
+    return Keys(
+        prefix_k_ptr + prefix_start * stride_pkt + head * stride_pkh,
+        prefix_v_ptr + prefix_start * stride_pvt + head * stride_pvh,
+        key_bias_ptr,
+        tl.cast(0, tl.int64), prefix_start, head, n_prefix, n_prefix + n_keys - n_rows, stride_pkt, stride_pvt,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -262,7 +302,7 @@ def load_bias(keys, start, MASKED: tl.constexpr, BIAS_ROWS: tl.constexpr, BLOCK_
     BIAS_ROWS equal rows are as many numbers as threads: one asynchronous copy per thread into shared memory.
     """
     offs = start + tl.arange(0, BLOCK_N)[None, :] + tl.zeros([BIAS_ROWS, 1], tl.int32)
-    ptrs = keys.bias_ptr + offs * keys.stride_bt
+    ptrs = keys.bias_ptr + offs
     bias = tl.load(ptrs, mask=offs < keys.length, other=0.0) if MASKED else tl.load(ptrs)
     return tl.reshape(tl.broadcast_to(bias[None], (BLOCK_M // BIAS_ROWS, BIAS_ROWS, BLOCK_N)), (BLOCK_M, BLOCK_N))
 
@@ -303,6 +343,19 @@ def attention_scores(
         seen = is_visible(row_position[:, None], key, keys.length, window, IS_CAUSAL, HAS_WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
     return scores, to_log2
+
+
+@triton.jit
+def load_own_bias(
+    key_bias_ptr, batch, k_start, first, n_keys, stride_bb, HAS_KEY_BIAS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(BLOCK_N) bias in log2 units of a key-owned program's keys; zeros without one."""
+    keys = first + tl.arange(0, BLOCK_N)
+    bias_log2 = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_KEY_BIAS:
+        bias_ptrs = key_bias_ptr + batch * stride_bb + k_start + keys
+        bias_log2 = tl.load(bias_ptrs, mask=keys < n_keys, other=0.0) * LOG2_E
+    return bias_log2
 
 
 @triton.jit

@@ -81,6 +81,7 @@ class BeforeAfter:
             mask=self.args.mask,
             estimator=self.args.saliency_estimator,
             saliency=config.saliency,
+            chat_template_kwargs=self.args.chat_template_kwargs,
             seed=config.seed,
             settings={"model": self.recipe.model.name},
             progress=sys.stderr.isatty(),

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from atmanrl.policy import load_model
-from atmanrl.recipe import ModelConfig
+from atmanrl.recipe import Dtype, ModelConfig
 from atmanrl.saliency.throughput import (
     Measurement,
     check_arms,
@@ -33,7 +33,7 @@ def bench_command(
     *,
     model: str | None,
     shape: str,
-    dtype: str,
+    dtype: Dtype,
     queries: int,
     rollouts: int,
     prompt: int,
@@ -102,7 +102,7 @@ def bench_command(
     return 0
 
 
-def _policy(model: str | None, shape: str, dtype: str, device: torch.device) -> PreTrainedModel:
+def _policy(model: str | None, shape: str, dtype: Dtype, device: torch.device) -> PreTrainedModel:
     if model is None:
         return random_model(shape, dtype=getattr(torch, dtype), device=device)
     loaded: PreTrainedModel = load_model(ModelConfig(model, dtype=dtype), device=device)

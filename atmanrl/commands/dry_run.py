@@ -48,7 +48,7 @@ def operation_shares(args: AtManGRPOConfig) -> str:
 
 def _scoring_steps(args: AtManGRPOConfig) -> int:
     """Steps of a forward and a frozen backward pass that scoring the longest completion takes; 0: none is scored."""
-    if not (args.saliency_weight or args.log_saliency):
+    if not args.scores_tokens:
         return 0
     if args.estimator().name == "mask":
         return args.mask.steps

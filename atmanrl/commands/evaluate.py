@@ -11,20 +11,22 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atmanrl.commands.failures import explained_without_training
 from atmanrl.comparison import write_comparison, write_single
 from atmanrl.config import MaskConfig
 from atmanrl.data import Task, load_task
 from atmanrl.evaluation import evaluate
 from atmanrl.generation import GenerationSettings
+from atmanrl.grpo_config import AtManGRPOConfig
 from atmanrl.policy import load_policy
-from atmanrl.recipe import Recipe, build, check_keys, load_recipe
+from atmanrl.recipe import Dtype, Recipe, build, check_keys, load_recipe
 from atmanrl.records import Run
 from atmanrl.scoring import with_deletion_effects, with_faithfulness
-from atmanrl.trainer import AtManGRPOConfig
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+@explained_without_training("evaluation", "checkpoints evaluated before this one have their files")
 def evaluate_command(
     config: str,
     overrides: Sequence[tuple[str, str]] = (),
@@ -63,7 +65,10 @@ def evaluate_command(
     named = list(zip(names, labels(names), strict=True))
     task = load_task(recipe.data)
     reader = None if initial_model is None else _load(recipe, initial_model)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be made: {error}") from error
     runs = []
     for name, label in named:
         run = _evaluate(recipe, task, name, label, mask, faithfulness, reader)
@@ -92,14 +97,16 @@ def labels(names: Sequence[str]) -> list[str]:
     return [f"{i + 1}-{name}" for i, name in enumerate(short)]
 
 
-def _dtype(recipe: Recipe) -> str:
+def _dtype(recipe: Recipe) -> Dtype:
     """What the recipe's training computes in; a CPU has no use for half precision."""
     half = recipe.training.get("bf16") and torch.cuda.is_available()
     return "bfloat16" if half else recipe.model.dtype
 
 
 def _load(recipe: Recipe, name: str) -> Policy:
-    return load_policy(replace(recipe.model, name=name, dtype=_dtype(recipe)))
+    # A revision is one of the recipe's own model.
+    revision = recipe.model.revision if name == recipe.model.name else None
+    return load_policy(replace(recipe.model, name=name, revision=revision, dtype=_dtype(recipe)))
 
 
 def _evaluate(
@@ -123,6 +130,7 @@ def _evaluate(
         mask=mask,
         estimator=str(recipe.training.get("saliency_estimator", "mask")),
         saliency=section.saliency,
+        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
         seed=section.seed,
         settings={"model": name},
         progress=sys.stderr.isatty(),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from atmanrl.commands.failures import explained_without_training
 from atmanrl.config import MaskConfig
 from atmanrl.explanation import Example, explain, read_examples
 from atmanrl.generation import GenerationSettings
@@ -21,6 +22,7 @@ from atmanrl.saliency.estimators import make_estimator
 from atmanrl.scoring import with_deletion_effects, with_scores
 
 
+@explained_without_training("explanation", "files written before this one are whole")
 def explain_command(
     model: ModelConfig,
     overrides: Sequence[tuple[str, str]] = (),

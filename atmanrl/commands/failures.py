@@ -6,35 +6,45 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
 from atmanrl.checkpoints import saved
 from atmanrl.errors import RunError
-from atmanrl.trainer import AtManGRPOTrainer
 
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+if TYPE_CHECKING:
+    from atmanrl.trainer import AtManGRPOTrainer
+
+_CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR),
+}
 _LESS_MEMORY = {
     "generation": "generation_batch_size and max_completion_length set how much is sampled together; vLLM needs less",
     "saliency": "masks are split into batches that fit already; LoRA or fsdp2.yaml leave them more room",
     "credit": 'credit_assignment.strategy "random" or "saliency" needs no pass of its own; LoRA leaves it more room',
     "evaluation": "evaluation.batch_size sets how many prompts are sampled together",
+    "explanation": "--dtype bfloat16 halves the model; examples may also be explained in several files",
     "update": "per_device_train_batch_size down and gradient_accumulation_steps up by as much change no result, nor "
     "does gradient_checkpointing: true",
 }
 
 
 @contextmanager
-def explained_before_training() -> Iterator[None]:
-    """Turn want of disk or memory of the evaluation that comes before training into a `RunError`."""
+def explained_without_training(part: str, note: str) -> Iterator[None]:
+    """Turn want of disk or memory of what is no training into a `RunError` that ends with ``note``.
+
+    Args:
+        part: "evaluation" or "explanation".
+    """
     try:
         yield
     except Exception as error:
-        reason = _reason(error, "evaluation")
+        reason = _reason(error, part)
         if reason is None:
             raise
-        raise RunError(f"{reason}\nnothing has been trained yet") from error
+        raise RunError(f"{reason}\n{note}") from error
 
 
 @contextmanager
@@ -68,5 +78,6 @@ def _reason(error: Exception, part: str) -> str | None:
         return f"cannot write a checkpoint (is the disk full?): {text}"
     # The CPU's allocator has no exception of its own.
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
-        return f"out of memory during {part}: {text}\n{_LESS_MEMORY[part]}; --dry-run estimates what a recipe takes"
+        estimate = "" if part == "explanation" else "; atmanrl train --dry-run estimates what a recipe takes"
+        return f"out of memory during {part}: {text}\n{_LESS_MEMORY[part]}{estimate}"
     return None

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from atmanrl import credit
 from atmanrl.attention_series import RolloutSeries, attention_series
+from atmanrl.commands.failures import explained_without_training
 from atmanrl.config import SeriesConfig
 from atmanrl.data.ledger.generator import classify_tokens
 from atmanrl.data.ledger.vocabulary import ANSWER, ASK, COT
@@ -24,6 +25,7 @@ from atmanrl.rhythm import Coupling, NeededRank, Perturbation, couplings, needed
 from atmanrl.series_plot import plot_series
 
 
+@explained_without_training("explanation", "files written before this one are whole")
 def statistics_command(
     model: ModelConfig,
     examples: Sequence[Example],

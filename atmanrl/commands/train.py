@@ -10,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from jinja2 import TemplateError
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from atmanrl import checkpoints, run_directory
 from atmanrl.callbacks import MetricsFile, ProgressLine, RolloutPages, StopOnSigterm
+from atmanrl.chat import encode_prompt
 from atmanrl.commands.before_after import BeforeAfter
 from atmanrl.commands.dry_run import describe_update
-from atmanrl.commands.failures import explained, explained_before_training
-from atmanrl.data import load_task
+from atmanrl.commands.failures import explained, explained_without_training
+from atmanrl.data import Task, load_task
 from atmanrl.errors import InputError
+from atmanrl.generation import context_length
 from atmanrl.plain_copy import plain
 from atmanrl.policy import load_policy
-from atmanrl.recipe import LoraSettings, build, load_recipe
+from atmanrl.recipe import EvaluationConfig, LoraSettings, build, load_recipe
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 MODEL, ADAPTER = "model", "adapter"
@@ -49,6 +53,9 @@ def train(
     args = build(AtManGRPOConfig, training, source=recipe.source, typed=recipe.typed)
     console = Console()
     process = PartialState()
+    if not sys.stderr.isatty():
+        # One line per log entry, not one per file that is read or written.
+        disable_progress_bar()
     if dry_run:
         if process.is_main_process:
             console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
@@ -67,7 +74,7 @@ def train(
     device = None if process.num_processes == 1 else "cpu"
     model, tokenizer = load_policy(recipe.model, autocast=bool(args.bf16 or args.fp16), device=device)
     steps = args.arithmetic.optimizer_steps(len(task.train), args.num_train_epochs)
-    _check_context(model, args)
+    _check_context(model, tokenizer, task, args, recipe.evaluation)
     if process.is_main_process:
         run_directory.start(run, recipe, resume=resume)
         console.print(args.arithmetic.describe(), highlight=False, soft_wrap=True)
@@ -80,7 +87,7 @@ def train(
     evaluation = BeforeAfter(recipe, args, task, tokenizer, run)
     # Before the trainer is made: it seeds the generators, so that an evaluation changes no number of the training.
     if process.num_processes == 1:
-        with explained_before_training():
+        with explained_without_training("evaluation", "nothing has been trained yet"):
             evaluation.before(model)
     stop = StopOnSigterm(args.arithmetic.steps_per_generation)
     trainer = AtManGRPOTrainer(
@@ -99,11 +106,14 @@ def train(
             console.print(f"stopped at step {step}; the same command with --resume goes on from there")
             return 0
         if recipe.model.lora is not None:
-            trainer.save_model(str(run / ADAPTER))
+            with checkpoints.staged(run, ADAPTER, trainer.accelerator) as staging:
+                trainer.save_model(str(staging / ADAPTER))
         trained = plain(trainer.accelerator.unwrap_model(trainer.model), model.dtype)
+        with checkpoints.staged(run, MODEL, trainer.accelerator) as staging:
+            if process.is_main_process:
+                trained.save_pretrained(staging / MODEL)
+                tokenizer.save_pretrained(staging / MODEL)
         if process.is_main_process:
-            trained.save_pretrained(run / MODEL)
-            tokenizer.save_pretrained(run / MODEL)
             trainer.part = "evaluation"
             evaluation.after(trained, console)
     return 0
@@ -130,10 +140,25 @@ def lora_config(settings: LoraSettings | None) -> Any:
     )
 
 
-def _check_context(model: PreTrainedModel, args: AtManGRPOConfig) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and args.max_completion_length >= context:
-        raise InputError(
-            f"max_completion_length {args.max_completion_length} leaves no room for a prompt in the model's context of "
-            f"{context} tokens"
-        )
+def _check_context(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    args: AtManGRPOConfig,
+    evaluation: EvaluationConfig,
+) -> None:
+    """Check that every prompt leaves room for a completion: otherwise the run stops at the first long one."""
+    room = context_length(model) - args.max_completion_length
+    tested = len(task.test) if args.eval_strategy != "no" else min(evaluation.prompts, len(task.test))
+    for name, rows in (("training", task.train), ("test", task.test.select(range(tested)))):
+        for i, prompt in enumerate(rows["prompt"]):
+            try:
+                length = len(encode_prompt(tokenizer, prompt, args.chat_template_kwargs))
+            except (ValueError, TemplateError) as error:
+                raise InputError(f"prompt {i} of the {name} rows: {error}") from error
+            if length > room:
+                raise InputError(
+                    f"prompt {i} of the {name} rows has {length} tokens: max_completion_length "
+                    f"{args.max_completion_length} leaves it {max(room, 0)} of the model's context of "
+                    f"{room + args.max_completion_length}"
+                )

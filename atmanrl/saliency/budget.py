@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +16,11 @@ from atmanrl.saliency.cost import DecoderShape, peak_bytes
 from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+
+ROWS = 8192
+"""Most packed rows of a forward where no budget is given: enough to fill a device, few enough that a bar moves."""
 
 # Of the free memory, what the allocator loses to fragments and other processes may take meanwhile.
 _HEADROOM = 0.9
@@ -51,6 +55,32 @@ def split(rollouts: Sequence[Rollout], order: Sequence[int], budget: int) -> lis
     return groups
 
 
+def within(budget: int, items: Sequence[_Item], sizes: Sequence[int]) -> Iterator[list[_Item]]:
+    """Successive groups of ``items`` whose ``sizes`` add up to at most ``budget``; a larger item goes alone."""
+    group: list[_Item] = []
+    used = 0
+    for item, size in zip(items, sizes, strict=True):
+        if group and used + size > budget:
+            yield group
+            group, used = [], 0
+        group.append(item)
+        used += size
+    if group:
+        yield group
+
+
+def rows_that_fit(model: PreTrainedModel, rollouts: Sequence[Rollout], *, fast: bool) -> int:
+    """`ROWS`, or fewer where the free memory does not hold them with what a backward needs.
+
+    Args:
+        model: borrowed frozen; rollouts: at least one, each with a chain of thought and an answer.
+        fast: see `affordable_rows`.
+    """
+    # One rollout is one batch whatever fits, and predicting takes the general path a pass.
+    affordable = affordable_rows(model, rollouts, fast=fast) if len(rollouts) > 1 else None
+    return ROWS if affordable is None else min(ROWS, max(1, affordable))
+
+
 def affordable_rows(model: PreTrainedModel, rollouts: Sequence[Rollout], *, fast: bool = True) -> int | None:
     """Rows whose predicted peak fits the free memory of the model's device; None where that is unknown.
 
@@ -68,7 +98,8 @@ def affordable_rows(model: PreTrainedModel, rollouts: Sequence[Rollout], *, fast
             DecoderShape.of(model), model.dtype.itemsize, rows, answers, prompts, on_cpu=model.device.type == "cpu"
         )
     else:
-        kept = rows * kept_bytes_of(model, rollouts[0]) / rows_of(rollouts[0])
+        longest = max(rollouts, key=rows_of)
+        kept = rows * kept_bytes_of(model, longest) / rows_of(longest)
         needed = int(kept * (_RESIDENT_PER_KEPT if model.device.type == "cpu" else _PEAK_PER_KEPT))
     return int((rows + prompts) * _HEADROOM * free / needed)
 

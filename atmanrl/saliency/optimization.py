@@ -13,7 +13,7 @@ from atmanrl.saliency.likelihood import AnswerLikelihood
 from atmanrl.saliency.mask import TrainableMask
 from atmanrl.saliency.packing import PackedRollouts, pack
 from atmanrl.saliency.replay import Replayed
-from atmanrl.saliency.result import NonFiniteLossError, RolloutSaliency, Trajectory
+from atmanrl.saliency.result import RolloutSaliency, Trajectory, check_finite
 
 CHECK_EVERY = 10
 """Steps from one look for rollouts that may end early to the next; each look waits for the device."""
@@ -164,10 +164,7 @@ class BatchOptimization:
             )
 
     def _check_finite(self, losses: Tensor, when: str) -> None:
-        wrong = losses.isfinite().logical_not()
-        if bool(wrong.any()):
-            place = int(wrong.nonzero()[0])
-            raise NonFiniteLossError(self._numbers[self._members[place]], losses[place].item(), when)
+        check_finite(losses, [self._numbers[member] for member in self._members], when)
 
 
 def _trajectory(records: list[tuple[int, Tensor, Tensor]]) -> Trajectory:

@@ -113,7 +113,7 @@ def pack(rollouts: Sequence[Rollout], *, answer_loss: AnswerLoss, device: torch.
             device=device,
         )
 
-    loss_lengths = [loss_rollout.count(index) for index in range(len(rollouts))]
+    loss_lengths = [len(loss_tokens(rollout, answer_loss)) for rollout in rollouts]
     return PackedRollouts(
         prompt_ids=on_device([i for prompt in prompts for i in prompt]),
         prompt_positions=on_device([i for prompt in prompts for i in range(len(prompt))]),

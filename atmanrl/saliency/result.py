@@ -18,13 +18,21 @@ class NonFiniteLossError(FloatingPointError):
 
     Args:
         rollout: its index in the list given, an attribute as well.
-        loss: the value.
-        when: at which step, for the message.
+        loss: the value, an attribute as well.
+        when: at which step, for the message, an attribute as well.
     """
 
     def __init__(self, rollout: int, loss: float, when: str) -> None:
         super().__init__(f"the loss of rollout {rollout} is {loss} {when}")
-        self.rollout = rollout
+        self.rollout, self.loss, self.when = rollout, loss, when
+
+
+def check_finite(losses: Tensor, numbers: Sequence[int], when: str) -> None:
+    """Raise NonFiniteLossError for the first of ``losses`` (n,) that is none, named by its rollout's number."""
+    wrong = losses.isfinite().logical_not()
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        raise NonFiniteLossError(numbers[place], losses[place].item(), when)
 
 
 @dataclass(frozen=True)

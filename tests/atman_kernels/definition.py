@@ -6,7 +6,7 @@ Everything is in float64, sequence by sequence, with the whole score matrix in m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -90,14 +90,19 @@ def by_definition(case: Case, x: Operands) -> dict[str, Tensor]:
 
 
 def largest_terms(case: Case, x: Operands) -> dict[str, float]:
+    """:func:`terms_of_sequences` of a batch."""
+    return terms_of_sequences(sequences(case, x), case.causal, case.window)
+
+
+def terms_of_sequences(batch: Iterable[OneSequence], causal: bool, window: int | None) -> dict[str, float]:
     """Of each output and gradient of float64 operands: the largest sum of its terms' magnitudes over the elements.
 
     Rounding is proportional to it and not to the sum, which may cancel: with one key, p is 1 and dq, dk and dkey_bias
     are differences of equal numbers.
     """
     largest = dict.fromkeys(NAMES, 0.0)
-    for s in sequences(case, x):
-        p, _ = weights(s, case.causal, case.window)
+    for s in batch:
+        p, _ = weights(s, causal, window)
         q, k, v, do = s.q.abs(), _of_query_heads(s.k, s).abs(), _of_query_heads(s.v, s).abs(), s.do.abs()
         scale = 1 / math.sqrt(q.shape[-1])
         dp = torch.einsum("qhd,khd->hqk", do, v)

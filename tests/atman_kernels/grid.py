@@ -164,7 +164,8 @@ def assert_operands_exact(
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN inside, so that a row which a kernel fails to write is seen."""
-    torch.use_deterministic_algorithms(True)
+    # Enforced, it would keep backend(deterministic=False) from choosing its backward.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
         yield

@@ -26,6 +26,9 @@ CASES = [
     Case((257,), heads=(2, 1), window=100, lse_gradient=False),
     Case((130, 65), heads=(2, 1), window=1, bias="removed"),
     Case((1000,), heads=(1, 1), lse_gradient=False),
+    # A window in the place of none.
+    Case((40, 7), heads=(2, 1), window=2**31 - 1),
+    Case((40, 7), heads=(2, 1), lengths_k=(60, 7), window=2**63 - 2, lse_gradient=False),
     # Bottom-right alignment: more keys than rows, fewer keys than rows, and either missing.
     Case((1, 40, 7, 2), heads=(2, 1), lengths_k=(111, 65, 0, 64)),
     Case((70, 0, 65), heads=(2, 2), lengths_k=(17, 33, 64)),

@@ -77,6 +77,21 @@ def test_a_key_bias_that_is_not_one_finite_or_minus_infinite_float32_per_key(key
         attention(**tensors(), key_bias=key_bias)
 
 
+def test_forward_mode_is_refused_instead_of_answered_with_zeros():
+    x = tensors()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda bias: attention(**x, key_bias=bias), (torch.zeros(2, 5),), (torch.ones(2, 5),))
+
+
+def test_a_plan_with_prefix_ranges_known_to_the_device_alone_needs_the_prefix():
+    ends = {"total_q": 5, "total_k": 5, "device": torch.device("cpu")}
+    with_prefix = AttentionPlan.from_cu_seqlens(offsets(0, 5), offsets(0, 5), offsets(0), offsets(3), **ends)
+    with says("the plan has prefix ranges, but no prefix was given"):
+        attention_varlen(**packed(), plan=with_prefix)
+    without = AttentionPlan.from_cu_seqlens(offsets(0, 5), offsets(0, 5), None, None, **ends)
+    assert attention_varlen(**packed(), plan=without).shape == (5, 4, 8)
+
+
 def test_a_packed_key_bias_has_one_dimension():
     with says("key_bias must have one number per key, shape (5,), got (1, 5)"):
         attention_varlen(**packed(), key_bias=torch.zeros(1, 5), cu_seqlens_q=offsets(0, 5))

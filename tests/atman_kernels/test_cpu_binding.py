@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from atman_kernels import _cpu, reference
 from atman_kernels.problem import AttentionProblem
+from tests.atman_kernels.definition import OneSequence, terms_of_sequences
 from tests.oracle import assert_as_exact_as_reference
 from tests.random_cases import random_cases
 
@@ -83,6 +85,18 @@ def backward_arguments(forward: dict[str, Any], gap: int = 0) -> dict[str, Any]:
     return {**found, "do": do, "dlse": dlse, **forward}
 
 
+def sequences_of(x: dict[str, Any]) -> Iterator[OneSequence]:
+    """The sequences of backward arguments, in float64, each with the keys of its prefix."""
+    wide = {name: x[name].double() for name in ("q", "k", "v", "key_bias", "do", "dlse")}
+    for b, first_q, n_q, first_k, n_k, first_p, n_p in x["sequences"].tolist():
+        rows, keys = slice(first_q, first_q + n_q), slice(first_k, first_k + n_k)
+        k, v, bias = (wide[name][b, keys] for name in ("k", "v", "key_bias"))
+        if n_p:
+            prefix_k, prefix_v = (x[name].double()[first_p : first_p + n_p] for name in ("prefix_k", "prefix_v"))
+            k, v, bias = torch.cat([prefix_k, k]), torch.cat([prefix_v, v]), torch.cat([bias.new_zeros(n_p), bias])
+        yield OneSequence(wide["q"][b, rows], k, v, bias, wide["do"][b, rows], wide["dlse"][b, :, rows], n_p)
+
+
 @random_cases(30)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=3),
@@ -99,9 +113,18 @@ def backward_arguments(forward: dict[str, Any], gap: int = 0) -> dict[str, Any]:
 def test_any_shapes_and_strides_are_computed_and_nothing_else_is_written(
     lengths: list[tuple[int, int]], bounds: tuple[bool, int], **shape: Any
 ) -> None:
+    check_results_and_writes(lengths, bounds, **shape)
+
+
+def test_gradients_that_cancel_are_as_exact_as_their_terms() -> None:
+    """Found by the random cases: with one key behind a prefix, dkey_bias is a hundredth of the terms it sums."""
+    check_results_and_writes([(1, 1)], (True, -1), heads=(4, 2), head_dim=1, prefix=130)
+
+
+def check_results_and_writes(lengths: list[tuple[int, int]], bounds: tuple[bool, int], **shape: Any) -> None:
     x = arguments(lengths, causal=bounds[0], window=bounds[1], **shape)
     _cpu._C.attention_forward(**x)
-    g = backward_arguments(x, shape["gap"])
+    g = backward_arguments(x, shape.get("gap", 0))
     _cpu._C.attention_backward(**g)
     table = x["sequences"]
     bounds_of_reference = (x["sm_scale"], x["causal"], None if x["window"] < 0 else x["window"])
@@ -117,13 +140,14 @@ def test_any_shapes_and_strides_are_computed_and_nothing_else_is_written(
         dlse = g["dlse"].to(forward[1].dtype)
         backward = reference.attention_backward(do, dlse, problem)
         results.append([*forward, *backward])
+    terms = terms_of_sequences(sequences_of(g), *bounds_of_reference[1:])
     for i, name in enumerate(("o", "lse", "dq", "dk", "dv", "dkey_bias")):
         of_rows = name in ("o", "lse", "dq")
         for b, first_q, n_q, first_k, n_k, *_ in table.tolist():
             first, n = (first_q, n_q) if of_rows else (first_k, n_k)
             at = (b, slice(None), slice(first, first + n)) if name == "lse" else (b, slice(first, first + n))
             if n:
-                assert_as_exact_as_reference(name, g[name][at], results[0][i][at], results[1][i][at])
+                assert_as_exact_as_reference(name, g[name][at], results[0][i][at], results[1][i][at], terms[name])
             outside = g[name][b].clone()
             outside[at[1:]] = CANARY
             assert (outside == CANARY).all(), f"{name} was written outside the sequence"

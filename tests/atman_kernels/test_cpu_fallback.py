@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from atman_kernels import _cpu, attention, backend
+from atman_kernels import _cpu, attention, attention_statistics, backend, ops
 
 
 def test_float64_on_the_cpu_is_computed_by_the_reference() -> None:
@@ -15,6 +15,23 @@ def test_float64_on_the_cpu_is_computed_by_the_reference() -> None:
     with backend("reference"):
         expected = attention(q, q, q)
     assert torch.equal(attention(q, q, q), expected)
+
+
+def test_the_reference_computes_in_the_dtype_of_its_operands_under_autocast() -> None:
+    q, k, v = (torch.randn(1, 9, 2, 16, requires_grad=True) for _ in range(3))
+    results = []
+    for enabled in (False, True):
+        with backend("reference"), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o, lse = attention(q, k, v, return_lse=True)
+            found = attention_statistics(q[0], k[0], lse[0], cu_seqlens_q=torch.tensor([0, 9]))
+            results.append([o, lse, *torch.autograd.grad(o.sum(), (q, k, v)), *found])
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["attention_forward", "attention_backward", "attention_statistics"])
+def test_devices_without_a_kernel_have_the_reference(name: str) -> None:
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"atman_kernels::{name}", "XPU")
+    assert ops.kernels_for("", torch.empty(0, device="meta")) is None
 
 
 def test_forced_backend_refuses_float64_by_name() -> None:

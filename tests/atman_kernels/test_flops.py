@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import atman_kernels.flops  # noqa: F401  (registers the formulas)
-from atman_kernels import AttentionPlan, SharedPrefix, _cpu, attention_statistics, attention_varlen
+from atman_kernels import AttentionPlan, SharedPrefix, _cpu, attention, attention_statistics, attention_varlen
+from atman_kernels.flops import visible_pairs
+from atman_kernels.reference import visible_keys
 from atman_kernels.statistics import attention_with_distance
 
 HEADS_Q, HEADS_KV, HEAD_DIM = 4, 2, 16
@@ -53,6 +58,32 @@ def test_statistics_count_the_pairs_whose_scores_they_need(
             need_distance=need_distance,
         )
     assert counter.get_total_flops() == 2 * HEADS_Q * HEAD_DIM * pairs
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 15, 2**31 - 1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_visible_pairs_are_those_of_the_reference(causal: bool, window: int | None) -> None:
+    own = prefix = 0
+    for n_rows, n_keys, n_prefix in LENGTHS:
+        seen = visible_keys(n_rows, n_keys, n_prefix, causal=causal, window=window)
+        own, prefix = own + int(seen[:, n_prefix:].sum()), prefix + int(seen[:, :n_prefix].sum())
+    assert visible_pairs(_operands()[0].sequences, causal=causal, window=window) == (own, prefix)
+
+
+@pytest.mark.parametrize("without_values", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+def test_tensors_without_values_are_counted_too(without_values: Callable[[], AbstractContextManager]) -> None:
+    def step() -> None:
+        q, k = torch.randn(2, 30, HEADS_Q, HEAD_DIM), torch.randn(2, 50, HEADS_KV, HEAD_DIM)
+        bias = torch.zeros(2, 50, requires_grad=True)
+        o, lse = attention(q, k, k, bias, window=20, return_lse=True)
+        torch.autograd.grad(o.sum(), bias)
+        attention_statistics(q[0], k[0], lse[0], cu_seqlens_q=torch.tensor([0, 30]), cu_seqlens_k=torch.tensor([0, 50]))
+
+    with FlopCounterMode(display=False) as real:
+        step()
+    with FlopCounterMode(display=False) as counted, without_values():
+        step()
+    assert counted.get_total_flops() == real.get_total_flops() > 0
 
 
 @pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atman_kernels import AttentionPlan, SharedPrefix
 from atman_kernels.hf import KeyValueRecord
@@ -54,6 +55,29 @@ def test_packed_sequences_give_the_logits_and_bias_gradients_of_separate_forward
     gradients = [torch.autograd.grad((logits.log_softmax(-1) * weight).sum(), bias)[0] for logits in (packed, alone)]
     assert gradients[1].abs().max() > 0.1
     assert_same(*gradients)
+
+
+class _Calls(TorchDispatchMode):
+    """Names of all operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_a_packed_forward_are_not_copied_into_zeros() -> None:
+    model = random_model("llama")
+    ids, bias = random_ids(1, sum(PROMPTS)), torch.randn(1, sum(PROMPTS)).requires_grad_()
+    plan = AttentionPlan(PROMPTS)
+    logits = model(ids, position_ids=positions(PROMPTS), attention_plan=plan, key_bias=bias, use_cache=False).logits
+    with _Calls() as calls:
+        torch.autograd.grad(logits.sum(), bias)
+    assert "atman_kernels::attention_backward" in calls.names
+    assert "aten::select_backward" not in calls.names
 
 
 def rollouts_after_prompts(family: str, **kwargs: object) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from atman_kernels import AttentionPlan, attention
+from atman_kernels import AttentionPlan, SharedPrefix, attention, attention_statistics, attention_varlen
+from atman_kernels import plan as plan_module
 from atman_kernels.plan import TILE, dense_plan
 from tests.random_cases import random_cases
 
@@ -98,6 +99,8 @@ def test_rows_of_a_padded_batch_are_one_sequence_each():
         (([2], None, [0]), "prefix_start and prefix_length are given together"),
         (([2], None, [0, 1], [0, 1]), "prefix_start has 2 entries for 1 sequences"),
         (([2], None, [0], [-4]), "prefix_length must not be negative, got -4 for sequence 0"),
+        (([2**30, 2**30],), "positions are 32-bit numbers, but the queries end at 2147483648"),
+        (([2], None, [2**31], [1]), "positions are 32-bit numbers, but the prefix ranges end at 2147483649"),
     ],
 )
 def test_lengths_that_describe_no_batch_are_refused(arguments, message):
@@ -128,6 +131,35 @@ def test_a_plan_made_in_inference_mode_serves_a_later_backward():
     q.requires_grad_()
     attention(q, q, q).sum().backward()
     assert q.grad is not None
+
+
+def test_a_plan_of_lengths_made_in_inference_mode_serves_a_later_backward():
+    with torch.inference_mode():
+        plan = AttentionPlan([5, 6])
+    q = torch.randn(11, 1, 4, requires_grad=True)
+    attention_varlen(q, q, q, plan=plan).sum().backward()
+    assert q.grad is not None
+
+
+def test_dense_plans_of_different_streams_are_different(monkeypatch):
+    """Another stream might read tables that are still being written."""
+    first = dense_plan(2, 5, 5, CPU)
+    monkeypatch.setattr(plan_module, "_current_stream", lambda device: 1)
+    assert dense_plan(2, 5, 5, CPU) is not first
+    assert dense_plan(2, 5, 5, CPU) is dense_plan(2, 5, 5, CPU)
+
+
+def test_no_value_of_a_device_tensor_is_read_on_the_host():
+    """Meta tensors, which have no values, stand in for those of a GPU; reading one there would synchronise."""
+    q, k, v = (torch.empty(9, heads, 8, device="meta", requires_grad=True) for heads in (2, 1, 1))
+    bias = torch.empty(9, device="meta", requires_grad=True)
+    cu, ranges = torch.empty(3, dtype=torch.int32, device="meta"), torch.empty(2, dtype=torch.int64, device="meta")
+    prefix = SharedPrefix(k.detach(), v.detach(), ranges, ranges)
+    o, lse = attention_varlen(q, k, v, bias, cu_seqlens_q=cu, prefix=prefix, window=5, return_lse=True)
+    dense = attention(q[None], k[None], v[None], bias[None])
+    assert all(g.is_meta for g in torch.autograd.grad([o.sum(), lse.sum(), dense.sum()], (q, k, v, bias)))
+    rows = torch.empty(9, dtype=torch.bool, device="meta")
+    assert attention_statistics(q, k, lse, cu_seqlens_q=cu, key_bias=bias, prefix=prefix, rows=rows).received.is_meta
 
 
 def test_a_plan_made_of_fake_tensors_is_not_kept():

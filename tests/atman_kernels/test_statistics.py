@@ -284,7 +284,10 @@ def test_padded_batches_give_what_each_row_gives_alone(name: str) -> None:
     with backend(name):
         _, lse = attention_rows(x.q, x.k, x.v, None, plan=plan)
         with poisoned_memory():
-            found = statistics_of_rows(x.q, x.k, lse, plan=plan, rows=rows, horizon=(2, 20))
+            found = statistics_of_rows(
+                x.q, x.k, lse, plan=plan, key_bias=None, prefix=None, window=10, horizon=(2, 20), rows=rows,
+                sm_scale=None, attention_window=None, need_distance=True,
+            )  # fmt: skip
         for i, n in enumerate(lengths):
             own = slice(total - n, total)
             alone = attention_statistics(
@@ -294,6 +297,18 @@ def test_padded_batches_give_what_each_row_gives_alone(name: str) -> None:
             for batched, single in zip(found[1:], alone[1:], strict=True):
                 torch.testing.assert_close(batched[i, own], single, rtol=1e-6, atol=1e-6)
                 assert not batched[i, : total - n].any()
+
+
+@pytest.mark.parametrize("farthest", [10**6, 2**31 - 1, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_windows_beyond_the_sequence_are_as_good_as_none(name: str, farthest: int) -> None:
+    """Found by reading: such a window swallowed the digits of the distance, and overflowed as a horizon."""
+    case = Case((40, 25), heads=(2, 1), lengths_k=(40, 70), prefix=((0, 20), (3, 0)))
+    x = make_operands(case, torch.float32, "cpu" if name == "cpu" else DEVICE)
+    expected = _compute("reference", Settings(case, window=100, horizon=(0, 100)), x.as_float64())
+    wide = Settings(case._replace(window=farthest), window=farthest, horizon=(0, farthest))
+    for key, value in _compute(name, wide, x).items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-4, check_dtype=False, msg=key)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -80,6 +80,19 @@ def test_devices_and_shapes_without_descriptor_reductions_are_refused_by_name(fa
         _launched(family, (True, True, True, True), head_dim)
 
 
+def test_deterministic_algorithms_overrule_it() -> None:
+    case = Case((65, 17), heads=(4, 2))
+    x = make_operands(case, torch.float16, DEVICE)
+    split, fused = (run("triton", case, x, deterministic=deterministic) for deterministic in (True, False))
+    assert not torch.equal(fused["dkey_bias"], split["dkey_bias"])
+    torch.use_deterministic_algorithms(True)
+    try:
+        overruled = run("triton", case, x, deterministic=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(overruled[name], split[name]) for name in split)
+
+
 def test_only_triton_has_a_backward_that_is_not_deterministic() -> None:
     with pytest.raises(ValueError, match="not 'cpu'"), backend("cpu", deterministic=False):
         pass

@@ -8,8 +8,8 @@ import pytest
 import torch
 import triton
 
-from atman_kernels import AttentionPlan, attention, attention_varlen, backend, ops
-from atman_kernels._triton import backward
+from atman_kernels import AttentionPlan, _triton, attention, attention_varlen, backend, ops
+from atman_kernels._triton import backward, launch
 from atman_kernels.problem import AttentionProblem, Gradients
 from tests.atman_kernels.grid import Case, make_operands
 
@@ -107,6 +107,18 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
     x = torch.zeros(1, 4, 1, 16)
     with backend("triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         attention(x, x, x)
+
+
+def test_other_devices_are_named() -> None:
+    with backend("triton"), pytest.raises(RuntimeError, match="CUDA and ROCm devices, not on xpu"):
+        _triton.require_runnable(torch.device("xpu"), torch.float16)
+
+
+def test_devices_that_triton_does_not_compile_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(RuntimeError, match=r"8\.0 or higher, cuda:0 has 7\.5"):
+        launch.device_family.__wrapped__(torch.device("cuda:0"))
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,47 @@ def test_a_padded_forward_of_the_model_itself_shows_the_same_series() -> None:
         torch.testing.assert_close(series.fai, other.fai, rtol=1e-4, atol=1e-6)
 
 
+def test_heads_are_ranked_over_the_responses_of_all_processes() -> None:
+    rollouts = random_rollouts([(17, 1, 3), (25, 2, 4), (9, 0, 2), (30, 1, 1)])
+    prompts = [list(rollout.prompt_ids) for rollout in rollouts]
+    responses = [list(rollout.completion_ids) for rollout in rollouts]
+    model = tiny_model()
+    together = attention_series(model, prompts, responses, CONFIG)
+    halves, sums = (slice(0, 1), slice(1, 4)), []
+    for half in halves:
+        attention_series(model, prompts[half], responses[half], CONFIG, reduce=lambda own: sums.append(own) or own)
+    total = torch.stack(sums).sum(0)
+    differs = False
+    for half in halves:
+        apart = attention_series(model, prompts[half], responses[half], CONFIG, reduce=lambda own: total)
+        alone = attention_series(model, prompts[half], responses[half], CONFIG)
+        for series, other, one in zip(apart, together[half], alone, strict=True):
+            torch.testing.assert_close(series.waad, other.waad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(series.fai, other.fai, rtol=1e-4, atol=1e-6)
+            differs |= not torch.allclose(one.waad, other.waad, rtol=1e-3)
+    # Ranked by each half alone, other heads are chosen.
+    assert differs
+
+
+def test_where_memory_runs_out_half_of_the_tokens_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollouts = random_rollouts([(17, 1, 3), (25, 2, 4)])
+    given = [list(r.prompt_ids) for r in rollouts], [list(r.completion_ids) for r in rollouts]
+    model = tiny_model()
+    expected = attention_series(model, *given, CONFIG)
+    original, sizes = attention_series_module._logits, []
+
+    def logits(model: PreTrainedModel, batch: Any, *rest: Any) -> torch.Tensor:
+        sizes.append(len(batch.plan.sequences))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("no room")
+        return original(model, batch, *rest)
+
+    monkeypatch.setattr(attention_series_module, "_logits", logits)
+    for series, other in zip(attention_series(model, *given, CONFIG), expected, strict=True):
+        torch.testing.assert_close(series.waad, other.waad, rtol=1e-4, atol=1e-5)
+    assert sizes == [2, 1, 1]
+
+
 @pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
 def test_the_sampled_layers_find_the_distance_with_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     (rollout,) = random_rollouts([(40, 1, 2)])

@@ -36,6 +36,15 @@ def test_messages_are_encoded_as_the_tokenizer_itself_does(tokenizer):
     assert encode_prompt(tokenizer, MESSAGES) == expected
 
 
+def test_what_else_a_template_reads_reaches_it():
+    thinking = byte_level_tokenizer(chat_template=CHAT_TEMPLATE + "{% if not enable_thinking %}</think>{% endif %}")
+    ids = encode_prompt(thinking, MESSAGES, {"enable_thinking": False})
+    assert thinking.decode(ids).endswith("</think>")
+    assert encode_prompt(thinking, MESSAGES, {"enable_thinking": True}) == encode_prompt(
+        byte_level_tokenizer(), MESSAGES
+    )
+
+
 def test_a_rendered_prompt_passed_as_text_keeps_one_bos(tokenizer):
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     assert encode_prompt(tokenizer, text) == encode_prompt(tokenizer, MESSAGES)

@@ -69,6 +69,10 @@ def test_a_dry_run_prints_the_arithmetic_and_writes_nothing(tmp_path: Path, caps
     # 2 + 4 x 200 + 6 x 2 + 2 operations per parameter and token.
     assert "generation 0%, saliency 98%, update 2%" in printed
     assert not run.exists()
+    # Credit may be all that the scores are for.
+    credit = ["--saliency_weight", "0", "--credit_assignment.strategy", "saliency"]
+    assert main(["train", "--config", "ledger", "--output_dir", str(run), "--dry-run", *credit]) == 0
+    assert "generation 0%, saliency 98%, update 2%" in capsys.readouterr().out
 
 
 def test_a_dry_run_tries_a_large_machines_recipe_on_any(
@@ -97,8 +101,10 @@ def test_a_dry_run_tries_a_large_machines_recipe_on_any(
         (["--data.name", "gsm8k", "--data.path", "missing.jsonl"], "missing.jsonl: no such file"),
         (["--data.path", "mine.jsonl"], "data.path is not for ledger, whose rows are generated"),
         (["--model.name", "./nowhere"], "model './nowhere' cannot be loaded: there is no such directory"),
-        (["--model.dtype", "fp16"], "dtype must be one of float32, bfloat16, float16, got 'fp16'"),
-        (["--max_completion_length", "4000"], "max_completion_length 4000 leaves no room for a prompt"),
+        (["--model.dtype", "fp16"], "'model.dtype' must be 'float32' or 'bfloat16' or"),
+        (["--max_completion_length", "4000"], "max_completion_length 4000 leaves it 0 of the model's context of 256"),
+        (["--evaluation.temperature", "0"], "is 0 for one sample alone; got 0.0 for 2"),
+        (["--max_completion_length", "245"], "prompt 0 of the training rows has 16 tokens"),
     ],
 )
 def test_input_that_cannot_be_used_ends_with_status_2_and_one_message(

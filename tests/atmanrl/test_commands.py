@@ -20,6 +20,48 @@ PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
 COMPLETION = "c 0 . b 6 e 8 <ans> c 0 b 6 e 8 <eos>"
 
 
+def test_an_evaluation_prompts_as_the_training_does(tmp_path, monkeypatch):
+    """What the recipe hands to the chat template of the training reaches the evaluation's, too."""
+    seen = {}
+
+    def evaluated(*arguments, **options):
+        seen[options["label"]] = options["chat_template_kwargs"]
+        raise ValueError("seen enough")
+
+    for module in ("evaluate", "before_after"):
+        monkeypatch.setattr(f"atmanrl.commands.{module}.evaluate", evaluated)
+    asked = ["--config", "ledger", "--chat_template_kwargs", "{enable_thinking: false}"]
+    assert main(["evaluate", *asked, "--output", str(tmp_path / "evaluation")]) == 2
+    with pytest.raises(ValueError, match="seen enough"):
+        main(["train", *asked, "--output_dir", str(tmp_path / "run")])
+    assert seen == {"ledger": {"enable_thinking": False}, "before": {"enable_thinking": False}}
+
+
+def test_a_revision_is_that_of_the_recipes_own_model(tmp_path, monkeypatch):
+    loaded = []
+
+    def load(config):
+        loaded.append((config.name, config.revision))
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr("atmanrl.commands.evaluate.load_policy", load)
+    asked = ["evaluate", "--config", "ledger", "--model.revision", "abc", "--output", str(tmp_path)]
+    for checkpoint in ("ledger", "other"):
+        assert main([*asked, "--checkpoints", checkpoint]) == 2
+    assert loaded == [("ledger", "abc"), ("other", None)]
+
+
+def test_a_directory_is_no_file_to_compare(tmp_path, capsys):
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 2
+    assert f"{tmp_path}: is a directory" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["evaluate", "--config", "ledger", "--output", str(tmp_path / "file" / "x")]) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_explain_shows_one_prompt_and_writes_every_format(tmp_path, capsys):
     files = {name: tmp_path / f"out.{name}" for name in ("html", "json", "csv")}
     options = [text for name, path in files.items() for text in (f"--{name}", str(path))]

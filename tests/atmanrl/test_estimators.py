@@ -13,7 +13,7 @@ from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, optimize
 from atmanrl.attention_series import attention_series
 from atmanrl.config import SeriesConfig
 from atmanrl.interventions import Variant, outcomes
-from atmanrl.saliency import budget
+from atmanrl.saliency import NonFiniteLossError, budget
 from atmanrl.saliency.estimators import (
     FutureInfluence,
     Gradient,
@@ -340,6 +340,20 @@ def test_rollouts_without_a_chain_or_an_answer_are_skipped_and_earn_nothing():
     assert [item.skipped for item in scored] == ["empty chain of thought", None, "empty answer"]
     assert saliency_reward(scored).tolist()[::2] == [0.0, 0.0]
     assert scored[1].scores.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "random"])
+def test_a_rollout_that_is_not_finite_is_named_by_its_place_among_all(name):
+    model, rollouts = tiny_model(), random_rollouts([(5, 1, 2), (6, 1, 2)], per_prompt=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = torch.nan
+    broken = replace(rollouts[1], cot_ids=(0, *rollouts[1].cot_ids[1:]))
+    with (
+        pytest.warns(UserWarning, match="1 of 3 rollouts get no scores"),
+        pytest.raises(NonFiniteLossError, match="rollout 2 is nan") as raised,
+    ):
+        estimate_saliency(model, [replace(rollouts[0], cot_ids=()), rollouts[0], broken], name)
+    assert raised.value.rollout == 2
 
 
 def test_the_model_is_given_back_as_it_was():

@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atmanrl import Rollout, estimate_saliency
+from atmanrl import Rollout, estimate_saliency, interventions
 from atmanrl.data.ledger import CHECKPOINT
 from atmanrl.faithfulness import added_mistakes, early_answering, filler_substitution, score_curves, substitution
 from atmanrl.interventions import Variant, answer_log_probabilities, outcomes
+from atmanrl.saliency.estimators import suffixes
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
 CHAINS = ["c 0 . . b 6 ~ d 4 e 8", "c 0 b 6 e 8", "c 0 , a 6 b 6 ; ; e 8", "c 0 ~ b 6 . e 8"]
@@ -67,6 +68,51 @@ def test_a_variant_does_not_depend_on_its_batch(ledger):
     variants = [Variant(rollout, np.arange(len(rollout.cot_ids)) == i) for rollout in rollouts for i in range(3)]
     together, alone = (outcomes(model, variants, rows=rows) for rows in (10_000, 1))
     assert [x.nll for x in together] == pytest.approx([x.nll for x in alone], rel=1e-4, abs=1e-6)
+
+
+def sizes_of_batches(monkeypatch, fails_above=None):
+    sizes = []
+    original = interventions.pack
+
+    def packed(rollouts, **options):
+        sizes.append(len(rollouts))
+        if fails_above is not None and len(rollouts) > fails_above:
+            raise torch.OutOfMemoryError("no room")
+        return original(rollouts, **options)
+
+    monkeypatch.setattr(interventions, "pack", packed)
+    return sizes
+
+
+def test_where_memory_runs_out_half_of_the_rows_are_tried_and_kept(ledger, monkeypatch):
+    model, rollouts, _ = ledger
+    variants = [Variant(rollouts[1])] * 8
+    expected = outcomes(model, variants)
+    rows = 4 * len(rollouts[1].completion_ids)
+    sizes = sizes_of_batches(monkeypatch, fails_above=2)
+    assert [x.nll for x in outcomes(model, variants, rows=rows)] == pytest.approx([x.nll for x in expected], rel=1e-4)
+    assert sizes == [4, 2, 2, 2, 2]
+    sizes = sizes_of_batches(monkeypatch, fails_above=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        outcomes(model, variants, rows=rows)
+
+
+@pytest.mark.parametrize("intervene", [early_answering, lambda m, r: estimate_saliency(m, r, "leave-one-out")])
+def test_interventions_keep_to_the_free_memory(ledger, monkeypatch, intervene):
+    model, rollouts, _ = ledger
+    module = interventions if intervene is early_answering else suffixes
+    name = "pack" if intervene is early_answering else "_pack"
+    original = getattr(module, name)
+    batches = []
+    monkeypatch.setattr(module, name, lambda *a, **k: batches.append(1) or original(*a, **k))
+    counts = []
+    for free in (2**32, 2**18):
+        monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device, free=free: free)
+        intervene(model, rollouts)
+        counts.append(len(batches))
+        batches.clear()
+    assert counts[0] == 1
+    assert counts[1] > 1
 
 
 def test_the_model_is_given_back_as_it_was(ledger):

@@ -77,6 +77,20 @@ def test_a_disk_that_fills_while_a_checkpoint_is_saved_leaves_the_one_before_it(
     goes_on(halfway, uninterrupted)
 
 
+def test_a_disk_that_fills_while_the_model_is_saved_leaves_no_part_of_it(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    shutil.rmtree(run / "model")
+    # All steps are done: the model is what is left to write.
+    with files_no_larger_than(300_000):
+        assert main([*COMMAND, "--output_dir", str(run), "--resume"]) == 1
+    assert f"checkpoint-{STEPS} is kept and --resume goes on from it" in capsys.readouterr().err
+    assert not (run / "model").exists()
+    assert not (run / ".saving").exists()
+    goes_on(run, uninterrupted)
+
+
 def test_a_disk_that_is_full_when_metrics_are_written_loses_no_line(
     halfway: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +166,37 @@ def test_want_of_memory_before_training_is_said_as_well(
     error = capsys.readouterr().err
     assert "out of memory during evaluation: " in error
     assert "nothing has been trained yet" in error
+
+
+@pytest.mark.parametrize("fail", [out_of_memory_on_a_gpu, out_of_memory_on_a_cpu])
+@pytest.mark.parametrize("command", ["evaluate", "explain"])
+def test_want_of_memory_without_training_is_said_as_well(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    fail: Callable[[], None],
+) -> None:
+    monkeypatch.setattr("atmanrl.recording.estimate_saliency", lambda *arguments, **options: fail())
+    given = {
+        "evaluate": ["--config", "ledger", "--evaluation.prompts", "2", "--output", str(tmp_path)],
+        "explain": ["--model", "ledger", "--prompt", "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"],
+    }
+    assert main([command, *given[command]]) == 1
+    part = {"evaluate": "evaluation", "explain": "explanation"}[command]
+    assert f"atmanrl {command}: out of memory during {part}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--html", "--csv"])
+def test_a_full_disk_is_said_where_an_explanation_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    prompt = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    assert main(["explain", "--model", "ledger", "--prompt", prompt, "--mask.steps", "1", option, str(full)]) == 1
+    assert "atmanrl explain: cannot write: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert full.is_symlink()
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again_by_itself(

@@ -134,9 +134,7 @@ def test_what_the_command_line_set_is_not_blamed_on_the_file(
 def test_bases_that_name_one_another_are_refused(tmp_path: Path) -> None:
     for name, base in (("a", "b"), ("b", "c"), ("c", "b")):
         (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n", encoding="utf-8")
-    with pytest.raises(
-        RecipeError, match=r"c\.yaml: names 'b\.yaml' as its base, which starts from this recipe itself"
-    ):
+    with pytest.raises(RecipeError, match=r"c\.yaml: its base 'b\.yaml' leads back to it"):
         load_recipe(str(tmp_path / "a.yaml"))
 
 
@@ -154,6 +152,8 @@ def test_a_base_that_is_not_there_is_named_with_the_file_that_asks_for_it(tmp_pa
         ("data.name", "gsm9k", r"'data.name' must be 'ledger' or 'gsm8k' or 'mmlu', got 'gsm9k'"),
         ("data.ledger.asked", "9", r"data.ledger.asked must lie between 1 and pairs \(5\), got 9"),
         ("evaluation.samples", "0", r"evaluation.prompts must not be negative, samples and batch_size at least 1"),
+        ("evaluation.temperature", "-1", r"temperature must not be negative.*; got -1.0 for 1"),
+        ("model.dtype", "bf16", r"'model.dtype' must be 'float32' or 'bfloat16' .*, got 'bf16'"),
         ("seed.value", "1", "--seed.value: 'seed' is the value 3, not a section"),
     ],
 )
@@ -169,12 +169,14 @@ def test_a_wrong_section_key_or_value_is_named(recipe: Path, key: str, value: st
         (b"model: [", "broken.yaml: not YAML"),
         (b"- 1", "broken.yaml: a recipe is a mapping of keys to values, not list"),
         (b"data: {name: ledger}", "broken.yaml: 'model.name' is missing"),
-        (b"base: broken.yaml", "broken.yaml: names 'broken.yaml' as its base, which starts from this recipe itself"),
+        (b"base: broken.yaml", "broken.yaml: its base 'broken.yaml' leads back to it"),
+        (b"base: other.yaml", "other.yaml: its base 'broken.yaml' leads back to it"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
+    (tmp_path / "other.yaml").write_text("base: broken.yaml\n")
     with pytest.raises(RecipeError, match=message):
         load_recipe(str(path))
 

@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from atmanrl import checkpoints
+from atmanrl.callbacks import MetricsFile
 from atmanrl.cli import main
 
 # Two generation batches per epoch and three epochs, 12 optimiser steps; log lines and checkpoints do not line up.
@@ -125,6 +127,16 @@ def test_resuming_from_an_older_checkpoint_repeats_the_same_lines(uninterrupted:
     assert_same_run(run, uninterrupted)
 
 
+def test_a_run_that_ended_inside_a_generation_batch_goes_on_from_the_one_before(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert main([*COMMAND, "--max_steps", "3", "--output_dir", str(run)]) == 0
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert main([*COMMAND, "--output_dir", str(run), "--resume"]) == 0
+    assert_same_run(run, uninterrupted)
+
+
 def test_old_checkpoints_are_deleted_and_none_is_left_half_written(uninterrupted: Path) -> None:
     assert sorted(path.name for path in uninterrupted.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
     assert not (uninterrupted / ".saving").exists()
@@ -145,3 +157,10 @@ def test_the_epochs_orders_differ_and_timings_stay_out_of_the_metrics(uninterrup
     lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     assert len({line["completions/mean_length"] for line in lines}) > 1
+
+
+def test_the_seconds_of_an_evaluation_stay_out_of_the_metrics(tmp_path: Path) -> None:
+    times = {"eval_runtime": 1.5, "eval_samples_per_second": 2.0, "eval_steps_per_second": 0.5}
+    args, state = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(global_step=2)
+    MetricsFile({}).on_log(args, state, TrainerControl(), logs={"eval_reward": 0.5, **times})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8")) == {"step": 2, "eval_reward": 0.5}

@@ -250,6 +250,14 @@ def test_a_number_that_is_not_finite_stops_the_run_and_leaves_its_rollout_on_dis
     assert written["rollouts"][0]["completion_ids"]
 
 
+def test_sharded_weights_cannot_leave_a_loss_out(ledger: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their backward waits for every process in every layer: without this one's part it would wait for ever."""
+    break_part(monkeypatch, "loss")
+    monkeypatch.setattr("atmanrl.trainer.is_whole", lambda model: False)
+    with pytest.raises(NonFiniteError, match="cannot leave out a loss of sharded weights"):
+        train(ledger, tmp_path, max_steps=2, skip_non_finite=True)
+
+
 @pytest.mark.parametrize("part", ["reward", "loss", "mask"])
 def test_skipping_leaves_the_rollout_out_and_trains_on(
     ledger: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
@@ -306,11 +314,55 @@ def break_part(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
         ({"reward_weights": [1.0, 2.0]}, "the one free weight is saliency_weight"),
         ({"num_generations": 3}, "does not hold whole groups of num_generations 3.*nearest that works: 12 rollouts"),
         ({"save_strategy": "steps", "save_steps": 3}, "save_steps 3 .*nearest that works: 2 or 4"),
+        ({"save_strategy": "steps", "save_steps": 0.5}, "save_steps 0.5 is a share of the run"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "no best model is kept"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AtManGRPOConfig(**settings(tmp_path, **overrides))
+
+
+@pytest.mark.parametrize("argument", ["tools", "environment_factory", "env_mask"])
+def test_tokens_that_the_policy_did_not_write_are_refused(ledger: Task, tmp_path: Path, argument: str) -> None:
+    def answered(prompts: list[str], trainer: AtManGRPOTrainer) -> dict[str, Any]:
+        ids = [[1, 2]] * len(prompts)
+        return {"prompt_ids": ids, "completion_ids": ids, "logprobs": None, "env_mask": [[1, 0]] * len(prompts)}
+
+    model, tokenizer = load_policy(ModelConfig("ledger"))
+    given = {"rollout_func": answered} if argument == "env_mask" else {argument: [print]}
+    with pytest.raises(ValueError, match=f"{argument}: tokens that the policy did not write"):
+        AtManGRPOTrainer(model, AtManGRPOConfig(**settings(tmp_path)), ledger, tokenizer, **given).train()
+
+
+def test_an_evaluation_during_training_changes_no_number_of_it(longer: Task, tmp_path: Path) -> None:
+    plain, expected = train(longer, tmp_path / "plain", max_steps=4)
+    asked = {"eval_strategy": "steps", "eval_steps": 2, "num_generations_eval": 2, "per_device_eval_batch_size": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        # Sampling for the evaluation draws from the generators that the training goes on with.
+        evaluate = AtManGRPOTrainer.evaluate
+        patch.setattr(AtManGRPOTrainer, "evaluate", lambda self, *a, **k: with_generators_kept(evaluate, self, *a, **k))
+        ours, lines = train(longer, tmp_path / "ours", max_steps=4, **asked)
+    evaluations = [line for line in lines if "eval_reward" in line]
+    assert len(evaluations) == 2
+    assert "eval_rewards/saliency/mean" in evaluations[0]
+    assert [line for line in lines if "eval_reward" not in line] == expected
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), ours.model.parameters(), strict=True))
+    pages = [trainer.sampled(8) for trainer in (plain, ours)]
+    assert pages[0] is not None
+    assert pages[0] == pages[1]
+
+
+def with_generators_kept(function: Any, *arguments: Any, **options: Any) -> Any:
+    with torch.random.fork_rng():
+        return function(*arguments, **options)
+
+
+def test_a_configuration_serves_several_trainers(ledger: Task, tmp_path: Path) -> None:
+    args = AtManGRPOConfig(**settings(tmp_path))
+    model, tokenizer = load_policy(ModelConfig("ledger"))
+    AtManGRPOTrainer(model, args, ledger, tokenizer)
+    assert args.reward_weights is None
 
 
 def test_a_configuration_survives_json(tmp_path: Path) -> None:

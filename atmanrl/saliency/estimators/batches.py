@@ -14,16 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.rollouts import Rollout
-from atmanrl.saliency.budget import affordable_rows, halving_on_out_of_memory, split
+from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, split
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.estimators.interface import TokenScores
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.packing import PackedRollouts, pack
 from atmanrl.saliency.progress import progress_bar
-
-ROWS = 8192
-"""Most packed rows per pass where no budget is given: enough to fill a device, few enough that a bar moves."""
+from atmanrl.saliency.result import check_finite
 
 _Item = TypeVar("_Item")
 
@@ -34,6 +32,7 @@ class Batch:
 
     Attributes:
         rollouts: in the order given.
+        numbers: what they are called in messages.
         packed: their layout.
         likelihood: of their answers.
         dtype: of biases and losses.
@@ -41,21 +40,29 @@ class Batch:
     """
 
     rollouts: list[Rollout]
+    numbers: list[int]
     packed: PackedRollouts
     likelihood: AnswerLikelihood
     dtype: torch.dtype
     passed: Callable[[], None]
 
     def losses(self, cot_bias: Tensor) -> Tensor:
-        """(n,) mean negative log-likelihood of each answer under ``cot_bias`` (C_total,), differentiable in it."""
+        """(n,) mean negative log-likelihood of each answer under ``cot_bias`` (C_total,), differentiable in it.
+
+        Raises:
+            NonFiniteLossError: on a CPU; elsewhere the check would wait for the device, and the scores are looked at.
+        """
         losses = self.packed.mean_per_rollout(self.likelihood(self.packed.key_bias(cot_bias)))
+        if losses.device.type == "cpu":
+            check_finite(losses.detach(), self.numbers, "under a bias")
         self.passed()
         return losses
 
     def per_token(self, per_rollout: Tensor) -> Tensor:
         """(C_total,) each rollout's number at each of its tokens."""
         lengths = torch.tensor(self.packed.cot_lengths, device=per_rollout.device)
-        return per_rollout.repeat_interleave(lengths)
+        # With its size known nothing waits for the device.
+        return per_rollout.repeat_interleave(lengths, output_size=len(self.packed.cot_columns))
 
     def filled(self, value: float) -> Tensor:
         """(C_total,) of ``value``."""
@@ -80,24 +87,25 @@ def score_in_batches(
     Args:
         model: borrowed :func:`atmanrl.saliency.frozen.frozen`.
         score: one `TokenScores` per rollout of a batch.
-        token_budget: packed rows per batch, prompts included; None: `ROWS`, or fewer where they are predicted not to
-            fit the free memory. A longer rollout forms a batch of its own.
+        token_budget: packed rows per batch, prompts included; None: see `rows_that_fit`. A longer rollout forms a
+            batch of its own.
         what: named beside the progress bar.
         passes: over each batch, which the bar counts for each rollout.
         observed: run the model's own modules, where their attention can be observed, and forwards only.
     """
     results: list[TokenScores] = []
     with frozen(model):
-        fast = why_unsupported(model) is None and not observed
-        make = FrozenDecoder if fast else ModelLikelihood
+        known = why_unsupported(model) is None
+        make = FrozenDecoder if known and not observed else ModelLikelihood
         if token_budget is None:
-            token_budget = ROWS if observed else _rows_that_fit(model, rollouts, fast=fast)
+            token_budget = rows_that_fit(model, rollouts, fast=known)
 
         def scored(group: list[int]) -> list[TokenScores]:
             members = [rollouts[index] for index in group]
             packed = pack(members, answer_loss="value", device=model.device)
             done = itertools.count(passes * len(results) + len(group), len(group))
-            return score(Batch(members, packed, make(model, packed), bias_dtype(model), lambda: show(next(done))))
+            likelihood = make(model, packed)
+            return score(Batch(members, group, packed, likelihood, bias_dtype(model), lambda: show(next(done))))
 
         def run(budget: int) -> None:
             for group in split(rollouts, range(len(results), len(rollouts)), budget):
@@ -106,12 +114,6 @@ def score_in_batches(
         with progress_bar(f"{what}, passes", passes * len(rollouts), progress) as show:
             halving_on_out_of_memory(run, min(token_budget, sum(map(len, rollouts))))
     return results
-
-
-def _rows_that_fit(model: PreTrainedModel, rollouts: Sequence[Rollout], *, fast: bool) -> int:
-    # One rollout is one batch whatever fits, and predicting takes the general path a pass.
-    affordable = affordable_rows(model, rollouts, fast=fast) if len(rollouts) > 1 else None
-    return ROWS if affordable is None else min(ROWS, max(1, affordable))
 
 
 def bias_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -103,7 +103,7 @@ def estimate_saliency(
     for index, rollout in enumerate(rollouts):
         check_fits(model, rollout, index)
     reasons = [reason_to_skip(rollout) for rollout in rollouts]
-    active = [rollout for rollout, reason in zip(rollouts, reasons, strict=True) if reason is None]
+    active = [index for index, reason in enumerate(reasons) if reason is None]
     if len(active) < len(rollouts):
         first = next(index for index, reason in enumerate(reasons) if reason is not None)
         warnings.warn(
@@ -112,7 +112,12 @@ def estimate_saliency(
             stacklevel=2,
         )
     shown = sys.stderr.isatty() if progress is None else progress
-    scored = iter(chosen(model, active, token_budget=token_budget, progress=shown) if active else [])
+    members = [rollouts[index] for index in active]
+    try:
+        scored = iter(chosen(model, members, token_budget=token_budget, progress=shown) if members else [])
+    except NonFiniteLossError as error:
+        # It counts those it was given.
+        raise NonFiniteLossError(active[error.rollout], error.loss, error.when) from error
     results = [
         next(scored) if reason is None else _unscored(chosen.name, rollout, reason)
         for rollout, reason in zip(rollouts, reasons, strict=True)

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from atman_kernels import AttentionPlan
 from atman_kernels.hf import KeyValueRecord
 from atmanrl.rollouts import Rollout
-from atmanrl.saliency.budget import halving_on_out_of_memory
-from atmanrl.saliency.estimators.batches import ROWS, bias_dtype, shown
+from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, within
+from atmanrl.saliency.decoder import why_unsupported
+from atmanrl.saliency.estimators.batches import bias_dtype, shown
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood, prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
@@ -68,8 +69,8 @@ def suffix_losses(
         suffixes: in any order; those of neighbouring rollouts share batches.
         bias: of the suppressed columns, natural-log units; -inf hides them.
         token_budget: rows per forward, both of unaltered runs and of suffixes; one that is longer runs alone. What is
-            kept between forwards is the keys and values of at most so many rows. None: `ROWS`. If memory runs out, half
-            of it is tried once.
+            kept between forwards is the keys and values of at most so many rows. None: see `rows_that_fit`. If memory
+            runs out, half of it is tried once.
         progress: show a bar on stderr, labelled ``what``.
     """
     by_rollout: dict[int, list[int]] = {}
@@ -95,7 +96,10 @@ def suffix_losses(
     model = working_copy(model)
     with frozen(model), torch.no_grad():
         rows = sum(suffix_rows(rollouts[suffix.rollout], suffix.start) for suffix in suffixes)
-        halving_on_out_of_memory(run, min(ROWS if token_budget is None else token_budget, rows))
+        if token_budget is None:
+            altered = [rollouts[index] for index in by_rollout]
+            token_budget = rows_that_fit(model, altered, fast=why_unsupported(model) is None)
+        halving_on_out_of_memory(run, min(token_budget, rows))
     return losses
 
 
@@ -103,24 +107,11 @@ def _work(
     rollouts: Sequence[Rollout], suffixes: Sequence[Suffix], by_rollout: dict[int, list[int]], budget: int
 ) -> Iterator[tuple[tuple[int, ...], list[int]]]:
     """(rollouts whose unaltered runs are held, numbers of the suffixes of one forward)."""
-    for members in _within(budget, list(by_rollout), [len(rollouts[index]) for index in by_rollout]):
+    for members in within(budget, list(by_rollout), [len(rollouts[index]) for index in by_rollout]):
         numbers = [number for index in members for number in by_rollout[index]]
         sizes = [suffix_rows(rollouts[suffixes[i].rollout], suffixes[i].start) for i in numbers]
-        for group in _within(budget, numbers, sizes):
+        for group in within(budget, numbers, sizes):
             yield tuple(members), group
-
-
-def _within(budget: int, items: Sequence[int], sizes: Sequence[int]) -> Iterator[list[int]]:
-    group: list[int] = []
-    used = 0
-    for item, size in zip(items, sizes, strict=True):
-        if group and used + size > budget:
-            yield group
-            group, used = [], 0
-        group.append(item)
-        used += size
-    if group:
-        yield group
 
 
 def _pack(
