@@ -32,6 +32,7 @@ def test_training_on_ledger_leaves_a_complete_run_directory(tmp_path: Path) -> N
     assert all(timings[0][part] > 0 for part in ("generation", "saliency", "update"))
     for name in ("config.yaml", "environment.json", "before.json", "after.json", "summary.json", "report.html"):
         assert (run / name).stat().st_size > 0, name
+    assert not (run / "README.md").exists(), "a model card without a model"
     trained = AutoModelForCausalLM.from_pretrained(run / "model")
     resumable = AutoModelForCausalLM.from_pretrained(run / "checkpoint-2")
     assert (run / "model" / "model.safetensors").is_file()
@@ -98,6 +99,7 @@ def test_a_dry_run_tries_a_large_machines_recipe_on_any(
         (["--mask.stesp", "3"], "unknown key 'mask.stesp'; did you mean 'mask.steps'"),
         (["--num_generations", "7"], "whole groups of num_generations 7"),
         (["--data.name", "gsm8k", "--data.path", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--data.path", "mine.jsonl"], "data.path is not for ledger, whose rows are generated"),
         (["--model.name", "./nowhere"], "model './nowhere' cannot be loaded: there is no such directory"),
         (["--model.dtype", "fp16"], "'model.dtype' must be 'float32' or 'bfloat16' or"),
         (["--max_completion_length", "4000"], "max_completion_length 4000 leaves it 0 of the model's context of 256"),
@@ -148,12 +150,13 @@ def test_a_directory_with_another_run_is_refused_and_overwriting_deletes_a_runs_
     run = tmp_path / "run"
     command = ["train", "--config", "ledger", "--output_dir", str(run), *QUICK, "--evaluation.prompts", "0"]
     assert main(command) == 0
-    (run / "notes.txt").write_text("mine", encoding="utf-8")
+    for mine in ("notes.txt", "README.md"):
+        (run / mine).write_text("mine", encoding="utf-8")
     assert main(command) == 2
     assert f"{run} holds another run" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--max_steps", "4", "--save_strategy", "no"]) == 0
     assert not (run / "checkpoint-2").exists()
-    assert (run / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert all((run / mine).read_text(encoding="utf-8") == "mine" for mine in ("notes.txt", "README.md"))
 
 
 def test_a_directory_with_other_files_is_refused_even_to_overwriting(
