@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from atmanrl import MaskConfig
 from atmanrl.chat import encode_prompt
-from atmanrl.config import DataConfig, LedgerConfig
+from atmanrl.config import CreditConfig, DataConfig, LedgerConfig
 from atmanrl.data import load_task
 from atmanrl.policy import load_policy
 from atmanrl.recipe import ModelConfig
@@ -68,6 +68,8 @@ def main(recorded: Path, output: Path, mode: str) -> None:
         optim="sgd",
         learning_rate=0.5,
         mask=MaskConfig(steps=5, lr=0.02),
+        # Its heads are ranked over the responses of all processes.
+        credit_assignment=CreditConfig(strategy="local", gain=3.0),
         save_strategy="steps" if mode == "fsdp2" else "no",
         save_steps=PASSES,
         report_to="none",
