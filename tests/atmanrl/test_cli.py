@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl.cli import main
 from atmanrl.commands import doctor
+from atmanrl.policy import load_model, source_of
+from atmanrl.recipe import ModelConfig
 from tests.atmanrl.tiny import byte_level_tokenizer, llama, write_gsm8k
 
 QUICK = [
@@ -114,6 +116,14 @@ def test_input_that_cannot_be_used_ends_with_status_2_and_one_message(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_models_directory_may_lie_in_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shell expands "~"; of a recipe's key nobody else would.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert source_of(ModelConfig("~/model")) == str(tmp_path / "model")
+    with pytest.raises(ValueError, match="model '~/model' cannot be loaded: there is no such directory"):
+        load_model(ModelConfig("~/model"))
 
 
 def test_doctor_tests_the_backends_and_fails_when_one_is_wrong(
