@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PINS := $(VENV)/constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo claim credit rewards test quick check docs fuzz test-latest package sanitize aarch64 bench gpu format clean
+.PHONY: setup demo claim credit rewards test quick check docs fuzz test-latest test-lowest package sanitize aarch64 bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -64,6 +64,13 @@ test-latest:
 	build/latest/bin/pip install --quiet --upgrade $(TORCH)
 	build/latest/bin/pip install --quiet --upgrade $(TORCH) -e ".[dev]"
 	build/latest/bin/pytest --ignore tests/test_packaging.py
+
+# The same with the oldest: torch in the build that the index gives.
+test-lowest:
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/pip install --quiet uv
+	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct -e ".[dev]"
+	build/lowest/bin/pytest --ignore tests/test_packaging.py
 
 # A source distribution, a wheel built from it, and that wheel in an empty environment, where doctor tests the kernels.
 package: setup

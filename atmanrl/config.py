@@ -246,6 +246,12 @@ class DataConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"data {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.name == "ledger":
+            elsewhere = ("path", "subset", "train_split", "test_split", "test_path")
+            if given := [name for name in elsewhere if getattr(self, name) is not None]:
+                raise ValueError(
+                    f"{given[0]} is not for ledger, whose rows are generated; name gsm8k or mmlu for others"
+                )
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction must lie in (0, 1), got {self.test_fraction}")
         for name in ("train_limit", "test_limit"):

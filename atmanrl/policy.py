@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from atmanrl.recipe import ModelConfig
 
 def source_of(config: ModelConfig) -> str:
     """What ``from_pretrained`` takes: the configured name, or the directory of the built-in task's checkpoint."""
-    return str(LEDGER_CHECKPOINT) if config.name == "ledger" else config.name
+    return str(LEDGER_CHECKPOINT) if config.name == "ledger" else os.path.expanduser(config.name)
 
 
 def attention_of(config: ModelConfig, *, half: bool) -> str:

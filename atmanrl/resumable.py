@@ -65,6 +65,9 @@ class ResumableGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if self.args.should_save:
             rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write none: TRL's, renewed with every checkpoint, names no base model, no data and no licence."""
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 

@@ -33,7 +33,7 @@ CONFIG = "config.yaml"
 PACKAGES = ("atmanrl", "torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "flash-attn")
 
 _WRITTEN = (
-    *(CONFIG, "environment.json", "metrics.jsonl", "timings.jsonl", "training_args.bin", "README.md"),
+    *(CONFIG, "environment.json", "metrics.jsonl", "timings.jsonl", "training_args.bin"),
     *("before.json", "after.json", "summary.json", "report.html", "summary.md"),
     *("checkpoint-*", ".saving", "model", "adapter", "plots", "runs", "completions", "non_finite", "rollouts"),
 )

@@ -40,10 +40,15 @@ def tick(value: float) -> str:
     return f"{value:.2g}".replace("-", "−")
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 token", "2 tokens"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def footnote(summary: Summary) -> str:
     """How many prompts and completions there were, and what the intervals are."""
     paired = ", paired differences" if len(summary.labels) == 2 else ""
     return (
-        f"{summary.prompts} prompts, {summary.rollouts} completions per run; {summary.confidence:.0%} percentile "
-        f"bootstrap intervals over prompts, {summary.resamples} resamples{paired}"
+        f"{counted(summary.prompts, 'prompt')}, {counted(summary.rollouts, 'completion')} per run; "
+        f"{summary.confidence:.0%} percentile bootstrap intervals over prompts, {summary.resamples} resamples{paired}"
     )

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from atmanrl.agreement import spearman
 from atmanrl.records import DELETION, DELETIONS, RolloutRecord, Run, paired_rollouts, write_text_atomically
 from atmanrl.report.meaning import meaning_of
-from atmanrl.report.numbers import interval, loss, number, tick
+from atmanrl.report.numbers import counted, interval, loss, number, tick
 from atmanrl.report.scale import LEVELS, Scale, fitted_scale, fixed_scale, scale_for
 from atmanrl.report.tokens import scored_html, span_html
 from atmanrl.summary import AGREEMENT, Summary, compare, summarize, token_classes
@@ -193,5 +193,5 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, interval=interval, loss=loss, tick=tick)
-    environment.globals.update(zip=zip)
+    environment.globals.update(counted=counted, zip=zip)
     return environment

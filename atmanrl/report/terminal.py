@@ -11,7 +11,7 @@ from rich.text import Text
 from atmanrl.intervals import Estimate
 from atmanrl.records import RolloutRecord, Run
 from atmanrl.report.glyphs import visible
-from atmanrl.report.numbers import footnote, interval, number, tick
+from atmanrl.report.numbers import counted, footnote, interval, number, tick
 from atmanrl.report.scale import LEVELS, Scale, scale_for
 from atmanrl.summary import AGREEMENT, Summary
 
@@ -54,7 +54,7 @@ def print_run(run: Run, console: Console | None = None) -> None:
 
 def _print_rollout(rollout: RolloutRecord, score: str, scale: Scale, console: Console) -> None:
     verdict = {True: "correct", False: "wrong", None: "not graded"}[rollout.correct]
-    facts = [f"{len(rollout.cot)} tokens", verdict, *(["truncated"] if rollout.truncated else [])]
+    facts = [counted(len(rollout.cot), "token"), verdict, *(["truncated"] if rollout.truncated else [])]
     console.print(Text.assemble((visible(rollout.prompt_id), "bold"), (f"  {', '.join(facts)}", "dim")))
     values = rollout.scores.get(score)
     text = Text()

@@ -138,6 +138,9 @@ def _to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _float8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     rows, row_scale = _to_float8(x)
+    # Before 2.13 torch's CPU product knew one scale per matrix only.
+    if x.device.type == "cpu" and torch.__version__ < "2.13":
+        return (rows.float() @ weight.t().float() * row_scale * scale.t()).to(x.dtype)
     return scaled_mm(
         rows,
         weight.t(),

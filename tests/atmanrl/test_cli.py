@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl.cli import main
 from atmanrl.commands import doctor
+from atmanrl.policy import load_model, source_of
+from atmanrl.recipe import ModelConfig
 from tests.atmanrl.tiny import byte_level_tokenizer, llama, write_gsm8k
 
 QUICK = [
@@ -32,6 +34,7 @@ def test_training_on_ledger_leaves_a_complete_run_directory(tmp_path: Path) -> N
     assert all(timings[0][part] > 0 for part in ("generation", "saliency", "update"))
     for name in ("config.yaml", "environment.json", "before.json", "after.json", "summary.json", "report.html"):
         assert (run / name).stat().st_size > 0, name
+    assert not (run / "README.md").exists(), "a model card without a model"
     trained = AutoModelForCausalLM.from_pretrained(run / "model")
     resumable = AutoModelForCausalLM.from_pretrained(run / "checkpoint-2")
     assert (run / "model" / "model.safetensors").is_file()
@@ -98,6 +101,7 @@ def test_a_dry_run_tries_a_large_machines_recipe_on_any(
         (["--mask.stesp", "3"], "unknown key 'mask.stesp'; did you mean 'mask.steps'"),
         (["--num_generations", "7"], "whole groups of num_generations 7"),
         (["--data.name", "gsm8k", "--data.path", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--data.path", "mine.jsonl"], "data.path is not for ledger, whose rows are generated"),
         (["--model.name", "./nowhere"], "model './nowhere' cannot be loaded: there is no such directory"),
         (["--model.dtype", "fp16"], "'model.dtype' must be 'float32' or 'bfloat16' or"),
         (["--max_completion_length", "4000"], "max_completion_length 4000 leaves it 0 of the model's context of 256"),
@@ -112,6 +116,14 @@ def test_input_that_cannot_be_used_ends_with_status_2_and_one_message(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_models_directory_may_lie_in_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shell expands "~"; of a recipe's key nobody else would.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert source_of(ModelConfig("~/model")) == str(tmp_path / "model")
+    with pytest.raises(ValueError, match="model '~/model' cannot be loaded: there is no such directory"):
+        load_model(ModelConfig("~/model"))
 
 
 def test_doctor_tests_the_backends_and_fails_when_one_is_wrong(
@@ -148,12 +160,13 @@ def test_a_directory_with_another_run_is_refused_and_overwriting_deletes_a_runs_
     run = tmp_path / "run"
     command = ["train", "--config", "ledger", "--output_dir", str(run), *QUICK, "--evaluation.prompts", "0"]
     assert main(command) == 0
-    (run / "notes.txt").write_text("mine", encoding="utf-8")
+    for mine in ("notes.txt", "README.md"):
+        (run / mine).write_text("mine", encoding="utf-8")
     assert main(command) == 2
     assert f"{run} holds another run" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--max_steps", "4", "--save_strategy", "no"]) == 0
     assert not (run / "checkpoint-2").exists()
-    assert (run / "notes.txt").read_text(encoding="utf-8") == "mine"
+    assert all((run / mine).read_text(encoding="utf-8") == "mine" for mine in ("notes.txt", "README.md"))
 
 
 def test_a_directory_with_other_files_is_refused_even_to_overwriting(

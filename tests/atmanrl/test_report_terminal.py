@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from atmanrl.report import markdown_table, print_run, print_summary
+from atmanrl.report import markdown_table, print_run, print_summary, render_page
 from atmanrl.summary import compare, summarize
 from tests.atmanrl.saliency_runs import rollout, run
 
@@ -74,6 +74,15 @@ def test_tokens_cannot_control_the_terminal_or_its_markup():
 
 def test_a_rollout_without_saliency_says_why():
     assert "no saliency: no answer found" in printed(print_run, run(rollout(restored=None, skipped="no answer found")))
+
+
+def test_one_of_a_kind_is_counted_in_the_singular():
+    one = run(rollout("p0", ("a",), (0.1,)))
+    assert "1 token," in printed(print_run, one)
+    assert "1 prompt, 1 completion per run" in " ".join(printed(print_summary, summarize(one)).split())
+    page = render_page(one)
+    assert ">1 token<" in page
+    assert "1 prompt, 1 completion" in page
 
 
 def test_one_run_is_summarised_without_a_difference():
