@@ -4,7 +4,7 @@
 
 8 queries x 8 rollouts, prompt 150, chain of thought 150 to 250, answer 8 tokens. Each peer is timed next to the fast
 path, so that a ratio compares neighbours in time; every pair is kept as soon as it is measured, and a run that was cut
-off goes on where it stopped. What is kept for the backward is counted as well.
+off goes on where it stopped. What is kept for the backward is counted, and what a step spends its time on is profiled.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from atmanrl.saliency.budget import saved_bytes
 from atmanrl.saliency.cost import DecoderShape, peak_bytes
@@ -26,12 +27,13 @@ from atmanrl.saliency.decoder import FrozenDecoder
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
-from atmanrl.saliency.throughput import matrix_rate, measure, necessary_per_step, random_model, random_problem
+from atmanrl.saliency.throughput import ARMS, matrix_rate, measure, necessary_per_step, random_model, random_problem
 from benchmarks.cpu import processor
 from benchmarks.device import commit, results_file, save
 
 PROBLEM: dict[str, Any] = {"queries": 8, "rollouts": 8, "prompt": 150, "cot": (150, 250), "answer": 8}
 PEERS = ("fast-captured", "general", "sdpa-by-8", "paper", "paper-answer-logits", "sdpa", "flex")
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 SHAPES = {"cpu": ("llama-30m", "llama-30m-untied"), "cuda": ("llama-3.2-3b",)}
 
 
@@ -74,6 +76,24 @@ def memory(shape: str, *, device: torch.device) -> dict[str, Any]:
     return {"kept_bytes": kept, "predicted_peak_bytes": predicted}
 
 
+def time_shares(shape: str) -> dict[str, float]:
+    """Shares of a fast step's time on the CPU by torch.profiler: matrix products, attention, everything else."""
+    model = random_model(shape, dtype=torch.float32, device=torch.device("cpu"))
+    problem = random_problem(model.config.vocab_size, **PROBLEM)
+    bias = torch.full((sum(len(rollout.cot_ids) for rollout in problem),), -4.0)
+    with frozen(model):
+        step = ARMS["fast"](model, problem)
+        step(bias)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            step(bias)
+    spent = dict.fromkeys(("products", "attention", "rest"), 0.0)
+    for event in seen.key_averages():
+        kind = "products" if event.key in _PRODUCTS else "attention" if "atman_kernels" in event.key else "rest"
+        spent[kind] += event.self_cpu_time_total
+    total = sum(spent.values())
+    return {kind: time / total for kind, time in spent.items()}
+
+
 def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -90,11 +110,15 @@ def main() -> int:
         "problem": PROBLEM,
     }
     path = results_file("masks", facts)
-    content = json.loads(path.read_text()) if path.exists() else {**facts, "results": [], "memory": {}}
+    content = (
+        json.loads(path.read_text()) if path.exists() else {**facts, "results": [], "memory": {}, "time_shares": {}}
+    )
     done = {(row["shape"], row["peer"]) for row in content["results"]}
     for shape in arguments.shapes:
         if shape not in content["memory"]:
             content["memory"][shape] = memory(shape, device=device)
+        if device.type == "cpu" and shape not in content["time_shares"]:
+            content["time_shares"][shape] = time_shares(shape)
         for peer in PEERS:
             if (shape, peer) in done:
                 continue
