@@ -22,6 +22,7 @@ from benchmarks.device import Device, device_of_command, kept_results, save, tun
 from tests.atman_kernels.gpu_checks import CHECKS, REHEARSAL
 
 PASSED = "passed"
+TASKS_PER_PROCESS = 8
 
 
 def outcome(name: str, device: Device) -> str:
@@ -40,9 +41,18 @@ def run_all(names: list[str], device: Device, deadline: float, path: Path, conte
     """Run the named checks until the deadline, keeping every outcome; what did not end is left out."""
     # Each holds a context on the GPU.
     workers = min(16, max(1, (os.cpu_count() or 1) - 1)) if device.rehearsal is None else 1
-    context = multiprocessing.get_context("spawn")
-    # A process that met an illegal access can do nothing more, so none lives long.
-    pool = ProcessPoolExecutor(workers, context, max_tasks_per_child=8)
+    # A process that met an illegal access can do nothing more, so none lives long. The pool's own max_tasks_per_child
+    # hangs where tasks wait (python/cpython#115634).
+    size = TASKS_PER_PROCESS * workers
+    for batch in [names[first : first + size] for first in range(0, len(names), size)]:
+        if time.monotonic() < deadline:
+            _run_in_new_processes(batch, workers, device, deadline, path, content)
+
+
+def _run_in_new_processes(
+    names: list[str], workers: int, device: Device, deadline: float, path: Path, content: dict[str, Any]
+) -> None:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     running: dict[Future[str], str] = {pool.submit(outcome, name, device): name for name in names}
     while running and time.monotonic() < deadline:
         ended, _ = wait(running, timeout=1.0, return_when="FIRST_COMPLETED")

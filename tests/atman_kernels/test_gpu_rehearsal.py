@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, timing
+from benchmarks import checks, gpu, timing
 from benchmarks.cases import AttentionCase
 from benchmarks.device import Device
 from benchmarks.peers import PEERS
@@ -40,6 +40,8 @@ def test_every_stage_passes_and_leaves_its_results(tmp_path: Path, monkeypatch: 
     result = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert set(_read(tmp_path, "stages")["stages"].values()) == {"passed"}
+    # More than one process runs, so that the change to the next is rehearsed as well.
+    assert len(REHEARSAL) > checks.TASKS_PER_PROCESS
     assert _read(tmp_path, "checks")["checks"] == dict.fromkeys(REHEARSAL, "passed")
     rows = _read(tmp_path, "attention")["results"]
     assert {row["peer"] for row in rows} == set(PEERS)
