@@ -111,8 +111,8 @@ def attention(
         key_bias: (B, Tk) float32, added to the scaled scores of a key for all heads and rows, in natural-log units:
             positive raises attention to the key, -inf removes it. None: zero. Its gradient is
             sum over heads and rows of p (dp - delta). Remove keys by -inf, not by -1e9: gradients recompute p from lse,
-            and in rows all of whose keys have biases of magnitude b their relative error is about 5e-8 b. Numbers below
-            -1e30 may count as -inf.
+            where all keys of a row have biases of magnitude b, its rounding, up to b / 2^24, is a relative error of the
+            row's gradients. Numbers below -1e30 may count as -inf.
         causal: a row sees keys up to its own position; Tq != Tk aligns the edge bottom-right.
         sm_scale: default 1 / sqrt(D).
         window: a row sees only the ``window`` nearest keys including its own (needs ``causal``).
