@@ -33,7 +33,10 @@ torch.serialization.register_package(
 
 
 class ResumableGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
-    """Saves whole checkpoints with what is not logged yet, and draws each epoch's order from the seed and the epoch."""
+    """Saves whole checkpoints with what is not logged yet, and draws each epoch's order from the seed and the epoch.
+
+    Its arguments are an :class:`atmanrl.trainer.AtManGRPOConfig`, which knows where a generation batch ends.
+    """
 
     _staging: Path | None = None
 
@@ -49,8 +52,7 @@ class ResumableGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         )
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
-        batch = self.num_iterations * self.args.steps_per_generation // self.args.gradient_accumulation_steps
-        if batch and self.state.global_step % batch:
+        if self.state.global_step % self.args.arithmetic.steps_per_generation:
             # Where a run ends; one that is to go on repeats the steps since the checkpoint before.
             logger.warning("no checkpoint at step %d, inside a generation batch", self.state.global_step)
             return
