@@ -27,7 +27,8 @@ from atmanrl.errors import InputError
 from atmanrl.generation import context_length
 from atmanrl.plain_copy import plain
 from atmanrl.policy import load_policy
-from atmanrl.recipe import EvaluationConfig, LoraSettings, build, load_recipe
+from atmanrl.processes import part_from_others
+from atmanrl.recipe import EvaluationConfig, LoraSettings, Recipe, build, load_recipe
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 MODEL, ADAPTER = "model", "adapter"
@@ -89,6 +90,25 @@ def train(
     if process.num_processes == 1:
         with explained_without_training("evaluation", "nothing has been trained yet"):
             evaluation.before(model)
+    trained = _train(recipe, args, task, model, tokenizer, checkpoint, console)
+    part_from_others()
+    if trained is not None and process.is_main_process:
+        with explained_without_training("evaluation", f"the trained policy is kept: {run / MODEL}"):
+            evaluation.after(trained, console)
+    return 0
+
+
+def _train(
+    recipe: Recipe,
+    args: AtManGRPOConfig,
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None,
+    console: Console,
+) -> PreTrainedModel | None:
+    """The trained policy, plain and saved; None where the run was asked to stop before its end."""
+    run = Path(args.output_dir)
     stop = StopOnSigterm(args.arithmetic.steps_per_generation)
     trainer = AtManGRPOTrainer(
         model, args, task, tokenizer, callbacks=[stop], peft_config=lora_config(recipe.model.lora)
@@ -104,19 +124,16 @@ def train(
         if stop.requested:
             step = trainer.state.global_step
             console.print(f"stopped at step {step}; the same command with --resume goes on from there")
-            return 0
+            return None
         if recipe.model.lora is not None:
             with checkpoints.staged(run, ADAPTER, trainer.accelerator) as staging:
                 trainer.save_model(str(staging / ADAPTER))
         trained = plain(trainer.accelerator.unwrap_model(trainer.model), model.dtype)
         with checkpoints.staged(run, MODEL, trainer.accelerator) as staging:
-            if process.is_main_process:
+            if trainer.accelerator.is_main_process:
                 trained.save_pretrained(staging / MODEL)
                 tokenizer.save_pretrained(staging / MODEL)
-        if process.is_main_process:
-            trainer.part = "evaluation"
-            evaluation.after(trained, console)
-    return 0
+    return trained
 
 
 def lora_config(settings: LoraSettings | None) -> Any:

@@ -17,6 +17,7 @@ from atmanrl.chat import encode_prompt
 from atmanrl.config import CreditConfig, DataConfig, LedgerConfig
 from atmanrl.data import load_task
 from atmanrl.policy import load_policy
+from atmanrl.processes import part_from_others
 from atmanrl.recipe import ModelConfig
 from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
@@ -104,3 +105,4 @@ def main(recorded: Path, output: Path, mode: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    part_from_others()

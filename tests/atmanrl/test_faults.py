@@ -155,7 +155,8 @@ def test_want_of_memory_is_said_with_the_settings_that_need_less_of_it(
     error = capsys.readouterr().err
     assert f"out of memory during {part}: " in error
     assert advice in error
-    assert ("checkpoint-2 is kept" if part == "evaluation" else "no checkpoint had been saved yet") in error
+    trained = f"the trained policy is kept: {tmp_path / 'run' / 'model'}"
+    assert (trained if part == "evaluation" else "no checkpoint had been saved yet") in error
 
 
 def test_want_of_memory_before_training_is_said_as_well(

@@ -1,0 +1,36 @@
+"""How processes part at the end of a run, with a group of one in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from atmanrl.processes import part_from_others
+
+
+def gloo_threads() -> int:
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return sum(name in ("pt_gloo_runloop", "gloo_tcp_loop") for name in names)
+
+
+def test_gloos_threads_end_with_a_trainer_that_refers_to_itself(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    trainer = nn.Module()
+    trainer.wrapped = DistributedDataParallel(nn.Linear(4, 4))
+    trainer.callbacks = [trainer]
+    trainer.wrapped(torch.ones(1, 4)).sum().backward()
+    assert gloo_threads() > 0
+    del trainer
+    part_from_others()
+    assert gloo_threads() == 0
+    assert not dist.is_initialized()
+
+
+def test_one_process_parts_from_nobody() -> None:
+    assert not dist.is_initialized()
+    part_from_others()
+    assert not dist.is_initialized()
