@@ -42,7 +42,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     results = {}
     for mode, launch in LAUNCHES.items():
         command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
-        subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+        if done.returncode:
+            pytest.fail(f"{mode}: status {done.returncode}\n{done.stderr[-8000:]}", pytrace=False)
         results[mode] = torch.load(directory / f"{mode}.pt")
     return results
 
