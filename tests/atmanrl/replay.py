@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
+from trl import GRPOTrainer
 
 from atmanrl import MaskConfig
 from atmanrl.chat import encode_prompt
@@ -51,10 +52,23 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = patched  # type: ignore[method-assign]
 
 
+def break_a_loss() -> None:
+    """Make the losses of the second process NaN."""
+    plain = GRPOTrainer._compute_loss
+
+    def broken(self: GRPOTrainer, *args: Any) -> torch.Tensor:
+        loss: torch.Tensor = plain(self, *args)
+        return loss * torch.nan if self.accelerator.process_index == 1 else loss
+
+    GRPOTrainer._compute_loss = broken  # type: ignore[method-assign]
+
+
 def main(recorded: Path, output: Path, mode: str) -> None:
     completions: dict[str, list[list[int]]] = json.loads(recorded.read_text())
-    if mode in ("fsdp2", "resumed"):
+    if mode in ("fsdp2", "resumed", "broken"):
         shard_on_cpus()
+    if mode == "broken":
+        break_a_loss()
     micro_batch = GROUP * QUERIES // 2
     args = AtManGRPOConfig(
         output_dir=str(output / mode),
@@ -71,6 +85,7 @@ def main(recorded: Path, output: Path, mode: str) -> None:
         mask=MaskConfig(steps=5, lr=0.02),
         # Its heads are ranked over the responses of all processes.
         credit_assignment=CreditConfig(strategy="local", gain=3.0),
+        skip_non_finite=mode == "broken",
         save_strategy="steps" if mode == "fsdp2" else "no",
         save_steps=PASSES,
         report_to="none",

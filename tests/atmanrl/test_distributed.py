@@ -29,20 +29,30 @@ LAUNCHES = {"one": [sys.executable], "ddp": TWO, "fsdp2": TWO, "resumed": TWO}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("replayed")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Completions of the prompts that `replay` trains on."""
+    path = tmp_path_factory.mktemp("recorded") / "completions.json"
     model, tokenizer = load_policy(ModelConfig("ledger"))
     task = load_task(DataConfig(ledger=LedgerConfig(train_size=QUERIES * BATCHES, test_size=1)))
     prompts = [row["prompt"] for row in task.train]
     settings = GenerationSettings(max_new_tokens=24, samples=GROUP)
     sampled = generate(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], settings, seed=0)
-    recorded = directory / "completions.json"
-    recorded.write_text(json.dumps(dict(zip(prompts, sampled, strict=True))))
+    path.write_text(json.dumps(dict(zip(prompts, sampled, strict=True))))
+    return path
+
+
+def replayed(launch: list[str], recorded: Path, directory: Path, mode: str) -> subprocess.CompletedProcess[str]:
+    command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("replayed")
     results = {}
     for mode, launch in LAUNCHES.items():
-        command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
-        done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+        done = replayed(launch, recorded, directory, mode)
         if done.returncode:
             pytest.fail(f"{mode}: status {done.returncode}\n{done.stderr[-8000:]}", pytrace=False)
         results[mode] = torch.load(directory / f"{mode}.pt")
@@ -84,6 +94,14 @@ def test_a_resumed_sharded_run_ends_bit_for_bit_the_same(runs: dict[str, dict[st
     assert resumed["rewards"] == whole["rewards"][1:]
     for name, parameter in whole["parameters"].items():
         assert torch.equal(resumed["parameters"][name], parameter), name
+
+
+@pytest.mark.slow
+def test_a_loss_of_sharded_weights_that_is_not_finite_ends_all_processes(recorded: Path, tmp_path: Path) -> None:
+    done = replayed(TWO, recorded, tmp_path, "broken")
+    assert done.returncode != 0
+    assert "skip_non_finite cannot leave out a loss of sharded weights" in done.stderr
+    assert (tmp_path / "broken" / "non_finite" / "step-1-process-1.json").is_file()
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
