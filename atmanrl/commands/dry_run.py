@@ -6,9 +6,10 @@ import math
 import os
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from atmanrl.data import DataError, load_task
+from atmanrl.plain_copy import unfilled
 from atmanrl.policy import source_of
 from atmanrl.recipe import ModelConfig, Recipe
 from atmanrl.rollouts import Rollout
@@ -81,10 +82,10 @@ def _memory_and_time(config: ModelConfig, args: AtManGRPOConfig) -> list[str]:
         model_config = AutoConfig.from_pretrained(source_of(config), revision=config.revision)
     except OSError as error:
         return [f"memory            unknown: {str(error).splitlines()[0]}"]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    dtype = getattr(torch, config.dtype)
+    model = unfilled(model_config, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = parameters * torch.finfo(getattr(torch, config.dtype)).bits / 8 / 2**30
+    size = parameters * torch.finfo(dtype).bits / 8 / 2**30
     held = "" if config.lora else f" + gradients {size:.3g} + AdamW {2 * size:.3g} = {4 * size:.3g} GiB"
     lines = [
         f"memory            {parameters / 1e6:.4g} M parameters in {config.dtype}: weights {size:.3g}{held} per process"
