@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -24,8 +25,32 @@ from tests.atmanrl.replay import BATCHES, GROUP, QUERIES
 
 ROOT = Path(__file__).parents[2]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-# "resumed" goes on from the first checkpoint of "fsdp2".
-LAUNCHES = {"one": [sys.executable], "ddp": TWO, "fsdp2": TWO, "resumed": TWO}
+SHARDED = ("fsdp2", "zero2", "zero3")
+MODES = ("one", "ddp", *SHARDED, *(f"{mode}-resumed" for mode in SHARDED))
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
+ZERO = [pytest.param(mode, marks=needs_deepspeed) for mode in ("zero2", "zero3")]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    # DeepSpeed compiles an operator with ninja when it first runs on CPUs.
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
+def zero_environment(directory: Path, stage: str) -> dict[str, str]:
+    """What `accelerate launch` tells its processes, with a configuration that shards the smallest parameter as well."""
+    optimization = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
+    counts = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    configuration = directory / f"zero{stage}.json"
+    configuration.write_text(json.dumps({**dict.fromkeys(counts, "auto"), "zero_optimization": optimization}))
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(configuration),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +63,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     sampled = generate(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], settings, seed=0)
     recorded = directory / "completions.json"
     recorded.write_text(json.dumps(dict(zip(prompts, sampled, strict=True))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     results = {}
-    for mode, launch in LAUNCHES.items():
+    for mode in MODES:
+        zero = mode.startswith("zero")
+        if zero and not HAS_DEEPSPEED:
+            continue
+        environment = ENVIRONMENT | (zero_environment(directory, mode[4]) if zero else {})
+        launch = [sys.executable] if mode == "one" else TWO
         command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
         subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
         results[mode] = torch.load(directory / f"{mode}.pt")
@@ -48,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", *ZERO])
 def test_two_processes_give_the_rewards_and_parameters_of_one(runs: dict[str, dict[str, Any]], mode: str) -> None:
     one, two = runs["one"], runs[mode]
     rewards = torch.tensor(one["rewards"])
@@ -65,7 +94,7 @@ def test_two_processes_give_the_rewards_and_parameters_of_one(runs: dict[str, di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", *ZERO])
 def test_two_processes_log_the_metrics_of_one(runs: dict[str, dict[str, Any]], mode: str) -> None:
     ours = [
         name for line in runs["one"]["metrics"] for name in line if name.split("/")[0] in ("answers", "cot", "mask")
@@ -77,11 +106,35 @@ def test_two_processes_log_the_metrics_of_one(runs: dict[str, dict[str, Any]], m
 
 
 @pytest.mark.slow
-def test_a_resumed_sharded_run_ends_bit_for_bit_the_same(runs: dict[str, dict[str, Any]]) -> None:
-    whole, resumed = runs["fsdp2"], runs["resumed"]
+@pytest.mark.parametrize("mode", ["fsdp2", *ZERO])
+def test_a_resumed_sharded_run_ends_bit_for_bit_the_same(runs: dict[str, dict[str, Any]], mode: str) -> None:
+    whole, resumed = runs[mode], runs[f"{mode}-resumed"]
     assert resumed["rewards"] == whole["rewards"][1:]
     for name, parameter in whole["parameters"].items():
         assert torch.equal(resumed["parameters"][name], parameter), name
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_launched_with_deepspeed_ends_with_its_whole_model_and_its_evaluation(stage: int, tmp_path: Path) -> None:
+    run, launcher = tmp_path / "run", RECIPES / "accelerate" / f"deepspeed_zero{stage}.yaml"
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launcher), "--num_processes", "2"),
+        *("--main_process_port", "0", "-m", "atmanrl", "train", "--config", "ledger", "--output_dir", str(run)),
+        *("--ddp_backend", "gloo", "--per_device_train_batch_size", "4", "--num_generations", "4", "--max_steps", "2"),
+        *("--data.ledger.train_size", "8", "--mask.steps", "3", "--learning_rate", "1e-3", "--report_to", "none"),
+        *("--evaluation.prompts", "4", "--evaluation.samples", "1"),
+    ]
+    environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    models = (ModelConfig("ledger"), ModelConfig(str(run / "model")), ModelConfig(str(run / "checkpoint-2")))
+    start, saved, gathered = (load_policy(each)[0].state_dict() for each in models)
+    assert max(float((saved[name] - parameter).abs().max()) for name, parameter in start.items()) > 1e-3
+    # DeepSpeed has gathered the weights of the checkpoint.
+    for name, parameter in saved.items():
+        assert torch.equal(gathered[name], parameter), name
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
