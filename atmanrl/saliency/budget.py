@@ -24,9 +24,9 @@ ROWS = 8192
 
 # Of the free memory, what the allocator loses to fragments and other processes may take meanwhile.
 _HEADROOM = 0.9
-# Autograd's gradients and temporaries come on top of what it keeps (measured: 1.05 to 1.1); on a CPU malloc also holds
-# much of what was freed (resident, measured: 1.6 to 1.8).
-_PEAK_PER_KEPT, _RESIDENT_PER_KEPT = 1.1, 1.8
+# Autograd's gradients and temporaries come on top of what it keeps; on a CPU malloc also holds much of what was freed.
+# `test_saliency_budget` measures both.
+_PEAK_PER_KEPT, _RESIDENT_PER_KEPT = 1.15, 2.1
 
 
 def rows_of(rollout: Rollout) -> int:

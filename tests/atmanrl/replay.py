@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from trl import GRPOTrainer
 
 from atmanrl import MaskConfig
 from atmanrl.chat import encode_prompt
@@ -51,12 +52,25 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = patched  # type: ignore[method-assign]
 
 
+def break_a_loss() -> None:
+    """Make the losses of the second process NaN."""
+    plain = GRPOTrainer._compute_loss
+
+    def broken(self: GRPOTrainer, *args: Any) -> torch.Tensor:
+        loss: torch.Tensor = plain(self, *args)
+        return loss * torch.nan if self.accelerator.process_index == 1 else loss
+
+    GRPOTrainer._compute_loss = broken  # type: ignore[method-assign]
+
+
 def main(recorded: Path, output: Path, mode: str) -> None:
     completions: dict[str, list[list[int]]] = json.loads(recorded.read_text())
-    kind, _, resumed = mode.partition("-")
+    kind, _, part = mode.partition("-")
     sharded, deepspeed = kind not in ("one", "ddp"), kind.startswith("zero")
     if kind == "fsdp2":
         shard_on_cpus()
+    if part == "broken":
+        break_a_loss()
     micro_batch = GROUP * QUERIES // 2
     args = AtManGRPOConfig(
         output_dir=str(output / mode),
@@ -73,7 +87,8 @@ def main(recorded: Path, output: Path, mode: str) -> None:
         mask=MaskConfig(steps=5, lr=0.02),
         # Its heads are ranked over the responses of all processes.
         credit_assignment=CreditConfig(strategy="local", gain=3.0),
-        save_strategy="steps" if sharded and not resumed else "no",
+        skip_non_finite=part == "broken",
+        save_strategy="steps" if sharded and not part else "no",
         save_steps=PASSES,
         report_to="none",
         # With it accelerate ignores DeepSpeed; without it, it joins processes by what it is told.
@@ -97,7 +112,7 @@ def main(recorded: Path, output: Path, mode: str) -> None:
     task = load_task(DataConfig(ledger=LedgerConfig(train_size=QUERIES * BATCHES, test_size=1)))
     trainer = Replay(model, args, task, tokenizer, rollout_func=replay)
     # Of the sharded run, its second batch again.
-    trainer.train(resume_from_checkpoint=str(output / kind / f"checkpoint-{PASSES}") if resumed else None)
+    trainer.train(resume_from_checkpoint=str(output / kind / f"checkpoint-{PASSES}") if part == "resumed" else None)
     whole = plain_copy(trainer.accelerator.unwrap_model(trainer.model), torch.float32)
     parameters = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     if trainer.accelerator.is_main_process:

@@ -54,24 +54,35 @@ def zero_environment(directory: Path, stage: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("replayed")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Completions of the prompts that `replay` trains on."""
+    path = tmp_path_factory.mktemp("recorded") / "completions.json"
     model, tokenizer = load_policy(ModelConfig("ledger"))
     task = load_task(DataConfig(ledger=LedgerConfig(train_size=QUERIES * BATCHES, test_size=1)))
     prompts = [row["prompt"] for row in task.train]
     settings = GenerationSettings(max_new_tokens=24, samples=GROUP)
     sampled = generate(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], settings, seed=0)
-    recorded = directory / "completions.json"
-    recorded.write_text(json.dumps(dict(zip(prompts, sampled, strict=True))))
+    path.write_text(json.dumps(dict(zip(prompts, sampled, strict=True))))
+    return path
+
+
+def replayed(recorded: Path, directory: Path, mode: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable] if mode == "one" else TWO
+    command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
+    zero = zero_environment(directory, mode[4]) if mode.startswith("zero") else {}
+    return subprocess.run(command, env=ENVIRONMENT | zero, timeout=240, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("replayed")
     results = {}
     for mode in MODES:
-        zero = mode.startswith("zero")
-        if zero and not HAS_DEEPSPEED:
+        if mode.startswith("zero") and not HAS_DEEPSPEED:
             continue
-        environment = ENVIRONMENT | (zero_environment(directory, mode[4]) if zero else {})
-        launch = [sys.executable] if mode == "one" else TWO
-        command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
-        subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
+        done = replayed(recorded, directory, mode)
+        if done.returncode:
+            pytest.fail(f"{mode}: status {done.returncode}\n{done.stderr[-8000:]}", pytrace=False)
         results[mode] = torch.load(directory / f"{mode}.pt")
     return results
 
@@ -115,6 +126,15 @@ def test_a_resumed_sharded_run_ends_bit_for_bit_the_same(runs: dict[str, dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fsdp2", *ZERO])
+def test_a_sharded_loss_that_is_not_finite_ends_all_processes(recorded: Path, tmp_path: Path, mode: str) -> None:
+    done = replayed(recorded, tmp_path, f"{mode}-broken")
+    assert done.returncode != 0
+    assert "skip_non_finite cannot leave out a loss under FSDP or DeepSpeed" in done.stderr
+    assert (tmp_path / f"{mode}-broken" / "non_finite" / "step-1-process-1.json").is_file()
+
+
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_launched_with_deepspeed_ends_with_its_whole_model_and_its_evaluation(stage: int, tmp_path: Path) -> None:
@@ -127,7 +147,8 @@ def test_a_run_launched_with_deepspeed_ends_with_its_whole_model_and_its_evaluat
         *("--evaluation.prompts", "4", "--evaluation.samples", "1"),
     ]
     environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))
     models = (ModelConfig("ledger"), ModelConfig(str(run / "model")), ModelConfig(str(run / "checkpoint-2")))
     start, saved, gathered = (load_policy(each)[0].state_dict() for each in models)

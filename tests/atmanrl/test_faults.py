@@ -254,6 +254,12 @@ def two_processes(run: Path, *options: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def finished(launcher: subprocess.Popen[bytes]) -> None:
+    # Read while it runs: a pipe that nobody reads stops the one who writes.
+    _, error = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, error.decode()[-8000:]
+
+
 def test_processes_that_do_not_know_one_another_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,8 +278,7 @@ def test_a_killed_worker_ends_both_processes_and_the_resumed_run_is_bit_for_bit_
     tmp_path: Path,
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    process = two_processes(whole)
-    assert process.wait(timeout=240) == 0
+    finished(two_processes(whole))
     process = two_processes(run)
     while not checkpoints.saved(run) and process.poll() is None:
         time.sleep(0.005)
@@ -282,5 +287,5 @@ def test_a_killed_worker_ends_both_processes_and_the_resumed_run_is_bit_for_bit_
     assert process.returncode != 0
     assert b"Signal 9 (SIGKILL)" in error
     assert not (run / "model").exists()
-    assert two_processes(run, "--resume").wait(timeout=240) == 0
+    finished(two_processes(run, "--resume"))
     assert_same_run(run, whole)

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from itertools import accumulate
 
 import pytest
 import torch
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
-from atmanrl.saliency.budget import affordable_rows, free_in_cgroup, kept_bytes_of, split
+from atmanrl.saliency.budget import _PEAK_PER_KEPT, affordable_rows, free_in_cgroup, kept_bytes_of, split
 from atmanrl.saliency.decoder import FrozenDecoder
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
@@ -91,17 +92,18 @@ def test_the_default_budget_follows_the_free_memory(monkeypatch):
 _PEAK = """
     import torch
     from pathlib import Path
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import FAMILYForCausalLM, CONFIG
     from atmanrl import MaskConfig, Rollout, optimize_masks
-    from atmanrl.saliency.cost import DecoderShape, peak_bytes
+    from atmanrl.saliency import budget
+    from atmanrl.saliency.frozen import frozen
 
     def resident(name):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
     torch.set_num_threads(1)
-    vocabulary, answer = VOCABULARY, ANSWER
-    model = FAMILYForCausalLM(FAMILYConfig(
+    vocabulary, answer, fast = VOCABULARY, ANSWER, FAST
+    model = FAMILYForCausalLM(CONFIG(
         vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=600, initializer_range=0.1))
     rollouts = lambda cot, answer: [Rollout([i + 1] * 20, [i + 2] * cot, [5] * answer) for i in range(8)]
@@ -110,19 +112,28 @@ _PEAK = """
     Path("/proc/self/clear_refs").write_text("5")
     optimize_masks(model, rollouts(450, answer), MaskConfig(steps=2))
     measured = resident("VmHWM") - before
-    predicted = peak_bytes(DecoderShape.of(model), 4, 8 * (449 + answer), 8 * answer, 160, on_cpu=True)
+    budget._free_bytes = lambda device: 10**15
+    with frozen(model):
+        rows = budget.affordable_rows(model, rollouts(450, answer), fast=fast)
+    predicted = budget._HEADROOM * 10**15 * (8 * (449 + answer) + 160) / rows
     print(predicted / measured, measured)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("family", "vocabulary", "answer"),
-    [("Llama", 500, 2), ("Llama", 32000, 50), ("Qwen3", 500, 2)],
-    ids=["layers", "logits", "norms of heads"],
+    ("family", "config", "vocabulary", "answer", "fast"),
+    [
+        ("Llama", "LlamaConfig", 500, 2, True),
+        ("Llama", "LlamaConfig", 32000, 50, True),
+        ("Qwen3", "Qwen3Config", 500, 2, True),
+        ("Gemma3", "Gemma3TextConfig", 500, 2, False),
+        ("Gemma3", "Gemma3TextConfig", 32000, 50, False),
+    ],
+    ids=["layers", "logits", "norms of heads", "general path", "general path, logits"],
 )
-def test_predicted_peak_memory_is_within_15_percent_of_the_measured(family, vocabulary, answer):
-    source = textwrap.dedent(_PEAK).replace("FAMILY", family)
+def test_predicted_peak_memory_is_within_15_percent_of_the_measured(family, config, vocabulary, answer, fast):
+    source = textwrap.dedent(_PEAK).replace("FAMILY", family).replace("CONFIG", config).replace("FAST", str(fast))
     source = source.replace("VOCABULARY", str(vocabulary)).replace("ANSWER", str(answer))
     process = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     ratio, measured = map(float, process.stdout.split())
@@ -154,6 +165,12 @@ def test_a_batch_is_freed_before_the_next_one_is_made(monkeypatch, early_stop):
     assert not alive
 
 
+def allocated(profile):
+    """Bytes after every allocation and release, from 0 on."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_the_general_paths_memory_is_measured_on_one_rollout(family):
     model = tiny_model(family)
@@ -164,11 +181,13 @@ def test_the_general_paths_memory_is_measured_on_one_rollout(family):
         bias = torch.zeros(batch.n_rows, requires_grad=True)
         likelihood = ModelLikelihood(model, batch)
         likelihood(bias)
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True) as forward:
             loss = likelihood(bias)
-    alive = sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    assert loss.requires_grad
+        with torch.profiler.profile(profile_memory=True) as backward:
+            torch.autograd.grad(loss.sum(), bias)
+    alive = allocated(forward)[-1]
     assert predicted == pytest.approx(alive, rel=0.15)
+    assert alive + max(allocated(backward)) <= _PEAK_PER_KEPT * predicted
 
 
 def test_the_general_path_is_split_where_memory_is_short(monkeypatch):
