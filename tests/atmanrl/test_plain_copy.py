@@ -18,7 +18,7 @@ import transformers.modeling_utils
 from atmanrl import MaskConfig, Rollout, optimize_masks
 from atmanrl.cli import main
 from atmanrl.plain_copy import plain, plain_copy
-from atmanrl.policy import load_policy
+from atmanrl.policy import load_model, load_policy
 from atmanrl.recipe import ModelConfig
 from atmanrl.saliency.decoder import why_unsupported
 from tests.atmanrl.tiny import llama
@@ -77,6 +77,14 @@ def test_a_copy_of_a_model_sharded_by_zero3_is_whole_and_has_its_adapters(adapte
         parameter.ds_id, parameter.whole, parameter.data = i, parameter.data, torch.empty(0)
     torch.testing.assert_close(plain_copy(model, torch.float32)(IDS).logits, expected, atol=1e-5, rtol=1e-5)
     assert not any(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_policy_that_zero3_shards_while_it_is_loaded_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(50)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.ds_id = i
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    assert load_model(ModelConfig("ledger"), device="meta").device.type == "cpu"
 
 
 @pytest.mark.usefixtures("zero3")
