@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
@@ -134,21 +135,25 @@ def test_a_sharded_loss_that_is_not_finite_ends_all_processes(recorded: Path, tm
     assert (tmp_path / f"{mode}-broken" / "non_finite" / "step-1-process-1.json").is_file()
 
 
+def train_with_deepspeed(launch: list[str], run: Path, environment: dict[str, str], *overrides: str) -> None:
+    command = [
+        *(*launch, "-m", "atmanrl", "train", "--config", "ledger", "--output_dir", str(run), "--ddp_backend", "gloo"),
+        *("--data.ledger.train_size", "8", "--per_device_train_batch_size", "4", "--num_generations", "4"),
+        *("--max_steps", "2", "--mask.steps", "3", "--learning_rate", "1e-3", "--report_to", "none", *overrides),
+    ]
+    done = subprocess.run(command, env=ENVIRONMENT | environment, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+
+
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_launched_with_deepspeed_ends_with_its_whole_model_and_its_evaluation(stage: int, tmp_path: Path) -> None:
     run, launcher = tmp_path / "run", RECIPES / "accelerate" / f"deepspeed_zero{stage}.yaml"
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launcher), "--num_processes", "2"),
-        *("--main_process_port", "0", "-m", "atmanrl", "train", "--config", "ledger", "--output_dir", str(run)),
-        *("--ddp_backend", "gloo", "--per_device_train_batch_size", "4", "--num_generations", "4", "--max_steps", "2"),
-        *("--data.ledger.train_size", "8", "--mask.steps", "3", "--learning_rate", "1e-3", "--report_to", "none"),
-        *("--evaluation.prompts", "4", "--evaluation.samples", "1"),
-    ]
-    environment = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-8000:]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launcher)]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
+    evaluated = ("--evaluation.prompts", "4", "--evaluation.samples", "1")
+    train_with_deepspeed(launch, run, {"CUDA_VISIBLE_DEVICES": ""}, *evaluated)
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))
     models = (ModelConfig("ledger"), ModelConfig(str(run / "model")), ModelConfig(str(run / "checkpoint-2")))
     start, saved, gathered = (load_policy(each)[0].state_dict() for each in models)
@@ -156,6 +161,20 @@ def test_a_run_launched_with_deepspeed_ends_with_its_whole_model_and_its_evaluat
     # DeepSpeed has gathered the weights of the checkpoint.
     for name, parameter in saved.items():
         assert torch.equal(gathered[name], parameter), name
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_adapters_trained_with_zero3_are_merged_into_the_saved_model(tmp_path: Path) -> None:
+    run, adapted = tmp_path / "run", ("--model.lora.rank", "4", "--evaluation.prompts", "0", "--save_strategy", "no")
+    train_with_deepspeed(TWO, run, zero_environment(tmp_path, "3"), *adapted)
+    start, _ = load_policy(ModelConfig("ledger"))
+    before = {name: parameter.clone() for name, parameter in start.state_dict().items()}
+    expected = peft.PeftModel.from_pretrained(start, run / "adapter").merge_and_unload().state_dict()
+    saved = load_policy(ModelConfig(str(run / "model")))[0].state_dict()
+    assert max(float((saved[name] - parameter).abs().max()) for name, parameter in before.items()) > 1e-4
+    for name, parameter in saved.items():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
