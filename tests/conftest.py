@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 
 import pytest
@@ -11,6 +12,17 @@ import torch
 from hypothesis import settings
 
 from tests.random_cases import PROFILE
+
+# What launchers, terminals and batch systems leave in the environment, and tests and their child processes would obey.
+LEFT_OVER = re.compile(
+    r"(ACCELERATE|FSDP|TORCHELASTIC|MASTER|OMPI|PMI|MV2)_.*|((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE))"
+    r"|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|TTY_.*"
+)
+for name in filter(LEFT_OVER.fullmatch, list(os.environ)):
+    del os.environ[name]
+
+# No test needs the network; the trainer's telemetry would look for it from a thread of every process that trains.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 # Without a GPU the kernels are tested in Triton's interpreter, which has to be chosen before they are decorated.
 if not torch.cuda.is_available():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,19 +86,31 @@ def train(
     process.wait_for_everyone()
     checkpoint = checkpoints.last_checkpoint(run) if resume else None
 
-    # Nothing is lost before the first generation batch; from then on the trainer's own handler saves.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    evaluation = BeforeAfter(recipe, args, task, tokenizer, run)
-    # Before the trainer is made: it seeds the generators, so that an evaluation changes no number of the training.
-    if process.num_processes == 1:
-        with explained_without_training("evaluation", "nothing has been trained yet"):
-            evaluation.before(model)
-    trained = _train(recipe, args, task, model, tokenizer, checkpoint, console)
-    part_from_others()
-    if trained is not None and process.is_main_process:
-        with explained_without_training("evaluation", f"the trained policy is kept: {run / MODEL}"):
-            evaluation.after(trained, console)
+    with _sigterm_ends_with_status_0():
+        evaluation = BeforeAfter(recipe, args, task, tokenizer, run)
+        # Before the trainer is made: it seeds the generators, so that an evaluation changes no number of the training.
+        if process.num_processes == 1:
+            with explained_without_training("evaluation", "nothing has been trained yet"):
+                evaluation.before(model)
+        trained = _train(recipe, args, task, model, tokenizer, checkpoint, console)
+        part_from_others()
+        if trained is not None and process.is_main_process:
+            with explained_without_training("evaluation", f"the trained policy is kept: {run / MODEL}"):
+                evaluation.after(trained, console)
     return 0
+
+
+@contextmanager
+def _sigterm_ends_with_status_0() -> Iterator[None]:
+    """Nothing is lost before the first generation batch; from then on the trainer's own handler saves.
+
+    The caller's handler stands again afterwards, also where training raised under the trainer's.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _train(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Without the environment's proxy, which does not know this machine's ports.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 _FLAGS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    # Docker's is 64 MB; a large page's renderer ends with it.
+    "--disable-dev-shm-usage",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -93,7 +97,7 @@ class Browser:
             self._address + path, data, {"Content-Type": "application/json"}, method=method
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with _DIRECT.open(request, timeout=60) as response:
                 return json.load(response)["value"]
         except urllib.error.HTTPError as error:
             raise RuntimeError(json.load(error)["value"]["message"]) from error
@@ -116,11 +120,14 @@ def browser(profile: Path) -> Iterator[Browser]:
 
 
 def _port(driver: subprocess.Popen[str]) -> int:
-    deadline = time.monotonic() + 30
     assert driver.stdout is not None
-    for line in driver.stdout:
-        if "started successfully on port" in line:
-            return int(line.rstrip(".\n ").rsplit(" ", 1)[1])
-        if time.monotonic() > deadline:
-            break
+    # Its end is that of the lines below.
+    overdue = threading.Timer(60, driver.kill)
+    overdue.start()
+    try:
+        for line in driver.stdout:
+            if "started successfully on port" in line:
+                return int(line.rstrip(".\n ").rsplit(" ", 1)[1])
+    finally:
+        overdue.cancel()
     raise RuntimeError("chromedriver did not start")

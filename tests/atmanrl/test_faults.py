@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from atmanrl import checkpoints
 from atmanrl.answers import AnswerFormat
 from atmanrl.cli import main
-from tests.atmanrl.test_resume import COMMAND, STEPS, assert_same_run
+from tests.atmanrl.test_resume import COMMAND, GATED, STEPS, assert_same_run, wait_for
 from tests.atmanrl.tiny import PROBLEMS, write_gsm8k
 
 HALF = STEPS // 2
@@ -117,6 +116,25 @@ def test_a_reward_function_that_raises_keeps_its_traceback_and_says_how_to_go_on
     kept = f"stopped after step {HALF} of {STEPS}; checkpoint-{HALF} is kept and --resume goes on from it"
     assert raised.value.__notes__ == [kept]
     goes_on(halfway, uninterrupted)
+
+
+def test_the_callers_handler_of_sigterm_stands_again_after_a_run_and_after_one_that_failed(
+    halfway: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook, a test or a script: what came after a run did not end on SIGTERM, or ended with status 0."""
+
+    def own(number: int, frame: Any) -> None:
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        assert main([*COMMAND, "--output_dir", str(halfway), "--resume"]) == 0
+        assert signal.getsignal(signal.SIGTERM) is own
+        monkeypatch.setattr("trl.GRPOTrainer._compute_loss", lambda *rest: out_of_memory_on_a_gpu())
+        assert main([*COMMAND, "--output_dir", str(halfway), "--overwrite"]) == 1
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def out_of_memory_on_a_gpu() -> None:
@@ -246,17 +264,29 @@ def test_an_unreadable_row_in_the_middle_stops_a_run_before_it_deletes_the_one_b
     assert len(checkpoints.saved(halfway)) == 2
 
 
-def two_processes(run: Path, *options: str) -> subprocess.Popen[bytes]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "atmanrl"]
+def two_processes(run: Path, *options: str, gate: Path | None = None) -> subprocess.Popen[bytes]:
+    """A run on two processes, which after three steps wait for the file ``gate``, where one is given."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = ["-m", "atmanrl"] if gate is None else [str(GATED), str(gate), "3"]
     sizes = ["--gradient_accumulation_steps", "1", "--use_cpu", "true"]
-    command = [sys.executable, *launch, *COMMAND, *sizes, "--output_dir", str(run), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, *program, *COMMAND, *sizes, "--output_dir", str(run), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GATED.parents[2])}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def error_of(launcher: subprocess.Popen[bytes]) -> bytes:
+    """What was written to stderr until the end."""
+    try:
+        # Read while it runs: a pipe that nobody reads stops the one who writes.
+        return launcher.communicate(timeout=240)[1]
+    except subprocess.TimeoutExpired:
+        # Killed, it would leave its workers behind.
+        launcher.terminate()
+        pytest.fail(f"did not end\n{launcher.communicate()[1].decode()[-8000:]}")
+
+
 def finished(launcher: subprocess.Popen[bytes]) -> None:
-    # Read while it runs: a pipe that nobody reads stops the one who writes.
-    _, error = launcher.communicate(timeout=240)
+    error = error_of(launcher)
     assert launcher.returncode == 0, error.decode()[-8000:]
 
 
@@ -284,11 +314,13 @@ def test_a_killed_worker_ends_both_processes_and_the_resumed_run_is_bit_for_bit_
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     finished(two_processes(whole))
-    process = two_processes(run)
-    while not checkpoints.saved(run) and process.poll() is None:
-        time.sleep(0.005)
+    gate = tmp_path / "gate"
+    process = two_processes(run, gate=gate)
+    wait_for(lambda: checkpoints.saved(run), process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
-    _, error = process.communicate(timeout=240)
+    # The other one goes on, and waits for it.
+    gate.touch()
+    error = error_of(process)
     assert process.returncode != 0
     assert b"Signal 9 (SIGKILL)" in error
     assert not (run / "model").exists()

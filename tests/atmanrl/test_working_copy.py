@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
@@ -62,20 +61,13 @@ def test_adapters_are_merged_into_a_copy():
         torch.testing.assert_close(copy[name].float(), weight, rtol=2**-8, atol=1e-6)
 
 
-def _free_port():
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
-
-
 def _models():
     return {"plain": tiny_model("llama tied"), "adapted": with_adapters(tiny_model("qwen3"))}
 
 
-def _on_each_rank(rank, port, directory):
+def _on_each_rank(rank, store, directory):
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for name, model in _models().items():
         base = model.get_base_model() if name == "adapted" else model
         for layer in base.model.layers:
@@ -104,9 +96,12 @@ def _scores(model, rollouts):
 
 
 def test_ranks_of_a_sharded_model_may_have_different_numbers_of_rollouts(tmp_path):
-    spawn(_on_each_rank, (_free_port(), tmp_path), nprocs=2)
-    scores = sorted(tmp_path.glob("* scores.pt"))
-    files = sorted({*tmp_path.iterdir()} - {*scores})
+    results = tmp_path / "results"
+    results.mkdir()
+    # A file, because another process may take a port between its choice and its use.
+    spawn(_on_each_rank, (tmp_path / "store", results), nprocs=2)
+    scores = sorted(results.glob("* scores.pt"))
+    files = sorted({*results.iterdir()} - {*scores})
     assert (len(files), len(scores)) == (8, 4)
     models = _models()
     for file in scores:
