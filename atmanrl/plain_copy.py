@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 
 # What PEFT, torch.compile and activation checkpointing put into the names of the parameters they wrap.
 _WRAPPERS = re.compile(r"^base_model\.model\.|(?<=\.)base_layer\.|_orig_mod\.|_checkpoint_wrapped_module\.")
@@ -50,8 +52,7 @@ def plain_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
     """
     source: Any = model
     device = next(iter(source.parameters())).device
-    with torch.device("meta"):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), dtype=dtype)
+    made = unfilled(copy.deepcopy(source.config), dtype)
     made.to_empty(device=device)
     made.tie_weights()
     targets = dict(made.named_parameters(remove_duplicate=False))
@@ -69,6 +70,14 @@ def plain_copy(model: nn.Module, dtype: torch.dtype) -> PreTrainedModel:
             buffers[name].copy_(buffer)
     made.eval().requires_grad_(False)
     return made
+
+
+def unfilled(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM of a configuration, whole, without memory for its parameters: they are on the meta device."""
+    # Under ZeRO-3 transformers shards each model that it makes, unless it is in the middle of making one.
+    with torch.device("meta"), set_zero3_state():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
 
 
 def _whole_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -94,9 +103,10 @@ def _merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
                 f"{wrapped} is a {type(module).__name__}: only an unmerged plain LoRA of a linear layer is known"
             )
         weight = _whole(module.get_base_layer().weight).clone()
-        for adapter in [] if module.disable_adapters else module.active_adapters:
-            if adapter in module.lora_A:
-                weight += _whole(module.get_delta_weight(adapter)).to(weight.dtype)
+        with _gathered([*module.lora_A.parameters(), *module.lora_B.parameters()]):
+            for adapter in [] if module.disable_adapters else module.active_adapters:
+                if adapter in module.lora_A:
+                    weight += _whole(module.get_delta_weight(adapter)).to(weight.dtype)
         yield f"{_WRAPPERS.sub('', wrapped)}.weight", weight
 
 
@@ -104,11 +114,19 @@ def _whole(parameter: Any) -> Tensor:
     if isinstance(parameter, DTensor):
         whole: Tensor = parameter.full_tensor()
         return whole
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
+    with _gathered([parameter]):
+        own: Tensor = parameter.detach()
+        return own.clone() if hasattr(parameter, "ds_id") else own
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            gathered: Tensor = parameter.detach().clone()
-        return gathered
-    own: Tensor = parameter.detach()
-    return own
+
+@contextmanager
+def _gathered(parameters: Sequence[Any]) -> Iterator[None]:
+    """Within, parameters that ZeRO-3 has sharded are whole. FSDP2's can be computed with as they are."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    # Elsewhere they are empty, and a product of empty vectors is 0, not an error.
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield

@@ -15,6 +15,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from atmanrl.chat import end_of_turn_ids
 from atmanrl.data.ledger import CHECKPOINT as LEDGER_CHECKPOINT
 from atmanrl.errors import InputError
+from atmanrl.plain_copy import is_whole
 from atmanrl.recipe import ModelConfig
 
 
@@ -38,7 +39,8 @@ def load_policy(
     Args:
         config: which model, in which dtype; ``config.lora`` is not its concern.
         autocast: whether every pass will run in half precision whatever the dtype of the weights.
-        device: where the weights go; None: to the GPU where there is one.
+        device: where the weights go; None: to the GPU where there is one. A model that ZeRO-3 shards while it is loaded
+            is left on the processes' devices.
 
     Raises:
         InputError: as `load_model`, and where there is no tokenizer.
@@ -71,7 +73,8 @@ def load_model(config: ModelConfig, *, autocast: bool = False, device: torch.dev
             use_safetensors=True,
             attn_implementation=attention_of(config, half=autocast or dtype in (torch.bfloat16, torch.float16)),
         )
-    return model.to(_default_device() if device is None else device)
+    # Under ZeRO-3 transformers has put each process's part on its device, and DeepSpeed moves nothing any more.
+    return model.to(_default_device() if device is None else device) if is_whole(model) else model
 
 
 @contextmanager

@@ -254,14 +254,15 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             [ids[mask.bool()].tolist() for ids, mask in zip(inputs[f"{part}_ids"], inputs[f"{part}_mask"], strict=True)]
             for part in ("prompt", "completion")
         )
-        # Where weights are sharded, other processes wait for this one's part in every layer's backward.
+        # Where weights are sharded, other processes wait for this one's part in every layer's backward. DeepSpeed adds
+        # gradients up in the order in which they come: zeros in another one would let it mix up the others' gradients.
         self._on_non_finite(
             f"loss of optimiser step {self.state.global_step + 1}",
             [
                 self._describe(prompt, completion, advantage=advantage)
                 for prompt, completion, advantage in zip(prompts, completions, inputs["advantages"], strict=True)
             ],
-            can_skip=is_whole(model),
+            can_skip=is_whole(model) and not self.is_deepspeed_enabled,
         )
         # A gradient of zeros for every parameter: other processes wait for all of them.
         return torch.stack([0.0 * parameter.sum() for parameter in model.parameters() if parameter.requires_grad]).sum()
@@ -383,7 +384,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             )
             message = f"{what} is not finite; the {len(rollouts)} rollout(s) it came from are in {path}"
         if not can_skip:
-            raise NonFiniteError(f"{message}; skip_non_finite cannot leave out a loss of sharded weights")
+            raise NonFiniteError(f"{message}; skip_non_finite cannot leave out a loss under FSDP or DeepSpeed")
         if not self.args.skip_non_finite:
             raise NonFiniteError(f"{message}; skip_non_finite leaves such rollouts out instead")
         logger.warning("%s, left out", message)

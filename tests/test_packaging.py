@@ -87,6 +87,6 @@ def test_every_requirement_admits_its_pin() -> None:
     lines = [*project()["dependencies"], *chain.from_iterable(project()["optional-dependencies"].values())]
     for requirement in map(Requirement, lines):
         pin = pinned.get(canonicalize_name(requirement.name))
-        if requirement.name not in ("vllm", "flash-attn"):
+        if requirement.name not in ("vllm", "flash-attn", "deepspeed"):
             assert pin is not None, requirement
             assert requirement.specifier.contains(pin), requirement

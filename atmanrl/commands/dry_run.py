@@ -6,9 +6,10 @@ import math
 import os
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from atmanrl.data import DataError, load_task
+from atmanrl.plain_copy import unfilled
 from atmanrl.policy import source_of
 from atmanrl.recipe import ModelConfig, Recipe
 from atmanrl.rollouts import Rollout
@@ -81,13 +82,14 @@ def _memory_and_time(config: ModelConfig, args: AtManGRPOConfig) -> list[str]:
         model_config = AutoConfig.from_pretrained(source_of(config), revision=config.revision)
     except OSError as error:
         return [f"memory            unknown: {str(error).splitlines()[0]}"]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    dtype = getattr(torch, config.dtype)
+    model = unfilled(model_config, dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = parameters * torch.finfo(getattr(torch, config.dtype)).bits / 8 / 2**30
+    size = parameters * torch.finfo(dtype).bits / 8 / 2**30
+    where = "over all processes" if _is_sharded() else "per process"
     held = "" if config.lora else f" + gradients {size:.3g} + AdamW {2 * size:.3g} = {4 * size:.3g} GiB"
     lines = [
-        f"memory            {parameters / 1e6:.4g} M parameters in {config.dtype}: weights {size:.3g}{held} per process"
+        f"memory            {parameters / 1e6:.4g} M parameters in {config.dtype}: weights {size:.3g}{held} {where}"
     ]
     try:
         shape = DecoderShape.of(model)
@@ -97,10 +99,13 @@ def _memory_and_time(config: ModelConfig, args: AtManGRPOConfig) -> list[str]:
 
 
 def _strategy(config: ModelConfig) -> Strategy:
-    """How the launcher, which speaks through the environment, will lay the weights out."""
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    sharded |= os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    return "lora" if config.lora else "fsdp2" if sharded else "ddp"
+    return "lora" if config.lora else "fsdp2" if _is_sharded() else "ddp"
+
+
+def _is_sharded() -> bool:
+    """Whether the launcher, which speaks through the environment, will shard the weights."""
+    fsdp, stage = (os.environ.get(f"ACCELERATE_{name}") for name in ("USE_FSDP", "DEEPSPEED_ZERO_STAGE"))
+    return fsdp == "true" or stage == "3"
 
 
 def _estimates(shape: DecoderShape, args: AtManGRPOConfig, strategy: Strategy) -> list[str]:

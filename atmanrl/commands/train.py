@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from jinja2 import TemplateError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,10 +64,11 @@ def train(
             console.print(describe_update(recipe, args), highlight=False, soft_wrap=True)
         return 0
     if process.num_processes != args.arithmetic.processes:
-        # accelerate joins processes on a CPU only where it is told that the CPU is meant.
+        # accelerate joins processes on a CPU only where it is told that the CPU is meant, or which backend.
+        joining = "--ddp_backend gloo" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else "--use_cpu true"
         raise InputError(
             f"launched as {args.arithmetic.processes} processes that do not know one another: on a machine without an "
-            f"accelerator pass --use_cpu true"
+            f"accelerator pass {joining}"
         )
     run = Path(args.output_dir)
     if process.is_main_process:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
 from atmanrl import MaskConfig
 from atmanrl.chat import encode_prompt
 from atmanrl.config import CreditConfig, DataConfig, LedgerConfig
 from atmanrl.data import load_task
+from atmanrl.plain_copy import plain_copy
 from atmanrl.policy import load_policy
 from atmanrl.processes import part_from_others
 from atmanrl.recipe import ModelConfig
@@ -65,9 +65,11 @@ def break_a_loss() -> None:
 
 def main(recorded: Path, output: Path, mode: str) -> None:
     completions: dict[str, list[list[int]]] = json.loads(recorded.read_text())
-    if mode in ("fsdp2", "resumed", "broken"):
+    kind, _, part = mode.partition("-")
+    sharded, deepspeed = kind not in ("one", "ddp"), kind.startswith("zero")
+    if kind == "fsdp2":
         shard_on_cpus()
-    if mode == "broken":
+    if part == "broken":
         break_a_loss()
     micro_batch = GROUP * QUERIES // 2
     args = AtManGRPOConfig(
@@ -85,11 +87,13 @@ def main(recorded: Path, output: Path, mode: str) -> None:
         mask=MaskConfig(steps=5, lr=0.02),
         # Its heads are ranked over the responses of all processes.
         credit_assignment=CreditConfig(strategy="local", gain=3.0),
-        skip_non_finite=mode == "broken",
-        save_strategy="steps" if mode == "fsdp2" else "no",
+        skip_non_finite=part == "broken",
+        save_strategy="steps" if sharded and not part else "no",
         save_steps=PASSES,
         report_to="none",
-        use_cpu=True,
+        # With it accelerate ignores DeepSpeed; without it, it joins processes by what it is told.
+        use_cpu=not deepspeed,
+        ddp_backend="gloo" if deepspeed else None,
         bf16=False,
         disable_tqdm=True,
         seed=5,
@@ -108,11 +112,9 @@ def main(recorded: Path, output: Path, mode: str) -> None:
     task = load_task(DataConfig(ledger=LedgerConfig(train_size=QUERIES * BATCHES, test_size=1)))
     trainer = Replay(model, args, task, tokenizer, rollout_func=replay)
     # Of the sharded run, its second batch again.
-    trainer.train(resume_from_checkpoint=str(output / "fsdp2" / f"checkpoint-{PASSES}") if mode == "resumed" else None)
-    parameters = {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
-        for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
-    }
+    trainer.train(resume_from_checkpoint=str(output / kind / f"checkpoint-{PASSES}") if part == "resumed" else None)
+    whole = plain_copy(trainer.accelerator.unwrap_model(trainer.model), torch.float32)
+    parameters = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     if trainer.accelerator.is_main_process:
         metrics = [line for line in trainer.state.log_history if "reward" in line]
         torch.save({"rewards": trainer.rewards, "parameters": parameters, "metrics": metrics}, output / f"{mode}.pt")

@@ -86,11 +86,12 @@ def test_a_dry_run_tries_a_large_machines_recipe_on_any(
     command = ["train", "--config", "gsm8k", "--dry-run", "--model.name", str(model), "--data.path", str(data)]
     monkeypatch.setenv("WORLD_SIZE", "8")
     peaks = []
-    for sharded in ("false", "true"):
+    for sharded, where in (("false", "per process"), ("true", "over all processes")):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
         assert main([*command, "--gradient_accumulation_steps", "4"]) == 0
         printed = capsys.readouterr().out
         assert "2 rollouts x 8 process(es) x 4 accumulated = 64 rollouts" in printed
+        assert f"GiB {where}" in printed
         peaks.append(re.search(r"([\d.]+) GiB in an update pass", printed)[1])
     assert float(peaks[1]) < float(peaks[0])
 

@@ -290,12 +290,17 @@ def finished(launcher: subprocess.Popen[bytes]) -> None:
     assert launcher.returncode == 0, error.decode()[-8000:]
 
 
+@pytest.mark.parametrize(("deepspeed", "joining"), [("false", "--use_cpu true"), ("true", "--ddp_backend gloo")])
 def test_processes_that_do_not_know_one_another_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], deepspeed: str, joining: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    # With the variable itself transformers would ask for the package.
+    monkeypatch.setattr("atmanrl.commands.train.parse_flag_from_env", lambda name: deepspeed == "true")
     assert main([*COMMAND, "--gradient_accumulation_steps", "1", "--output_dir", str(tmp_path / "run")]) == 2
-    assert "launched as 2 processes that do not know one another" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "launched as 2 processes that do not know one another" in error
+    assert joining in error
 
 
 def workers_of(launcher: subprocess.Popen[bytes]) -> list[int]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers.modeling_utils
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
 from atmanrl.cli import main
 from atmanrl.plain_copy import plain, plain_copy
-from atmanrl.policy import load_policy
+from atmanrl.policy import load_model, load_policy
 from atmanrl.recipe import ModelConfig
 from atmanrl.saliency.decoder import why_unsupported
 from tests.atmanrl.tiny import llama
@@ -41,6 +47,50 @@ def test_a_copy_of_an_adapted_model_computes_its_logits_on_the_fast_path() -> No
     assert why_unsupported(copied) is None
     for name, parameter in adapted.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+@contextmanager
+def gathered(parameters: Sequence[Any]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.data = parameter.whole
+    yield
+    for parameter in parameters:
+        parameter.data = torch.empty(0)
+
+
+@pytest.fixture
+def zero3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run with ZeRO-3 finds, without DeepSpeed: making a model the usual way shards it."""
+    deepspeed: Any = ModuleType("deepspeed")
+    deepspeed.__spec__ = ModuleSpec("deepspeed", None)
+    deepspeed.zero = SimpleNamespace(GatheredParameters=gathered, Init=lambda **_: pytest.fail("the copy is sharded"))
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    monkeypatch.setattr(transformers.modeling_utils, "is_deepspeed_zero3_enabled", lambda: True)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.usefixtures("zero3")
+def test_a_copy_of_a_model_sharded_by_zero3_is_whole_and_has_its_adapters(adapted: bool) -> None:
+    model = with_adapters(llama(50)) if adapted else llama(50)
+    expected = model(IDS).logits
+    for i, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.whole, parameter.data = i, parameter.data, torch.empty(0)
+    torch.testing.assert_close(plain_copy(model, torch.float32)(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    assert not any(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_policy_that_zero3_shards_while_it_is_loaded_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(50)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.ds_id = i
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    assert load_model(ModelConfig("ledger"), device="meta").device.type == "cpu"
+
+
+@pytest.mark.usefixtures("zero3")
+def test_a_dry_run_under_zero3_shards_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "ledger", "--output_dir", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert "0.1405 M parameters in float32" in capsys.readouterr().out
 
 
 def test_masks_of_the_copy_are_those_of_the_adapted_model() -> None:

@@ -205,7 +205,21 @@ def test_sharded_weights_cannot_leave_a_loss_out(ledger: Task, tmp_path: Path, m
     """Their backward waits for every process in every layer: without this one's part it would wait for ever."""
     break_part(monkeypatch, "loss")
     monkeypatch.setattr("atmanrl.trainer.is_whole", lambda model: False)
-    with pytest.raises(NonFiniteError, match="cannot leave out a loss of sharded weights"):
+    with pytest.raises(NonFiniteError, match="cannot leave out a loss under FSDP or DeepSpeed"):
+        train(ledger, tmp_path, max_steps=2, skip_non_finite=True)
+
+
+def test_deepspeed_cannot_leave_a_loss_out(ledger: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-2 sums what the processes' backward passes reach first, second and so on, whichever parameter it is of."""
+    break_part(monkeypatch, "loss")
+    compute_loss = GRPOTrainer._compute_loss
+
+    def under_deepspeed(self: Any, model: Any, inputs: Any) -> torch.Tensor:
+        self.is_deepspeed_enabled = True
+        return compute_loss(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", under_deepspeed)
+    with pytest.raises(NonFiniteError, match="cannot leave out a loss under FSDP or DeepSpeed"):
         train(ledger, tmp_path, max_steps=2, skip_non_finite=True)
 
 
