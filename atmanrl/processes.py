@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 
+# Imported later, for instance by a model's first backward, it would keep the group in the defaults of its functions.
+import torch.distributed.nn.functional  # noqa: F401
 from accelerate import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
