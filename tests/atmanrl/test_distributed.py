@@ -22,10 +22,10 @@ from atmanrl.data import load_task
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.policy import load_policy
 from atmanrl.recipe import RECIPES, ModelConfig
+from tests.atmanrl.launch import TWO, run_to_its_end
 from tests.atmanrl.replay import BATCHES, GROUP, QUERIES
 
 ROOT = Path(__file__).parents[2]
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SHARDED = ("fsdp2", "zero2", "zero3")
 MODES = ("one", "ddp", *SHARDED, *(f"{mode}-resumed" for mode in SHARDED))
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -71,7 +71,7 @@ def replayed(recorded: Path, directory: Path, mode: str) -> subprocess.Completed
     launch = [sys.executable] if mode == "one" else TWO
     command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
     zero = zero_environment(directory, mode[4]) if mode.startswith("zero") else {}
-    return subprocess.run(command, env=ENVIRONMENT | zero, timeout=240, capture_output=True, text=True)
+    return run_to_its_end(command, ENVIRONMENT | zero)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def train_with_deepspeed(launch: list[str], run: Path, environment: dict[str, st
         *("--data.ledger.train_size", "8", "--per_device_train_batch_size", "4", "--num_generations", "4"),
         *("--max_steps", "2", "--mask.steps", "3", "--learning_rate", "1e-3", "--report_to", "none", *overrides),
     ]
-    done = subprocess.run(command, env=ENVIRONMENT | environment, timeout=240, capture_output=True, text=True)
+    done = run_to_its_end(command, ENVIRONMENT | environment)
     assert done.returncode == 0, done.stderr[-8000:]
 
 

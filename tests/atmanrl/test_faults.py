@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from atmanrl import checkpoints
 from atmanrl.answers import AnswerFormat
 from atmanrl.cli import main
+from tests.atmanrl.launch import TWO, error_of
 from tests.atmanrl.test_resume import COMMAND, GATED, STEPS, assert_same_run, wait_for
 from tests.atmanrl.tiny import PROBLEMS, write_gsm8k
 
@@ -264,30 +264,18 @@ def test_an_unreadable_row_in_the_middle_stops_a_run_before_it_deletes_the_one_b
     assert len(checkpoints.saved(halfway)) == 2
 
 
-def two_processes(run: Path, *options: str, gate: Path | None = None) -> subprocess.Popen[bytes]:
+def two_processes(run: Path, *options: str, gate: Path | None = None) -> subprocess.Popen[str]:
     """A run on two processes, which after three steps wait for the file ``gate``, where one is given."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     program = ["-m", "atmanrl"] if gate is None else [str(GATED), str(gate), "3"]
     sizes = ["--gradient_accumulation_steps", "1", "--use_cpu", "true"]
-    command = [sys.executable, *launch, *program, *COMMAND, *sizes, "--output_dir", str(run), *options]
+    command = [*TWO, *program, *COMMAND, *sizes, "--output_dir", str(run), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GATED.parents[2])}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def error_of(launcher: subprocess.Popen[bytes]) -> bytes:
-    """What was written to stderr until the end."""
-    try:
-        # Read while it runs: a pipe that nobody reads stops the one who writes.
-        return launcher.communicate(timeout=240)[1]
-    except subprocess.TimeoutExpired:
-        # Killed, it would leave its workers behind.
-        launcher.terminate()
-        pytest.fail(f"did not end\n{launcher.communicate()[1].decode()[-8000:]}")
-
-
-def finished(launcher: subprocess.Popen[bytes]) -> None:
+def finished(launcher: subprocess.Popen[str]) -> None:
     error = error_of(launcher)
-    assert launcher.returncode == 0, error.decode()[-8000:]
+    assert launcher.returncode == 0, error[-8000:]
 
 
 @pytest.mark.parametrize(("deepspeed", "joining"), [("false", "--use_cpu true"), ("true", "--ddp_backend gloo")])
@@ -303,7 +291,7 @@ def test_processes_that_do_not_know_one_another_are_refused(
     assert joining in error
 
 
-def workers_of(launcher: subprocess.Popen[bytes]) -> list[int]:
+def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     return [int(pid) for pid in children if b"atmanrl" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
@@ -322,7 +310,7 @@ def test_a_killed_worker_ends_both_processes_and_the_resumed_run_is_bit_for_bit_
     gate.touch()
     error = error_of(process)
     assert process.returncode != 0
-    assert b"Signal 9 (SIGKILL)" in error
+    assert "Signal 9 (SIGKILL)" in error
     assert not (run / "model").exists()
     finished(two_processes(run, "--resume"))
     assert_same_run(run, whole)

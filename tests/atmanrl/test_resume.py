@@ -61,7 +61,7 @@ def started(run: Path, gate: Path, step: int, *options: str) -> Iterator[subproc
             raise
 
 
-def wait_for(there: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
+def wait_for(there: Callable[[], Any], process: subprocess.Popen[Any]) -> None:
     while not there():
         assert process.poll() is None, f"ended with status {process.returncode}"
         time.sleep(0.005)
