@@ -16,7 +16,7 @@ from tests.random_cases import PROFILE
 # What launchers, terminals and batch systems leave in the environment, and tests and their child processes would obey.
 LEFT_OVER = re.compile(
     r"(ACCELERATE|FSDP|TORCHELASTIC|MASTER|OMPI|PMI|MV2)_.*|((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE))"
-    r"|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|TTY_.*"
+    r"|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|TTY_.*|GLIBC_TUNABLES|MALLOC_.*"
 )
 for name in filter(LEFT_OVER.fullmatch, list(os.environ)):
     del os.environ[name]
