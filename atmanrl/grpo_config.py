@@ -38,7 +38,7 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         credit_assignment: how a rollout's advantage is spread over its tokens; by default evenly.
         log_saliency: compute and log the saliency also where ``saliency_weight`` is 0; it changes no number of the run.
         skip_non_finite: leave a rollout with a NaN or infinite loss, mask or reward out instead of stopping; a loss
-            stops a run whose weights are sharded all the same.
+            stops a run under FSDP or DeepSpeed all the same.
         page_steps: optimiser steps between two pages of sampled rollouts coloured by saliency; 0 for none.
         page_rollouts: rollouts on a page.
     """

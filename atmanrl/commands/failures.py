@@ -17,8 +17,9 @@ from atmanrl.errors import RunError
 if TYPE_CHECKING:
     from atmanrl.trainer import AtManGRPOTrainer
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CANNOT_WRITE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR}
+_CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR),
+}
 _LESS_MEMORY = {
     "generation": "generation_batch_size and max_completion_length set how much is sampled together; vLLM needs less",
     "saliency": "masks are split into batches that fit already; LoRA or fsdp2.yaml leave them more room",

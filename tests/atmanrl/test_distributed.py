@@ -41,9 +41,9 @@ ENVIRONMENT = {
 }
 
 
-def zero_environment(directory: Path, stage: str) -> dict[str, str]:
+def zero_environment(directory: Path, stage: int) -> dict[str, str]:
     """What `accelerate launch` tells its processes, with a configuration that shards the smallest parameter as well."""
-    optimization = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
+    optimization = {"stage": stage, "stage3_param_persistence_threshold": 0}
     counts = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     configuration = directory / f"zero{stage}.json"
     configuration.write_text(json.dumps({**dict.fromkeys(counts, "auto"), "zero_optimization": optimization}))
@@ -70,7 +70,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def replayed(recorded: Path, directory: Path, mode: str) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable] if mode == "one" else TWO
     command = [*launch, str(ROOT / "tests" / "atmanrl" / "replay.py"), str(recorded), str(directory), mode]
-    zero = zero_environment(directory, mode[4]) if mode.startswith("zero") else {}
+    kind = mode.partition("-")[0]
+    zero = zero_environment(directory, int(kind.removeprefix("zero"))) if kind.startswith("zero") else {}
     return run_to_its_end(command, ENVIRONMENT | zero)
 
 
@@ -167,7 +168,7 @@ def test_a_run_launched_with_deepspeed_ends_with_its_whole_model_and_its_evaluat
 @needs_deepspeed
 def test_adapters_trained_with_zero3_are_merged_into_the_saved_model(tmp_path: Path) -> None:
     run, adapted = tmp_path / "run", ("--model.lora.rank", "4", "--evaluation.prompts", "0", "--save_strategy", "no")
-    train_with_deepspeed(TWO, run, zero_environment(tmp_path, "3"), *adapted)
+    train_with_deepspeed(TWO, run, zero_environment(tmp_path, 3), *adapted)
     start, _ = load_policy(ModelConfig("ledger"))
     before = {name: parameter.clone() for name, parameter in start.state_dict().items()}
     expected = peft.PeftModel.from_pretrained(start, run / "adapter").merge_and_unload().state_dict()
