@@ -24,8 +24,8 @@ ROWS = 8192
 
 # Of the free memory, what the allocator loses to fragments and other processes may take meanwhile.
 _HEADROOM = 0.9
-# Autograd's gradients and temporaries come on top of what it keeps; on a CPU malloc also holds much of what was freed.
-# `test_saliency_budget` measures both.
+# Autograd's gradients and temporaries come on top of what it keeps; on a CPU malloc also holds what was freed, up to
+# about as much again. `test_saliency_budget` holds both to what is measured.
 _PEAK_PER_KEPT, _RESIDENT_PER_KEPT = 1.15, 2.0
 
 

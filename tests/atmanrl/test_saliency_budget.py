@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
-from atmanrl.saliency.budget import _PEAK_PER_KEPT, affordable_rows, free_in_cgroup, kept_bytes_of, split
+from atmanrl.saliency.budget import (
+    _PEAK_PER_KEPT,
+    _RESIDENT_PER_KEPT,
+    affordable_rows,
+    free_in_cgroup,
+    kept_bytes_of,
+    split,
+)
 from atmanrl.saliency.decoder import FrozenDecoder
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
@@ -120,26 +127,31 @@ _PEAK = """
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    ("family", "config", "vocabulary", "answer", "fast"),
-    [
-        ("Llama", "LlamaConfig", 500, 2, True),
-        ("Llama", "LlamaConfig", 32000, 50, True),
-        ("Qwen3", "Qwen3Config", 500, 2, True),
-        ("Gemma3", "Gemma3TextConfig", 500, 2, False),
-        ("Gemma3", "Gemma3TextConfig", 32000, 50, False),
-    ],
-    ids=["layers", "logits", "norms of heads", "general path", "general path, logits"],
-)
-def test_predicted_peak_memory_is_near_the_measured(family, config, vocabulary, answer, fast):
+def predicted_to_measured(family, config, vocabulary, answer, *, fast):
     source = textwrap.dedent(_PEAK).replace("FAMILY", family).replace("CONFIG", config).replace("FAST", str(fast))
     source = source.replace("VOCABULARY", str(vocabulary)).replace("ANSWER", str(answer))
     process = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     ratio, measured = map(float, process.stdout.split())
     assert measured > 100e6, "too little to measure"
-    # How much malloc keeps of what autograd frees layer by layer differs from run to run; too much is a smaller batch.
-    assert 0.85 <= ratio <= (1.15 if fast else 1.3)
+    return ratio
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("family", "vocabulary", "answer"),
+    [("Llama", 500, 2), ("Llama", 32000, 50), ("Qwen3", 500, 2)],
+    ids=["layers", "logits", "norms of heads"],
+)
+def test_predicted_peak_memory_is_within_15_percent_of_the_measured(family, vocabulary, answer):
+    assert 0.85 <= predicted_to_measured(family, f"{family}Config", vocabulary, answer, fast=True) <= 1.15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("vocabulary", "answer"), [(500, 2), (32000, 50)], ids=["layers", "logits"])
+def test_the_general_paths_predicted_memory_is_enough(vocabulary, answer):
+    """Of what autograd frees layer by layer malloc keeps more or less, from run to run; never less than is kept."""
+    ratio = predicted_to_measured("Gemma3", "Gemma3TextConfig", vocabulary, answer, fast=False)
+    assert 0.85 <= ratio <= _RESIDENT_PER_KEPT
 
 
 @pytest.mark.parametrize("early_stop", [None, 0.5])
