@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atmanrl.config import MaskConfig
-    from atmanrl.rewards import saliency_reward
-    from atmanrl.rollouts import Rollout
+    from atmanrl.rollout import Rollout
     from atmanrl.saliency import optimize_masks
     from atmanrl.saliency.estimators import ESTIMATORS, estimate_saliency
+    from atmanrl.training.rewards import saliency_reward
 
 __all__ = ["ESTIMATORS", "MaskConfig", "Rollout", "estimate_saliency", "optimize_masks", "saliency_reward"]
 
 _HOMES = {
     "ESTIMATORS": "atmanrl.saliency.estimators",
     "MaskConfig": "atmanrl.config",
-    "Rollout": "atmanrl.rollouts",
+    "Rollout": "atmanrl.rollout",
     "estimate_saliency": "atmanrl.saliency.estimators",
     "optimize_masks": "atmanrl.saliency",
-    "saliency_reward": "atmanrl.rewards",
+    "saliency_reward": "atmanrl.training.rewards",
 }
 
 

@@ -15,7 +15,7 @@ from atmanrl.recipe import DTYPES, ModelConfig, builtin_recipes, parse_overrides
 TRAIN_HELP = """\
 Any key of a recipe can be overridden: --learning_rate 1e-6, --mask.steps 100, --data.path train.jsonl. Keys are the
 sections model.*, data.*, evaluation.*, mask.* and credit_assignment.*, and the fields of
-atmanrl.trainer.AtManGRPOConfig, which are those of TRL's GRPOConfig and of Hugging Face's TrainingArguments as well.
+AtManGRPOConfig, which are those of TRL's GRPOConfig and of Hugging Face's TrainingArguments as well.
 """
 
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, rest = parser.parse_known_args(arguments)
     try:
         if known.command == "train":
-            from atmanrl.commands.train import train
+            from atmanrl.training.run import train
 
             return train(
                 known.config,
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 resume=known.resume,
             )
         if known.command == "evaluate":
-            from atmanrl.commands.evaluate import evaluate_command
+            from atmanrl.evaluation.evaluate_command import evaluate_command
 
             return evaluate_command(
                 known.config,
@@ -53,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if known.command == "compare":
-            from atmanrl.commands.compare import compare_command
+            from atmanrl.evaluation.compare_command import compare_command
 
             return compare_command(known.before, known.after, output=known.output)
         if known.command == "bench":
             return _bench(known)
-        from atmanrl.commands.doctor import doctor
+        from atmanrl.doctor import doctor
 
         return doctor()
     except RunError as error:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from atmanrl.commands.explain import explain_command
+    from atmanrl.evaluation.explain_command import explain_command
 
     if known.statistics:
         return _statistics(known, overrides)
@@ -100,8 +100,8 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 
 def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from atmanrl.commands.explain import examples_of, generation_of
-    from atmanrl.commands.statistics import statistics_command
+    from atmanrl.evaluation.explain_command import examples_of, generation_of
+    from atmanrl.rhythm.statistics_command import statistics_command
 
     for option in ("html", "csv", "deletion", "record_every", "estimator"):
         if getattr(known, option):
@@ -120,7 +120,7 @@ def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 
 def _bench(known: argparse.Namespace) -> int:
-    from atmanrl.commands.bench import bench_command
+    from atmanrl.bench import bench_command
 
     least, most = known.cot
     return bench_command(

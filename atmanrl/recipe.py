@@ -1,7 +1,7 @@
 """Recipes: one YAML file per run, every key checked against a dataclass; importing this module loads no torch.
 
 A recipe has three sections of its own, ``model``, ``data`` and ``evaluation``; every other key is a field of
-`atmanrl.trainer.AtManGRPOConfig`, that is of TRL's ``GRPOConfig`` or Hugging Face's ``TrainingArguments`` as well.
+`AtManGRPOConfig`, that is of TRL's ``GRPOConfig`` or Hugging Face's ``TrainingArguments`` as well.
 ``base: NAME`` starts from another recipe, a built-in one or a file beside this one.
 """
 

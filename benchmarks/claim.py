@@ -21,11 +21,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from atmanrl.policy import load_policy
+from atmanrl.evaluation.records import DELETION, RESTORED, Run, write_text_atomically
+from atmanrl.evaluation.scoring import with_deletion_effects
+from atmanrl.evaluation.summary import summarize
+from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig, load_recipe
-from atmanrl.records import DELETION, RESTORED, Run, write_text_atomically
-from atmanrl.scoring import with_deletion_effects
-from atmanrl.summary import summarize
 from benchmarks.device import RESULTS, commit
 
 ARMS = {

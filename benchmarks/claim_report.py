@@ -15,7 +15,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atmanrl.figure_style import FIGURE_STYLE, TITLE_STYLE
+from atmanrl.report.figure_style import FIGURE_STYLE, TITLE_STYLE
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "images" / "ledger_claim.png"

@@ -20,10 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from atmanrl.data import load_task
+from atmanrl.evaluation.records import Run, write_text_atomically
+from atmanrl.evaluation.summary import summarize
 from atmanrl.recipe import load_recipe
-from atmanrl.records import Run, write_text_atomically
-from atmanrl.summary import summarize
+from atmanrl.tasks import load_task
 from benchmarks.claim import train_and_measure
 from benchmarks.device import RESULTS, commit
 

@@ -27,15 +27,12 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, saliency_reward
-from atmanrl.agreement import auroc, precision_at_k, spearman
 from atmanrl.config import MASK_PRESETS, DataConfig, LedgerConfig, SeriesConfig
-from atmanrl.data.ledger import CHECKPOINT, load
-from atmanrl.data.ledger.generator import Example, classify_tokens, sample_chain, sample_examples
-from atmanrl.data.ledger.vocabulary import ANSWER, FILLER
-from atmanrl.evaluation import evaluate
-from atmanrl.faithfulness import score_curves
+from atmanrl.evaluation.agreement import auroc, precision_at_k, spearman
+from atmanrl.evaluation.evaluate import evaluate
+from atmanrl.evaluation.faithfulness import score_curves
+from atmanrl.evaluation.intervals import bootstrap_ratios, estimates
 from atmanrl.generation import GenerationSettings
-from atmanrl.intervals import bootstrap_ratios, estimates
 from atmanrl.saliency.estimators import (
     Estimator,
     FutureInfluence,
@@ -46,6 +43,9 @@ from atmanrl.saliency.estimators import (
     make_estimator,
     substitution_effects,
 )
+from atmanrl.tasks.ledger import CHECKPOINT, load
+from atmanrl.tasks.ledger.generator import Example, classify_tokens, sample_chain, sample_examples
+from atmanrl.tasks.ledger.vocabulary import ANSWER, FILLER
 from benchmarks.cpu import processor
 from benchmarks.device import commit, results_file, save
 

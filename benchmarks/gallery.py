@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import Rollout, estimate_saliency
-from atmanrl.data.ledger import CHECKPOINT
+from atmanrl.tasks.ledger import CHECKPOINT
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "estimators.png"
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"

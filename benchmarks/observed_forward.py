@@ -21,8 +21,8 @@ from torch import Tensor
 
 from atman_kernels import AttentionPlan
 from atman_kernels.hf import AttentionCall, observing
-from atmanrl.attention_series import SeriesCollector, attention_series
 from atmanrl.config import SeriesConfig
+from atmanrl.rhythm.series import SeriesCollector, attention_series
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.throughput import random_model
 from benchmarks.cpu import _seconds, provenance

@@ -24,12 +24,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atmanrl import MaskConfig, Rollout, optimize_masks, saliency_reward
-from atmanrl.agreement import spearman
 from atmanrl.config import MASK_PRESETS, LedgerConfig
-from atmanrl.data.ledger import CHECKPOINT
-from atmanrl.data.ledger.generator import sample_chain, sample_examples
-from atmanrl.data.ledger.vocabulary import ANSWER
+from atmanrl.evaluation.agreement import spearman
 from atmanrl.saliency import SaliencyResult
+from atmanrl.tasks.ledger import CHECKPOINT
+from atmanrl.tasks.ledger.generator import sample_chain, sample_examples
+from atmanrl.tasks.ledger.vocabulary import ANSWER
 from benchmarks.cpu import processor
 from benchmarks.device import commit, results_file, save
 

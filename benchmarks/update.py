@@ -25,14 +25,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atmanrl.answers import GSM8K_ANSWER
-from atmanrl.commands.train import lora_config
+from atmanrl.completions import CompletionSplit
 from atmanrl.config import MaskConfig
-from atmanrl.data import Task
-from atmanrl.policy import attention_of
+from atmanrl.models import attention_of
 from atmanrl.recipe import LoraSettings, ModelConfig
-from atmanrl.rollouts import CompletionSplit
 from atmanrl.saliency.throughput import SHAPES
-from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
+from atmanrl.tasks import Task
+from atmanrl.training.run import lora_config
+from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 from benchmarks.device import Device, commit, results_file, save
 
 MEMORY = 80e9

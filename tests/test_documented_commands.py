@@ -15,11 +15,11 @@ from typing import NamedTuple
 import pytest
 
 from atmanrl.cli import _parser, main
-from atmanrl.commands.explain import mask_config
-from atmanrl.commands.statistics import series_config
-from atmanrl.data.ledger import CHECKPOINT
+from atmanrl.evaluation.explain_command import mask_config
 from atmanrl.recipe import build, builtin_recipes, load_recipe, parse_overrides
-from atmanrl.trainer import AtManGRPOConfig
+from atmanrl.rhythm.statistics_command import series_config
+from atmanrl.tasks.ledger import CHECKPOINT
+from atmanrl.training.trainer import AtManGRPOConfig
 from tests.atmanrl.saliency_runs import rollout, run
 from tests.atmanrl.test_commands import COMPLETION, PROMPT
 

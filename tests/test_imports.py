@@ -49,4 +49,6 @@ def test_atman_kernels_loads_little_beyond_torch() -> None:
 
 
 def test_what_was_recorded_is_read_without_torch() -> None:
-    assert "torch" not in loaded("import atmanrl.records, atmanrl.summary, atmanrl.report, atmanrl.comparison")
+    assert "torch" not in loaded(
+        "import atmanrl.evaluation.records, atmanrl.evaluation.summary, atmanrl.report, atmanrl.evaluation.comparison"
+    )

@@ -10,12 +10,12 @@ from pickle import UnpicklingError
 import pytest
 import torch
 
-from atmanrl import checkpoints
 from atmanrl.cli import main
 from atmanrl.config import DataConfig
-from atmanrl.data import load_task
-from atmanrl.policy import load_model, load_policy
+from atmanrl.models import load_model, load_policy
 from atmanrl.recipe import ModelConfig, RecipeError, load_recipe
+from atmanrl.tasks import load_task
+from atmanrl.training import checkpoints
 from tests.atmanrl.test_resume import COMMAND
 from tests.atmanrl.tiny import byte_level_tokenizer, llama
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from atmanrl.intervals import Estimate
+from atmanrl.evaluation.intervals import Estimate
+from atmanrl.evaluation.summary import Summary
 from atmanrl.report.glyphs import visible
 from atmanrl.report.numbers import footnote, interval, number
-from atmanrl.summary import Summary
 
 
 def markdown_table(summary: Summary) -> str:
     """The metrics as a GitHub-flavoured table, with a line that says what the intervals are.
 
     Args:
-        summary: of `atmanrl.summary.summarize` or `compare`.
+        summary: of `atmanrl.evaluation.summary.summarize` or `compare`.
     """
     paired = len(summary.labels) == 2
     columns = ["", *summary.labels, *(["difference"] if paired else [])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from atmanrl.records import RESTORED
+from atmanrl.evaluation.records import RESTORED
 from atmanrl.report.scale import IN_NATS
 
 

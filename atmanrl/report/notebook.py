@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from atmanrl.records import Run
+from atmanrl.evaluation.records import Run
 from atmanrl.report.page import render_page
 
 

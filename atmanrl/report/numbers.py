@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from atmanrl.intervals import Estimate
-from atmanrl.summary import Summary
+from atmanrl.evaluation.intervals import Estimate
+from atmanrl.evaluation.summary import Summary
 
 _NONE = "–"
 

@@ -14,13 +14,13 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from atmanrl.agreement import spearman
-from atmanrl.records import DELETION, DELETIONS, RolloutRecord, Run, paired_rollouts, write_text_atomically
+from atmanrl.evaluation.agreement import spearman
+from atmanrl.evaluation.records import DELETION, DELETIONS, RolloutRecord, Run, paired_rollouts, write_text_atomically
+from atmanrl.evaluation.summary import AGREEMENT, Summary, compare, summarize, token_classes
 from atmanrl.report.meaning import meaning_of
 from atmanrl.report.numbers import counted, interval, loss, number, tick
 from atmanrl.report.scale import LEVELS, Scale, fitted_scale, fixed_scale, scale_for
 from atmanrl.report.tokens import scored_html, span_html
-from atmanrl.summary import AGREEMENT, Summary, compare, summarize, token_classes
 
 _SHOWN = 40
 

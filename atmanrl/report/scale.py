@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from atmanrl.config import MaskConfig
-from atmanrl.records import DELETION, RESTORED, Run
+from atmanrl.evaluation.records import DELETION, RESTORED, Run
 
 IN_NATS = frozenset({DELETION, "leave-one-out", "atman", "atman-concept", "integrated", "gradient"})
 """Scores that are a rise of the answer's mean negative log-likelihood."""

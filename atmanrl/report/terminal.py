@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atmanrl.intervals import Estimate
-from atmanrl.records import RolloutRecord, Run
+from atmanrl.evaluation.intervals import Estimate
+from atmanrl.evaluation.records import RolloutRecord, Run
+from atmanrl.evaluation.summary import AGREEMENT, Summary
 from atmanrl.report.glyphs import visible
 from atmanrl.report.numbers import counted, footnote, interval, number, tick
 from atmanrl.report.scale import LEVELS, Scale, scale_for
-from atmanrl.summary import AGREEMENT, Summary
 
 _UP, _DOWN = (213, 94, 0), (0, 114, 178)
 _TOP_TOKENS = 8
@@ -24,7 +24,7 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     """The metrics as a table: a column per run and, for two runs, their paired difference, each with its interval.
 
     Args:
-        summary: of `atmanrl.summary.summarize` or `compare`.
+        summary: of `atmanrl.evaluation.summary.summarize` or `compare`.
         console: where to; None: standard output.
     """
     console = console or Console()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-from atmanrl.records import RolloutRecord, TokenSpan
+from atmanrl.evaluation.records import RolloutRecord, TokenSpan
 from atmanrl.report.glyphs import visible
 from atmanrl.report.scale import Scale
 from atmanrl.report.units import sentences, words

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import affordable_rows, halving_on_out_of_memory, split
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.frozen import frozen

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atmanrl.config import MaskConfig
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.likelihood import AnswerLikelihood
 from atmanrl.saliency.mask import TrainableMask
 from atmanrl.saliency.packing import PackedRollouts, pack

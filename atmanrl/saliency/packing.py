@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atman_kernels import AttentionPlan
 from atmanrl.config import AnswerLoss
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 
 
 @dataclass(frozen=True)

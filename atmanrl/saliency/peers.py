@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.likelihood import AnswerLikelihood
 from atmanrl.saliency.packing import PackedRollouts, pack
 from atmanrl.saliency.replay import WARM_UP, Replayed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atmanrl.config import MaskConfig
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 
 
 class NonFiniteLossError(FloatingPointError):

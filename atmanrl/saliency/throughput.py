@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.cost import DecoderShape, necessary_flops
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.frozen import frozen

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atmanrl.cli import main
-from atmanrl.trainer import AtManGRPOTrainer
+from atmanrl.training.trainer import AtManGRPOTrainer
 
 
 def main_behind(gate: Path, step: int, arguments: list[str]) -> int:

@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 
 from atmanrl import MaskConfig
 from atmanrl.config import DataConfig, LedgerConfig
-from atmanrl.data import Task, load_task
-from atmanrl.policy import load_policy
+from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig
-from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
+from atmanrl.tasks import Task, load_task
+from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 FEW_STEPS = MaskConfig(steps=3, lr=0.02)
 

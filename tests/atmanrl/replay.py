@@ -15,12 +15,12 @@ from trl import GRPOTrainer
 from atmanrl import MaskConfig
 from atmanrl.chat import encode_prompt
 from atmanrl.config import CreditConfig, DataConfig, LedgerConfig
-from atmanrl.data import load_task
+from atmanrl.models import load_policy
 from atmanrl.plain_copy import plain_copy
-from atmanrl.policy import load_policy
-from atmanrl.processes import part_from_others
 from atmanrl.recipe import ModelConfig
-from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
+from atmanrl.tasks import load_task
+from atmanrl.training.processes import part_from_others
+from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 GROUP, QUERIES, PASSES, BATCHES = 4, 3, 2, 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from atmanrl.records import MaskLoss, RolloutRecord, Run, TokenSpan
+from atmanrl.evaluation.records import MaskLoss, RolloutRecord, Run, TokenSpan
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from atman_kernels import _cpu, backend, observation
 from atman_kernels.hf import observing
-from atmanrl import attention_series as attention_series_module
-from atmanrl.attention_series import SeriesCollector, attention_series
 from atmanrl.config import SeriesConfig
+from atmanrl.rhythm import series as attention_series_module
+from atmanrl.rhythm.series import SeriesCollector, attention_series
 from atmanrl.saliency.heads import layers_of, sampled_layers, select_heads
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from atmanrl import doctor
 from atmanrl.cli import main
-from atmanrl.commands import doctor
-from atmanrl.policy import load_model, source_of
+from atmanrl.models import load_model, source_of
 from atmanrl.recipe import ModelConfig
 from tests.atmanrl.tiny import byte_level_tokenizer, llama, write_gsm8k
 

@@ -4,17 +4,17 @@ from dataclasses import replace
 import pytest
 
 from atmanrl import Rollout, estimate_saliency
-from atmanrl.agreement import spearman
 from atmanrl.cli import main
-from atmanrl.commands.evaluate import labels
-from atmanrl.comparison import with_scores_of
-from atmanrl.data.ledger import CHECKPOINT
-from atmanrl.policy import load_policy
+from atmanrl.evaluation.agreement import spearman
+from atmanrl.evaluation.comparison import with_scores_of
+from atmanrl.evaluation.evaluate_command import labels
+from atmanrl.evaluation.records import RESTORED, Run
+from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig
-from atmanrl.records import RESTORED, Run
 from atmanrl.report.numbers import number
 from atmanrl.report.scale import fixed_scale
 from atmanrl.saliency.estimators import make_estimator
+from atmanrl.tasks.ledger import CHECKPOINT
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
 COMPLETION = "c 0 . b 6 e 8 <ans> c 0 b 6 e 8 <eos>"
@@ -28,8 +28,8 @@ def test_an_evaluation_prompts_as_the_training_does(tmp_path, monkeypatch):
         seen[options["label"]] = options["chat_template_kwargs"]
         raise ValueError("seen enough")
 
-    for module in ("evaluate", "before_after"):
-        monkeypatch.setattr(f"atmanrl.commands.{module}.evaluate", evaluated)
+    for module in ("evaluation.evaluate_command", "training.before_after"):
+        monkeypatch.setattr(f"atmanrl.{module}.evaluate", evaluated)
     asked = ["--config", "ledger", "--chat_template_kwargs", "{enable_thinking: false}"]
     assert main(["evaluate", *asked, "--output", str(tmp_path / "evaluation")]) == 2
     with pytest.raises(ValueError, match="seen enough"):
@@ -44,7 +44,7 @@ def test_a_revision_is_that_of_the_recipes_own_model(tmp_path, monkeypatch):
         loaded.append((config.name, config.revision))
         raise ValueError("seen enough")
 
-    monkeypatch.setattr("atmanrl.commands.evaluate.load_policy", load)
+    monkeypatch.setattr("atmanrl.evaluation.evaluate_command.load_policy", load)
     asked = ["evaluate", "--config", "ledger", "--model.revision", "abc", "--output", str(tmp_path)]
     for checkpoint in ("ledger", "other"):
         assert main([*asked, "--checkpoints", checkpoint]) == 2

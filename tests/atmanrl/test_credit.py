@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atmanrl import credit
-from atmanrl.attention_series import RolloutSeries
 from atmanrl.config import CreditConfig, SeriesConfig
-from atmanrl.credit_assignment import gammas, weighted_advantages
+from atmanrl.rhythm import credit
+from atmanrl.rhythm.assignment import gammas, weighted_advantages
+from atmanrl.rhythm.series import RolloutSeries
 
 WAAD = torch.tensor([1.0, 4.0, 0.5, 0.6, 3.0])
 FAI = torch.tensor([0.1, 0.3, 0.9, 0.2, 0.8])

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from atmanrl.config import DataConfig
-from atmanrl.data import DataError, load_task
-from atmanrl.data.gsm8k import gold_answer
-from atmanrl.data.mmlu import gold_letter
+from atmanrl.tasks import DataError, load_task
+from atmanrl.tasks.gsm8k import gold_answer
+from atmanrl.tasks.mmlu import gold_letter
 from tests.atmanrl.tiny import PROBLEMS, write_gsm8k
 
 MMLU_ROWS = [

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, optimize_masks, saliency_reward
-from atmanrl.attention_series import attention_series
 from atmanrl.config import SeriesConfig
-from atmanrl.interventions import Variant, outcomes
+from atmanrl.evaluation.interventions import Variant, outcomes
+from atmanrl.rhythm.series import attention_series
 from atmanrl.saliency import NonFiniteLossError, budget
 from atmanrl.saliency.estimators import (
     FutureInfluence,

@@ -7,16 +7,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from atmanrl import Rollout, optimize_masks
 from atmanrl.answers import GSM8K_ANSWER
 from atmanrl.chat import encode_prompt
-from atmanrl.comparison import write_comparison
 from atmanrl.config import DataConfig, MaskConfig
-from atmanrl.data import load_task
-from atmanrl.data.ledger import CHECKPOINT
-from atmanrl.evaluation import evaluate
+from atmanrl.evaluation.comparison import write_comparison
+from atmanrl.evaluation.evaluate import evaluate
+from atmanrl.evaluation.recording import Completion, record, token_texts
+from atmanrl.evaluation.records import Run
+from atmanrl.evaluation.summary import compare
 from atmanrl.generation import GenerationSettings, generate
-from atmanrl.recording import Completion, record, token_texts
-from atmanrl.records import Run
 from atmanrl.saliency.estimators import Mask
-from atmanrl.summary import compare
+from atmanrl.tasks import load_task
+from atmanrl.tasks.ledger import CHECKPOINT
 from tests.atmanrl.tiny import EOT, byte_level_tokenizer, llama
 
 QUICK = MaskConfig(steps=2)

@@ -1,7 +1,7 @@
 import pytest
 
 from atmanrl.config import MaskConfig
-from atmanrl.explanation import Example, explain, read_examples
+from atmanrl.evaluation.explain import Example, explain, read_examples
 from tests.atmanrl.tiny import EOT, byte_level_tokenizer, llama
 
 QUICK = MaskConfig(steps=2)

@@ -5,11 +5,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atmanrl import Rollout, estimate_saliency, interventions
-from atmanrl.data.ledger import CHECKPOINT
-from atmanrl.faithfulness import added_mistakes, early_answering, filler_substitution, score_curves, substitution
-from atmanrl.interventions import Variant, answer_log_probabilities, outcomes
+from atmanrl import Rollout, estimate_saliency
+from atmanrl.evaluation import interventions
+from atmanrl.evaluation.faithfulness import (
+    added_mistakes,
+    early_answering,
+    filler_substitution,
+    score_curves,
+    substitution,
+)
+from atmanrl.evaluation.interventions import Variant, answer_log_probabilities, outcomes
 from atmanrl.saliency.estimators import suffixes
+from atmanrl.tasks.ledger import CHECKPOINT
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
 CHAINS = ["c 0 . . b 6 ~ d 4 e 8", "c 0 b 6 e 8", "c 0 , a 6 b 6 ; ; e 8", "c 0 ~ b 6 . e 8"]

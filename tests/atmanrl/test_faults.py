@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from atmanrl import checkpoints
 from atmanrl.answers import AnswerFormat
 from atmanrl.cli import main
+from atmanrl.training import checkpoints
 from tests.atmanrl.launch import TWO, error_of
 from tests.atmanrl.test_resume import COMMAND, GATED, STEPS, assert_same_run, wait_for
 from tests.atmanrl.tiny import PROBLEMS, write_gsm8k
@@ -150,9 +150,9 @@ def out_of_memory_on_a_cpu() -> None:
     [
         ("trl.GRPOTrainer._compute_loss", "update", "per_device_train_batch_size down"),
         ("trl.GRPOTrainer._generate_single_turn", "generation", "max_completion_length"),
-        ("atmanrl.trainer.estimate_saliency", "saliency", "LoRA"),
-        ("atmanrl.credit_assignment.attention_series", "credit", "credit_assignment.strategy"),
-        ("atmanrl.commands.before_after.evaluate", "evaluation", "evaluation.batch_size"),
+        ("atmanrl.training.trainer.estimate_saliency", "saliency", "LoRA"),
+        ("atmanrl.rhythm.assignment.attention_series", "credit", "credit_assignment.strategy"),
+        ("atmanrl.training.before_after.evaluate", "evaluation", "evaluation.batch_size"),
     ],
     ids=["update", "generation", "saliency", "credit", "evaluation"],
 )
@@ -180,7 +180,7 @@ def test_want_of_memory_is_said_with_the_settings_that_need_less_of_it(
 def test_want_of_memory_before_training_is_said_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("atmanrl.commands.before_after.evaluate", lambda *rest, **options: out_of_memory_on_a_gpu())
+    monkeypatch.setattr("atmanrl.training.before_after.evaluate", lambda *rest, **options: out_of_memory_on_a_gpu())
     assert main([*COMMAND, "--evaluation.prompts", "2", "--output_dir", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert "out of memory during evaluation: " in error
@@ -196,7 +196,7 @@ def test_want_of_memory_without_training_is_said_as_well(
     command: str,
     fail: Callable[[], None],
 ) -> None:
-    monkeypatch.setattr("atmanrl.recording.estimate_saliency", lambda *arguments, **options: fail())
+    monkeypatch.setattr("atmanrl.evaluation.recording.estimate_saliency", lambda *arguments, **options: fail())
     given = {
         "evaluate": ["--config", "ledger", "--evaluation.prompts", "2", "--output", str(tmp_path)],
         "explain": ["--model", "ledger", "--prompt", "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"],
@@ -284,7 +284,7 @@ def test_processes_that_do_not_know_one_another_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     # With the variable itself transformers would ask for the package.
-    monkeypatch.setattr("atmanrl.commands.train.parse_flag_from_env", lambda name: deepspeed == "true")
+    monkeypatch.setattr("atmanrl.training.run.parse_flag_from_env", lambda name: deepspeed == "true")
     assert main([*COMMAND, "--gradient_accumulation_steps", "1", "--output_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "launched as 2 processes that do not know one another" in error

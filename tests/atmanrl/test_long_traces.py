@@ -20,7 +20,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from atmanrl.explanation import explain, read_examples
+from atmanrl.evaluation.explain import explain, read_examples
 from atmanrl.report import write_page
 
 def mebibytes(name):

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from atmanrl.plots import plot_comparison, plot_training
-from atmanrl.summary import compare, summarize
+from atmanrl.evaluation.summary import compare, summarize
+from atmanrl.report.plots import plot_comparison, plot_training
 from tests.atmanrl.saliency_runs import rollout, run
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from atmanrl.config import MASK_PRESETS, MaskConfig
 from atmanrl.recipe import RecipeError, build, builtin_recipes, load_recipe, parse_overrides
-from atmanrl.trainer import AtManGRPOConfig
+from atmanrl.training.trainer import AtManGRPOConfig
 
 
 @pytest.fixture

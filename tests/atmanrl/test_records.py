@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from atmanrl.records import Run, TokenSpan, Trajectory, paired_rollouts, write_text_atomically
+from atmanrl.evaluation.records import Run, TokenSpan, Trajectory, paired_rollouts, write_text_atomically
 from tests.atmanrl.saliency_runs import rollout, run
 
 

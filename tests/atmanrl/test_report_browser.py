@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from atmanrl.records import Trajectory
+from atmanrl.evaluation.records import Trajectory
 from atmanrl.report import write_page
 from atmanrl.report.scale import Scale, fitted_scale, fixed_scale
 from atmanrl.report.tokens import scored_html

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from atmanrl.evaluation.summary import compare, summarize
 from atmanrl.report import markdown_table, print_run, print_summary, render_page
-from atmanrl.summary import compare, summarize
 from tests.atmanrl.saliency_runs import rollout, run
 
 

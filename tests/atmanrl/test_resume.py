@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from atmanrl import checkpoints
-from atmanrl.callbacks import MetricsFile
 from atmanrl.cli import main
+from atmanrl.training import checkpoints
+from atmanrl.training.callbacks import MetricsFile
 
 # Two generation batches per epoch and three epochs, 12 optimiser steps; log lines and checkpoints do not line up.
 COMMAND = [

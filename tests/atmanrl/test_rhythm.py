@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from atmanrl.attention_series import RolloutSeries
 from atmanrl.cli import main
 from atmanrl.config import LedgerConfig
-from atmanrl.data.ledger.generator import sample_examples
-from atmanrl.rhythm import couplings, jaccard, needed_rank
-from atmanrl.series_plot import plot_series
+from atmanrl.rhythm.report import couplings, jaccard, needed_rank
+from atmanrl.rhythm.series import RolloutSeries
+from atmanrl.rhythm.series_plot import plot_series
+from atmanrl.tasks.ledger.generator import sample_examples
 
 
 def _series(n: int, seed: int, *, coupled: bool) -> RolloutSeries:

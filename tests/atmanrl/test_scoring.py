@@ -5,14 +5,14 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import estimate_saliency
-from atmanrl.agreement import spearman
 from atmanrl.config import MaskConfig
-from atmanrl.data.ledger import CHECKPOINT
-from atmanrl.explanation import Example, explain
-from atmanrl.records import DELETION, Run
-from atmanrl.rollouts import Rollout
-from atmanrl.scoring import with_deletion_effects, with_faithfulness
-from atmanrl.summary import summarize
+from atmanrl.evaluation.agreement import spearman
+from atmanrl.evaluation.explain import Example, explain
+from atmanrl.evaluation.records import DELETION, Run
+from atmanrl.evaluation.scoring import with_deletion_effects, with_faithfulness
+from atmanrl.evaluation.summary import summarize
+from atmanrl.rollout import Rollout
+from atmanrl.tasks.ledger import CHECKPOINT
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
 

@@ -5,9 +5,9 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from atmanrl.intervals import bootstrap_ratios, estimates
-from atmanrl.records import MaskLoss, Run
-from atmanrl.summary import compare, summarize
+from atmanrl.evaluation.intervals import bootstrap_ratios, estimates
+from atmanrl.evaluation.records import MaskLoss, Run
+from atmanrl.evaluation.summary import compare, summarize
 from tests.atmanrl.saliency_runs import rollout, run
 
 

@@ -14,13 +14,14 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from atmanrl import MaskConfig, estimate_saliency, optimize_masks, saliency_reward
-from atmanrl.callbacks import RolloutPages
+from atmanrl.completions import split_completion
 from atmanrl.config import DataConfig, LedgerConfig
-from atmanrl.data import Task, load_task
-from atmanrl.policy import load_policy
+from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig
-from atmanrl.rollouts import Rollout, split_completion
-from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer, NonFiniteError
+from atmanrl.rollout import Rollout
+from atmanrl.tasks import Task, load_task
+from atmanrl.training.callbacks import RolloutPages
+from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer, NonFiniteError
 from tests.atmanrl.ledger_training import FEW_STEPS, Losses, longer_ledger, settings, train
 from tests.atmanrl.tiny import byte_level_tokenizer, llama, write_gsm8k
 
@@ -204,7 +205,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_leaves_its_rollout_on_dis
 def test_sharded_weights_cannot_leave_a_loss_out(ledger: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their backward waits for every process in every layer: without this one's part it would wait for ever."""
     break_part(monkeypatch, "loss")
-    monkeypatch.setattr("atmanrl.trainer.is_whole", lambda model: False)
+    monkeypatch.setattr("atmanrl.training.trainer.is_whole", lambda model: False)
     with pytest.raises(NonFiniteError, match="cannot leave out a loss under FSDP or DeepSpeed"):
         train(ledger, tmp_path, max_steps=2, skip_non_finite=True)
 
@@ -236,8 +237,8 @@ def test_skipping_leaves_the_rollout_out_and_trains_on(
 
 def break_part(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """Make the first rollout's mask loss, its reward, or the first micro-batch's loss NaN, once."""
-    from atmanrl import trainer
     from atmanrl.saliency import NonFiniteLossError
+    from atmanrl.training import trainer
 
     broken = []
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from atmanrl import credit_assignment
 from atmanrl.config import CreditConfig, SeriesConfig
-from atmanrl.data import Task
-from atmanrl.policy import load_policy
+from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig
+from atmanrl.rhythm import assignment as credit_assignment
 from atmanrl.saliency.optimization import BatchOptimization
-from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
+from atmanrl.tasks import Task
+from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 from tests.atmanrl.ledger_training import FEW_STEPS, Losses, longer_ledger, settings, train
 
 

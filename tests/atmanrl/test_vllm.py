@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from atmanrl import MaskConfig
 from atmanrl.config import DataConfig, LedgerConfig
-from atmanrl.data import load_task
 from atmanrl.generation import GenerationSettings, generate
-from atmanrl.policy import load_policy
+from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig, load_recipe
-from atmanrl.trainer import AtManGRPOConfig, AtManGRPOTrainer
+from atmanrl.tasks import load_task
+from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 
 class Engine:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 
 from atmanrl import MaskConfig, estimate_saliency, optimize_masks
-from atmanrl.faithfulness import early_answering
+from atmanrl.evaluation.faithfulness import early_answering
 from atmanrl.saliency import working_copy
 from atmanrl.saliency.decoder import why_unsupported
 from atmanrl.saliency.estimators import substitution_effects

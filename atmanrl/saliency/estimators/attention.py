@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels.hf import AttentionCall, observing
 from atmanrl.config import SeriesConfig
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.estimators.batches import Batch, score_in_batches
 from atmanrl.saliency.estimators.interface import Passes, TokenScores
 from atmanrl.saliency.heads import layers_of, sampled_layers, select_heads

@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, split
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
 from atmanrl.saliency.estimators.interface import TokenScores

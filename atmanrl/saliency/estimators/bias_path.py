@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.estimators.batches import Batch, score_in_batches
 from atmanrl.saliency.estimators.interface import Passes, TokenScores, scored_in_nats
 

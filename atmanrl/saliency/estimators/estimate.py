@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.engine import check_fits, reason_to_skip
 from atmanrl.saliency.estimators.attention import FutureInfluence, ReceivedAttention
 from atmanrl.saliency.estimators.bias_path import Gradient, Integrated

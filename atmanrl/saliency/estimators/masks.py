@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.engine import optimize_masks
 from atmanrl.saliency.estimators.batches import Batch, score_in_batches
 from atmanrl.saliency.estimators.bias_path import loss_and_gradient

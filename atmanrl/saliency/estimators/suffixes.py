@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels import AttentionPlan
 from atman_kernels.hf import KeyValueRecord
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, within
 from atmanrl.saliency.decoder import why_unsupported
 from atmanrl.saliency.estimators.batches import bias_dtype, shown

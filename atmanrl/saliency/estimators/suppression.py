@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from atmanrl.rollouts import Rollout
+from atmanrl.rollout import Rollout
 from atmanrl.saliency.estimators.interface import Passes, TokenScores, scored_in_nats
 from atmanrl.saliency.estimators.suffixes import Suffix, suffix_losses, suffix_rows
 

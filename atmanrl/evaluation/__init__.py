@@ -1,0 +1,1 @@
+"""Evaluate and explain: sampling, records, faithfulness, summaries."""

@@ -1,0 +1,1 @@
+"""The rhythm of attention and credit assigned by it (arXiv 2510.13554)."""

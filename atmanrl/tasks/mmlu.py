@@ -1,0 +1,61 @@
+"""Multiple choice over 57 subjects (Hendrycks et al. 2021): columns question, subject, choices, answer (0-3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from atmanrl.answers import MMLU_ANSWER
+from atmanrl.config import DataConfig
+from atmanrl.tasks.files import Source, load_splits
+from atmanrl.tasks.prompts import as_prompt
+from atmanrl.tasks.task import Task
+
+LETTERS = "ABCD"
+SOURCE = Source(
+    "cais/mmlu",
+    subset="all",
+    train_split="auxiliary_train",
+    test_split="test",
+    columns=("question", "subject", "choices", "answer"),
+)
+
+# After Meta's Llama-3 evaluation of MMLU with chain of thought.
+INSTRUCTION = (
+    "Given the following question and four candidate answers (A, B, C and D), choose the best answer.\n"
+    "Question: {question}\n"
+    "{choices}\n"
+    'Reason about the question first. Your response should end with "The best answer is [letter]." where [letter] is '
+    "one of A, B, C or D."
+)
+
+
+def load(config: DataConfig) -> Task:
+    """MMLU, or any file in its columns; the gold answer is a letter."""
+
+    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+        question = str(row["question"]).strip()
+        choices = row["choices"]
+        if not isinstance(choices, list) or len(choices) != len(LETTERS):
+            raise ValueError(f"choices must be a list of {len(LETTERS)}, got {choices!r}")
+        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+        prompt = as_prompt(INSTRUCTION.format(question=question, choices=listed), config)
+        answer = gold_letter(row["answer"])
+        return {"prompt": prompt, "answer": answer, "question": question, "subject": str(row["subject"])}
+
+    train, test = load_splits(config, SOURCE, convert)
+    return Task("mmlu", train, test, MMLU_ANSWER.with_mode(config.answers))
+
+
+def gold_letter(answer: object) -> str:
+    """The letter of a gold answer given as index 0-3 (an integer or its digit) or as the letter itself.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    text = str(answer).strip()
+    if not isinstance(answer, bool) and text in ("0", "1", "2", "3"):
+        return LETTERS[int(text)]
+    if text in LETTERS and len(text) == 1:
+        return text
+    raise ValueError(f"gold answer must be 0, 1, 2 or 3 (or A to D), got {answer!r}")
