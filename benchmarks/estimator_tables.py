@@ -25,26 +25,17 @@ REWARDS = (
     Measure("accuracy", "accuracy (%)", 100, 1),
     Measure("cot_tokens", "CoT length (tokens)"),
     Measure("filler_tokens", "filler per CoT (tokens)"),
-    Measure("needed_tokens", "needed per CoT (tokens)"),
-    Measure("other_tokens", "other per CoT (tokens)"),
     Measure("repeated", "chains that repeat needed values (%)", 100, 1),
     Measure("restored_auroc", "AUROC of `mask`"),
-    Measure("sparse-mask_auroc", "AUROC of `sparse-mask`"),
     Measure("deletion_auroc", "AUROC of leave-one-out"),
     Measure("deletion_mass", "summed deletion effects per CoT (nats)"),
     Measure("early_answering_aoc", "early answering AOC"),
-    Measure("initial_early_answering_aoc", "the same, starting checkpoint reads"),
     Measure("causal_influence", "causal influence (nats)", decimals=3),
-    Measure("initial_causal_influence", "the same, starting checkpoint reads", decimals=3),
     Measure("mistake_unchanged", "answers unchanged by a mistake (%)", 100, 1),
-    Measure("initial_mistake_unchanged", "the same, starting checkpoint reads", 100, 1),
     Measure("no_cot_unchanged", "answers unchanged without a chain (%)", 100, 1),
-    Measure("initial_no_cot_unchanged", "the same, starting checkpoint reads", 100, 1),
     Measure("comprehensiveness", "comprehensiveness of leave-one-out", decimals=3),
     Measure("sufficiency", "sufficiency of leave-one-out", decimals=3),
 )
-# The grid around the default: its span says enough.
-GRID = "sparse, depth"
 
 
 def estimator_tables(files: list[dict[str, Any]]) -> str:
@@ -60,35 +51,6 @@ def estimator_tables(files: list[dict[str, Any]]) -> str:
                 f"{_measures(found['results'])}\n{_gains(found['results'])}"
             )
         parts.append(_reward_table(content["reward_falls"]))
-    return "\n".join(parts)
-
-
-def search_tables(files: list[dict[str, Any]]) -> str:
-    """Every variant that was tried, on training prompts: both sets side by side."""
-    if not files:
-        return "Not yet measured.\n"
-    parts = []
-    for content in files:
-        sets, falls = content["sets"], content["reward_falls"]
-        shown = ("auroc", "leave_one_out", "comprehensiveness", "sufficiency")
-        titles = [TITLES[key] for key in shown]
-        lines = [
-            f"Commit {content['commit']}, training prompts; sampled chains / busier reference chains.\n",
-            _row(["variant", *titles, "reward falls", "passes"]),
-            _rule(3 + len(shown)),
-        ]
-        results = [found["results"] for found in sets.values()]
-        single = [name for name in results[0] if not name.startswith(GRID)]
-        grid = [name for name in results[0] if name.startswith(GRID)]
-        for name in single:
-            cells = [" / ".join(_value(result[name], key) for result in results) for key in shown]
-            lines.append(_row([name, *cells, f"{falls[name]['value']:.2f}", _cost(results[0][name])]))
-        spans = [" / ".join(_span(result, grid, key) for result in results) for key in shown]
-        shares = [falls[name]["value"] for name in grid]
-        title = f"sparse, {len(grid)} settings of depth, price and lr"
-        span = f"{min(shares):.2f} to {max(shares):.2f}"
-        lines.append(_row([title, *spans, span, _cost(results[0][grid[0]])]))
-        parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
@@ -140,17 +102,8 @@ def _value(row: dict[str, Any], key: str) -> str:
     return f"{row['measures'][key]['value']:.3f}".replace("-", "−")
 
 
-def _span(results: dict[str, Any], names: list[str], key: str) -> str:
-    values = [results[name]["measures"][key]["value"] for name in names]
-    return f"{min(values):.3f} to {max(values):.3f}".replace("-", "−")
-
-
 def _passes(row: dict[str, Any]) -> float:
     return float(row["forwards"] + row["backwards"])
-
-
-def _cost(row: dict[str, Any]) -> str:
-    return f"{_passes(row):.0f}"
 
 
 def _row(cells: list[str]) -> str:

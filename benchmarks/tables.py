@@ -112,7 +112,7 @@ def _cpu_table(dtype: str, rows: list[dict[str, Any]]) -> str:
 
 
 def compiled_table(content: dict[str, Any]) -> str:
-    """Markdown of the static counts of the bf16 kernels at head_dim 64 to 256, without a bias and fused as well."""
+    """Markdown of the static counts of the bf16 kernels for Hopper at head_dim 128, without a bias and fused as well."""
     lines = [
         "| kernel | registers | spills, B | shared, B | matrix instructions | main loop: others | loads waited for |",
         "|---" * 7 + "|",
@@ -120,7 +120,7 @@ def compiled_table(content: dict[str, Any]) -> str:
     for name, row in content["kernels"].items():
         target, dtype, *rest = name.split()
         shown = len(rest) == 3 or rest[2] in ("unbiased", "fused")
-        if dtype == "bfloat16" and shown and target in ("sm_80", "sm_90", "sm_100"):
+        if dtype == "bfloat16" and shown and target == "sm_90" and rest[0] == "d128":
             loop = [row[key][0] if row[key] else "-" for key in ("main_loops", "waited_loads")]
             cells = (row["registers"], row["spill_bytes"], row["shared_bytes"], row["matrix_instructions"], *loop)
             lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
@@ -205,37 +205,41 @@ def benchmarks_page() -> str:
     """The generated part of docs/benchmarks.md."""
     compiled = json.loads((RESULTS / "compiled_kernels.json").read_text())
     static = f"### Compiled kernels, Triton {compiled['triton']}\n\n{compiled_table(compiled)}"
-    return f"{cpu_tables(_results('cpu'))}\n{attention_tables(_results('attention*'))}\n{static}"
-
-
-def scaling_page() -> str:
-    """The generated part of docs/scaling.md."""
     presets = "\n".join(preset_table(content) for content in _results("presets"))
-    return f"{mask_tables(_results('masks'))}\n### Presets\n\n{presets}"
+    masks = f"## Mask optimisation, one step\n\n{mask_tables(_results('masks'))}\n### Presets\n\n{presets}"
+    return f"{cpu_tables(_results('cpu'))}\n{attention_tables(_results('attention*'))}\n{static}\n{masks}"
+
+
+def statistics_part() -> str:
+    """The other generated part of docs/benchmarks.md."""
+    # It draws as well, with packages that a machine which only measures may lack.
+    from benchmarks import credit_report
+
+    return credit_report.costs()
 
 
 def estimators_page() -> str:
     """The generated part of docs/estimators.md."""
-    # It draws as well, with packages that a machine which only measures may lack.
-    from benchmarks.estimator_tables import estimator_tables, reward_tables, search_tables
+    # It draws as well; see statistics_part.
+    from benchmarks.estimator_tables import estimator_tables, reward_tables
 
-    rated, trained, searched = (_results(kind) for kind in ("estimators", "reward_estimators", "estimator_search"))
-    rewards = f"### Trained on\n\n{reward_tables(trained)}"
-    return f"{estimator_tables(rated)}\n{rewards}\n### What was tried\n\n{search_tables(searched)}"
+    rated, trained = (_results(kind) for kind in ("estimators", "reward_estimators"))
+    return f"{estimator_tables(rated)}\n### As a training reward\n\n{reward_tables(trained)}"
 
 
-def credit_page() -> str:
-    """The generated part of docs/credit.md."""
-    # It draws as well; see estimators_page.
+def ledger_page() -> str:
+    """The part of docs/ledger.md that shows seven ways of credit."""
+    # It draws as well; see statistics_part.
     from benchmarks import credit_report
 
-    return credit_report.page()
+    return credit_report.arms()
 
 
+# A part of a page has markers of its own.
 PAGES = {
     "benchmarks.md": benchmarks_page,
-    "scaling.md": scaling_page,
-    "credit.md": credit_page,
+    "benchmarks.md#statistics": statistics_part,
+    "ledger.md": ledger_page,
     "estimators.md": estimators_page,
 }
 
@@ -247,13 +251,15 @@ def main() -> int:
     arguments = parser.parse_args()
     outdated = False
     for name in arguments.pages:
-        page = (DOCS / name).read_text()
-        before, rest = page.split(BEGIN)
-        _, after = rest.split(END)
-        updated = f"{before}{BEGIN}\n\n{PAGES[name]()}\n{END}{after}"
+        file, _, part = name.partition("#")
+        begin, end = (mark.replace("tables", f"tables, {part}") if part else mark for mark in (BEGIN, END))
+        page = (DOCS / file).read_text()
+        before, rest = page.split(begin)
+        _, after = rest.split(end)
+        updated = f"{before}{begin}\n\n{PAGES[name]()}\n{end}{after}"
         outdated |= updated != page
         if not arguments.check:
-            (DOCS / name).write_text(updated)
+            (DOCS / file).write_text(updated)
     return 1 if arguments.check and outdated else 0
 
 
