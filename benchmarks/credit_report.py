@@ -72,7 +72,7 @@ def arm_table(content: dict[str, Any], task: str) -> str:
     """Markdown: accuracy held out and while training, and paired differences from uniform credit."""
     lines = [
         "| credit | held-out accuracy (%) | - uniform | accuracy while training (%) | - uniform | CoT (tokens) |",
-        "| --- |" + " ---: |" * 5,
+        "|---|" + "---:|" * 5,
     ]
     for arm, title in NAMES.items():
         runs = runs_of(content, task, arm)
@@ -105,7 +105,7 @@ def coupling_table(content: dict[str, Any]) -> str:
         rows.setdefault("FAI of needed tokens, mean percentile", []).append(
             f"{100 * found['needed']['percentile']:.0f}"
         )
-    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
+    lines = ["| | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
     lines += ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()]
     return "\n".join(lines) + "\n"
 
@@ -118,7 +118,7 @@ def statistics_table(content: dict[str, Any]) -> str:
         " attention's forward.\n",
         "| float32, length | attention forward | what the distance adds to it | WAAD and received | all, afterwards |"
         " eager map | peak MiB: WAAD and received | all, afterwards | eager map |",
-        "| --- |" + " ---: |" * 8,
+        "|---|" + "---:|" * 8,
     ]
     for row in (row for row in content["results"] if row["dtype"] == "float32"):
         ms, peak = row["ms"], row["peak_mib"]
@@ -145,7 +145,7 @@ def observed_table(content: dict[str, Any]) -> str:
         " responses are read off, head selection included; the time in the observer alone; and the series' own forward,"
         " in which equal prompts run once. Milliseconds.\n",
         "| rollouts x (prompt + response) | forward | observed | in the observer (of the forward) | own forward |",
-        "| --- |" + " ---: |" * 4,
+        "|---|" + "---:|" * 4,
     ]
     for row in content["results"]:
         forward, observed, own = (row["ms"][name] for name in ("forward", "observed", "own forward"))

@@ -32,7 +32,6 @@ REWARDS = (
     Measure("early_answering_aoc", "early answering AOC"),
     Measure("causal_influence", "causal influence (nats)", decimals=3),
     Measure("mistake_unchanged", "answers unchanged by a mistake (%)", 100, 1),
-    Measure("no_cot_unchanged", "answers unchanged without a chain (%)", 100, 1),
     Measure("comprehensiveness", "comprehensiveness of leave-one-out", decimals=3),
     Measure("sufficiency", "sufficiency of leave-one-out", decimals=3),
 )
@@ -60,7 +59,7 @@ def reward_tables(files: list[dict[str, Any]]) -> str:
         return "Not yet measured.\n"
     (content,) = files
     seeds = len({run["seed"] for run in content["runs"]})
-    pairs = [*((arm, "outcome") for arm in ARMS if arm != "outcome"), ("sparse-mask", "mask")]
+    pairs = [(arm, "outcome") for arm in ARMS if arm != "outcome"]
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     head = (
         f"{versions}, commit {content['commit']}; {seeds} seeds per arm. Means over seeds; differences are"
@@ -71,10 +70,9 @@ def reward_tables(files: list[dict[str, Any]]) -> str:
 
 def _measures(results: dict[str, Any]) -> str:
     mask = _passes(results["mask"])
-    lines = [_row(["estimator", *TITLES.values(), "forwards", "backwards", "cost / mask's"]), _rule(4 + len(TITLES))]
+    lines = [_row(["estimator", *TITLES.values(), "cost / mask's"]), _rule(2 + len(TITLES))]
     for name, row in results.items():
-        cost = [f"{row['forwards']:.1f}", f"{row['backwards']:.0f}", f"{_passes(row) / mask:.3f}"]
-        lines.append(_row([f"`{name}`", *(_value(row, key) for key in TITLES), *cost]))
+        lines.append(_row([f"`{name}`", *(_value(row, key) for key in TITLES), f"{_passes(row) / mask:.3f}"]))
     return "\n".join(lines) + "\n"
 
 
@@ -111,4 +109,4 @@ def _row(cells: list[str]) -> str:
 
 
 def _rule(columns: int) -> str:
-    return f"| --- |{' ---: |' * (columns - 1)}"
+    return f"|---|{'---:|' * (columns - 1)}"

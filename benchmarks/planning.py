@@ -103,7 +103,7 @@ def assumptions(device: Device, work: Workload) -> str:
 def table(device: Device) -> str:
     """Markdown: one row per plan, seconds per update and GB per training GPU."""
     head = "| plan | rollouts | GB, masks | GB, update | sampling | masks | update | moved | sum | s per rollout |"
-    lines = [head, "| --- |" + " ---: |" * 9]
+    lines = [head, "|---|" + "---:|" * 9]
     for plan in PLANS:
         work, time = plan.work, plan.time(device)
         masks, update = memory(
@@ -122,7 +122,7 @@ def table(device: Device) -> str:
 
 def overlap_table(device: Device) -> str:
     """Markdown: what is saved where sampling has devices of its own."""
-    lines = ["| 8 GPUs of one node | sampling, then masks | masks as rollouts end |", "| --- | ---: | ---: |"]
+    lines = ["| 8 GPUs of one node | sampling, then masks | masks as rollouts end |", "|---|---:|---:|"]
     for samplers in (2, 4, 6):
         plan = Plan("", 8 - samplers, "ddp", "vllm", samplers, queries=9 if samplers == 2 else 8)
         time = plan.time(device)
