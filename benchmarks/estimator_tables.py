@@ -38,18 +38,22 @@ REWARDS = (
 
 
 def estimator_tables(files: list[dict[str, Any]]) -> str:
-    """Per results file and set: every estimator's measures and cost, and what the best one gains over the mask."""
+    """Per results file: every estimator's measures and cost on sampled chains; gains of `sparse-mask` on both sets."""
     if not files:
         return "Not yet measured.\n"
     parts = []
     for content in files:
-        parts.append(f"torch {content['versions']['torch']}, commit {content['commit']}, held-out prompts.\n")
-        for name, found in content["sets"].items():
-            parts.append(
-                f"**{SETS[name]}**, {found['rollouts']} of {found['tokens']:.1f} tokens on average\n\n"
-                f"{_measures(found['results'])}\n{_gains(found['results'])}"
-            )
-        parts.append(_reward_table(content["reward_falls"]))
+        (first, found), *others = content["sets"].items()
+        parts.append(
+            f"torch {content['versions']['torch']}, commit {content['commit']}, held-out prompts."
+            f" **{SETS[first]}**, {found['rollouts']} of {found['tokens']:.1f} tokens on average; the last column is"
+            " the share of chains whose reward three filler words lower.\n"
+        )
+        parts.append(_measures(found["results"], content["reward_falls"]))
+        parts.append("`sparse-mask` minus `mask`, paired over prompts, 95 % intervals:\n")
+        parts.append(f"- {SETS[first]}: {_gains(found['results'])}")
+        for name, other in others:
+            parts[-1] += f"- {SETS[name]} ({other['tokens']:.1f} tokens): {_gains(other['results'])}"
     return "\n".join(parts)
 
 
@@ -68,22 +72,12 @@ def reward_tables(files: list[dict[str, Any]]) -> str:
     return f"{head}\n{table(content, REWARDS, ARMS, pairs)}"
 
 
-def _measures(results: dict[str, Any]) -> str:
+def _measures(results: dict[str, Any], falls: dict[str, Any]) -> str:
     mask = _passes(results["mask"])
-    lines = [_row(["estimator", *TITLES.values(), "cost / mask's"]), _rule(2 + len(TITLES))]
+    lines = [_row(["estimator", *TITLES.values(), "cost / mask's", "filler lowers reward"]), _rule(3 + len(TITLES))]
     for name, row in results.items():
-        lines.append(_row([f"`{name}`", *(_value(row, key) for key in TITLES), f"{_passes(row) / mask:.3f}"]))
-    return "\n".join(lines) + "\n"
-
-
-def _reward_table(falls: dict[str, Any]) -> str:
-    lines = [
-        "**As a reward**: chains of the asked pairs alone, and with three filler words put in\n",
-        _row(["estimator", "share of the chains whose reward the filler lowers, 95 % interval"]),
-        _rule(2),
-    ]
-    for name, found in falls.items():
-        lines.append(_row([f"`{name}`", f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"]))
+        cells = [f"{_passes(row) / mask:.3f}", f"{falls[name]['value']:.2f}"]
+        lines.append(_row([f"`{name}`", *(_value(row, key) for key in TITLES), *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -93,7 +87,7 @@ def _gains(results: dict[str, Any]) -> str:
         f"{title} {best[key]['value']:+.3f} [{best[key]['low']:+.3f}, {best[key]['high']:+.3f}]"
         for key, title in TITLES.items()
     )
-    return f"`sparse-mask` minus `mask`, paired over prompts, 95 % intervals: {gains}.\n".replace("-0.", "−0.")
+    return f"{gains}.\n".replace("-0.", "−0.")
 
 
 def _value(row: dict[str, Any], key: str) -> str:
