@@ -131,3 +131,9 @@ MMLU_ANSWER = AnswerFormat(
     flexible_markers=("final answer is", "####", "boxed", "answer is", "<ans>"),
 )
 LEDGER_ANSWER = AnswerFormat(kind="words", markers=("<ans>",))
+
+
+def announcements(text: str) -> list[tuple[int, int]]:
+    """Spans of every phrase that announces an answer, whatever the format, by where they end."""
+    spans = {match.span() for pattern in _MARKERS.values() for match in pattern.finditer(text)}
+    return sorted(spans, key=lambda span: (span[1], -span[0]))

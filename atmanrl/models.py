@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from atmanrl.chat import end_of_turn_ids
@@ -55,6 +55,20 @@ def load_policy(
     ends = end_of_turn_ids(tokenizer, ends) - {tokenizer.pad_token_id} | {tokenizer.eos_token_id}
     model.generation_config.eos_token_id = sorted(ends)
     return model, tokenizer
+
+
+def check_loads(config: ModelConfig) -> None:
+    """Read what tells that `load_policy` will succeed, the configuration and the tokenizer, and none of the weights.
+
+    Raises:
+        InputError: as `load_policy`.
+    """
+    source = source_of(config)
+    with _loading(config):
+        AutoConfig.from_pretrained(source, revision=config.revision)
+        AutoTokenizer.from_pretrained(source, revision=config.revision)
+        if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+            raise OSError("the directory has no weights in safetensors")
 
 
 def load_model(config: ModelConfig, *, autocast: bool = False, device: torch.device | str | None = None) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.evaluation.comparison import write_comparison
+from atmanrl.evaluation.compare import write_comparison
 from atmanrl.evaluation.evaluate import evaluate
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atmanrl.evaluation.agreement import auroc, precision_at_k, ranks, spearman
+from atmanrl.evaluation.summary import auroc, precision_at_k, spearman
 
 scores = st.lists(st.integers(-3, 3), min_size=2, max_size=12)
 

@@ -5,14 +5,14 @@ import pytest
 
 from atmanrl import Rollout, estimate_saliency
 from atmanrl.cli import main
-from atmanrl.evaluation.agreement import spearman
-from atmanrl.evaluation.comparison import with_scores_of
-from atmanrl.evaluation.evaluate_command import labels
+from atmanrl.evaluation.compare import with_scores_of
+from atmanrl.evaluation.evaluate import labels
 from atmanrl.evaluation.records import RESTORED, Run
+from atmanrl.evaluation.summary import spearman
 from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig
-from atmanrl.report.numbers import number
 from atmanrl.report.scale import fixed_scale
+from atmanrl.report.text import number
 from atmanrl.saliency.estimators import make_estimator
 from atmanrl.tasks.ledger import CHECKPOINT
 
@@ -44,7 +44,7 @@ def test_a_revision_is_that_of_the_recipes_own_model(tmp_path, monkeypatch):
         loaded.append((config.name, config.revision))
         raise ValueError("seen enough")
 
-    monkeypatch.setattr("atmanrl.evaluation.evaluate_command.load_policy", load)
+    monkeypatch.setattr("atmanrl.evaluation.evaluate.load_policy", load)
     asked = ["evaluate", "--config", "ledger", "--model.revision", "abc", "--output", str(tmp_path)]
     for checkpoint in ("ledger", "other"):
         assert main([*asked, "--checkpoints", checkpoint]) == 2

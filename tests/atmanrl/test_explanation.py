@@ -1,7 +1,10 @@
+import re
+
 import pytest
 
 from atmanrl.config import MaskConfig
-from atmanrl.evaluation.explain import Example, explain, read_examples
+from atmanrl.evaluation.examples import Example, read_examples
+from atmanrl.evaluation.explain import explain
 from tests.atmanrl.tiny import EOT, byte_level_tokenizer, llama
 
 QUICK = MaskConfig(steps=2)
@@ -103,8 +106,9 @@ def test_examples_are_read_with_ids_and_places(tmp_path):
         (b"\xff", "line 2: not UTF-8"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
+def test_a_bad_line_is_named_and_the_others_are_read(tmp_path, line, message):
     path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=message):
-        list(read_examples(path))
+    path.write_bytes(b'{"prompt": "a", "id": 1}\n' + line + b'\n{"prompt": "c"}\n')
+    first, bad, last = read_examples(path)
+    assert (first.prompt, first.fault, last.prompt, last.fault) == ("a", None, "c", None)
+    assert re.search(message, f"{bad.place}: {bad.fault}")

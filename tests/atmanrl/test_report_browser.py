@@ -5,8 +5,8 @@ import pytest
 
 from atmanrl.evaluation.records import Trajectory
 from atmanrl.report import write_page
+from atmanrl.report.html import scored_html
 from atmanrl.report.scale import Scale, fitted_scale, fixed_scale
-from atmanrl.report.tokens import scored_html
 from tests.atmanrl import browser
 from tests.atmanrl.saliency_runs import HOSTILE, rollout, run
 
