@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
 from atmanrl.evaluation.recording import Completion, record, score_name
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings, generate
+from atmanrl.models import encode_prompt
 from atmanrl.saliency.estimators import make_estimator
 from atmanrl.tasks import Task
 

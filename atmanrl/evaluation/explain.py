@@ -12,11 +12,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER, AnswerFormat, ParsedAnswer
-from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
 from atmanrl.evaluation.recording import Completion, record, score_name
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings, context_length, generate
+from atmanrl.models import encode_completion, encode_prompt
 from atmanrl.saliency.estimators import make_estimator
 from atmanrl.tasks.files import Row, json_rows
 
@@ -196,8 +196,8 @@ def completed(
         raise ValueError("no prompts to explain")
     prompts = [_prompt_ids(tokenizer, example) for example in examples]
     completion_ids = [
-        None if example.completion is None else tokenizer.encode(example.completion, add_special_tokens=False)
-        for example in examples
+        None if example.completion is None else encode_completion(tokenizer, prompt, example.completion)
+        for example, prompt in zip(examples, prompts, strict=True)
     ]
     _check_context(model, examples, prompts, completion_ids)
     missing = [i for i, ids in enumerate(completion_ids) if ids is None]

@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.answers import AnswerFormat
-from atmanrl.chat import end_of_turn_ids
-from atmanrl.completions import CompletionSplit, split_completion
+from atmanrl.answers import AnswerFormat, CompletionSplit, split_completion
 from atmanrl.evaluation.records import RESTORED, MaskLoss, RolloutRecord, TokenSpan, Trajectory
+from atmanrl.models import end_of_turn_ids
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.estimators import Estimator, TokenScores, estimate_saliency
 

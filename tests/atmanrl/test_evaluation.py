@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import Rollout, optimize_masks
 from atmanrl.answers import GSM8K_ANSWER
-from atmanrl.chat import encode_prompt
 from atmanrl.config import DataConfig, MaskConfig
 from atmanrl.evaluation.comparison import write_comparison
 from atmanrl.evaluation.evaluate import evaluate
@@ -14,6 +13,7 @@ from atmanrl.evaluation.recording import Completion, record, token_texts
 from atmanrl.evaluation.records import Run
 from atmanrl.evaluation.summary import compare
 from atmanrl.generation import GenerationSettings, generate
+from atmanrl.models import encode_prompt
 from atmanrl.saliency.estimators import Mask
 from atmanrl.tasks import load_task
 from atmanrl.tasks.ledger import CHECKPOINT
