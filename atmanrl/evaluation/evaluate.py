@@ -14,7 +14,6 @@ from jinja2 import TemplateError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
 from atmanrl.evaluation.compare import REPORT, write_comparison, write_single
 from atmanrl.evaluation.faithfulness import with_deletion_effects, with_faithfulness
@@ -25,7 +24,7 @@ from atmanrl.evaluation.records import (
     check_writable,
 )
 from atmanrl.generation import GenerationSettings, context_length, generate
-from atmanrl.models import check_loads, load_policy
+from atmanrl.models import check_loads, encode_prompt, load_policy
 from atmanrl.recipe import Dtype, ModelConfig, Recipe, build, check_keys, load_recipe
 from atmanrl.saliency.estimators import make_estimator
 from atmanrl.tasks import Task, load_task

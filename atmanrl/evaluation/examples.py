@@ -65,26 +65,23 @@ class AnnouncedAnswer(AnswerFormat):
     @classmethod
     def of(cls, text: str) -> AnnouncedAnswer:
         """The format for one completion."""
-        kinds = _KINDS if announcements(text) else (_UNANNOUNCED,)
-        by = next((kind for kind in kinds if _last_announced(kind, text)), kinds[-1])
+        read = [kind for kind in _KINDS if kind.parse(text) is not None]
+        # Of a letter and of words the one that stands further back.
+        by = max(read, key=lambda kind: _place(kind, text), default=_UNANNOUNCED)
         return cls(by.kind, by.markers, by=by)
 
     def parse(self, text: str) -> ParsedAnswer | None:
         """The answer of ``text``, None where the last announcement has no value behind it."""
-        return _last_announced(self.by, text)
+        return self.by.parse(text)
 
     def matches(self, predicted: str, gold: str) -> bool:
         """As the format that reads the value."""
         return self.by.matches(predicted, gold)
 
 
-def _last_announced(kind: AnswerFormat, text: str) -> ParsedAnswer | None:
+def _place(kind: AnswerFormat, text: str) -> int:
     found = kind.parse(text)
-    if found is None:
-        return None
-    # Behind the value a heading may stand ("#### Check"), but no other announcement.
-    later = [span for span in announcements(text) if span[0] > found.value_span[0]]
-    return None if any(text[slice(*span)] != "####" for span in later) else found
+    return -1 if found is None else found.value_span[0]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.answers import AnswerFormat
-from atmanrl.chat import encode_prompt
 from atmanrl.config import MaskConfig
 from atmanrl.evaluation.evaluate import UNREADABLE, fault_of, faults_of, say_skipped
 from atmanrl.evaluation.examples import AnnouncedAnswer, Example, LiteralAnswer, is_unicode, read_examples
@@ -23,7 +22,7 @@ from atmanrl.evaluation.faithfulness import with_deletion_effects, with_scores
 from atmanrl.evaluation.recording import Completion, check_support, record, score_name, unusable
 from atmanrl.evaluation.records import RolloutRecord, Run, check_writable, write_text_atomically
 from atmanrl.generation import GenerationSettings, context_length, generate
-from atmanrl.models import load_policy
+from atmanrl.models import encode_completion, encode_prompt, load_policy
 from atmanrl.recipe import ModelConfig, RecipeError, build_section
 from atmanrl.report import print_run, write_page
 from atmanrl.saliency.estimators import make_estimator
@@ -197,7 +196,7 @@ def _ids_of(
         fault = fault_of(model, prompt, (), 1 if generation is None else generation.max_new_tokens)
         return (prompt, None) if fault is None else f"the prompt {fault}"
     try:
-        completion = tokenizer.encode(example.completion, add_special_tokens=False)
+        completion = encode_completion(tokenizer, prompt, example.completion)
         _answer_format(example, str(tokenizer.decode(completion)))
     except UNREADABLE as error:
         return str(error)

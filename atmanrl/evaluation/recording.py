@@ -12,9 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.answers import AnswerFormat
-from atmanrl.chat import end_of_turn_ids
-from atmanrl.completions import CompletionSplit, split_completion
+from atmanrl.answers import AnswerFormat, CompletionSplit, split_completion
 from atmanrl.evaluation.records import (
     RESTORED,
     MaskLoss,
@@ -23,6 +21,7 @@ from atmanrl.evaluation.records import (
     Trajectory,
     decimals,
 )
+from atmanrl.models import end_of_turn_ids
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.estimators import Estimator, Mask, TokenScores, estimate_saliency
 from atmanrl.saliency.result import NonFiniteLossError

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels import AttentionPlan
 from atman_kernels.hf import KeyValueRecord
+from atmanrl.models import working_copy
 from atmanrl.progress import track
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, within
@@ -24,7 +25,6 @@ from atmanrl.saliency.estimators.batches import bias_dtype
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood, prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
-from atmanrl.saliency.working_copy import working_copy
 
 
 @dataclass(frozen=True)
