@@ -28,6 +28,8 @@ from atmanrl.report import print_run, write_page
 from atmanrl.saliency.estimators import make_estimator
 from atmanrl.training.failures import explained_without_training
 
+__all__ = ["Completed", "Example", "completed", "explain", "explain_command", "read_examples"]
+
 _TEMPLATE = "chat_template_kwargs"
 
 

@@ -40,6 +40,12 @@ DELETIONS = frozenset({DELETION, "leave-one-out"})
 """Scores that are these effects, whichever name they were asked for by."""
 
 
+CLASSES = ("needed", "filler", "other")
+"""Classes of tokens that have a meaning of their own in summaries and pictures, in reading order: a score should find the
+needed ones. A task may name others, which follow alphabetically."""
+NEEDED, FILLER, OTHER = CLASSES
+
+
 @dataclass(frozen=True)
 class TokenSpan:
     """Consecutive tokens with the text each contributes; the texts joined give the span's text.
@@ -158,7 +164,7 @@ class RolloutRecord:
 
     def token_class(self, index: int) -> str:
         """Class of chain-of-thought token ``index``, "other" where the task names none."""
-        return self.classes[index] if self.classes else "other"
+        return self.classes[index] if self.classes else OTHER
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from atmanrl.evaluation.records import RESTORED, RolloutRecord, Run, paired_rollouts, write_text_atomically
+from atmanrl.evaluation.records import (
+    CLASSES,
+    NEEDED,
+    RESTORED,
+    RolloutRecord,
+    Run,
+    paired_rollouts,
+    write_text_atomically,
+)
 
 Floats = NDArray[np.float64]
 
@@ -174,13 +182,10 @@ decided by rounding (fp32 and fp64 give different masks), not by the answer."""
 AGREEMENT = "deletion_spearman"
 """Name of the measure: rank correlation of a run's score with the deletion effects, within a completion."""
 
-# The built-in task's classes in reading order; classes of other tasks follow alphabetically.
-_NEEDED = "needed"
 _WORTH_A_WARNING = 0.25
 
 _LABELS = {AGREEMENT: "rank correlation with deletion"}
 _Count = Callable[..., tuple[float, float]]
-_CLASS_ORDER = (_NEEDED, "filler", "other")
 
 
 @dataclass(frozen=True)
@@ -287,9 +292,9 @@ def compare(
 
 
 def token_classes(rollouts: Iterable[RolloutRecord]) -> list[str]:
-    """The token classes that occur, the built-in task's first."""
+    """The token classes that occur, in the order of `CLASSES`."""
     found = {name for rollout in rollouts for name in rollout.classes}
-    known = [name for name in _CLASS_ORDER if name in found]
+    known = [name for name in CLASSES if name in found]
     return known + sorted(found.difference(known))
 
 
@@ -330,7 +335,7 @@ def metrics(
         rows = [metric("accuracy", "accuracy", "%", _accuracy), *passed, *rows]
     if score == RESTORED:
         rows.append(metric("saturated", "masks with nothing to restore", "%", _saturated))
-    if _NEEDED in classes:
+    if NEEDED in classes:
         rows += [
             metric(f"{score}_auroc", f"AUROC of {score}", "", _recovery, score=score, measure=auroc),
             metric(f"{score}_precision", f"precision@k of {score}", "", _recovery, score=score, measure=precision_at_k),
@@ -388,7 +393,7 @@ def _recovery(
     values = rollout.scores.get(score)
     if not values or not rollout.classes:
         return 0, 0
-    found = measure(values, [name == _NEEDED for name in rollout.classes])
+    found = measure(values, [name == NEEDED for name in rollout.classes])
     return (0, 0) if math.isnan(found) else (found, 1)
 
 

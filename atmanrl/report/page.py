@@ -14,7 +14,16 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from atmanrl.evaluation.records import DELETION, DELETIONS, RolloutRecord, Run, paired_rollouts, write_text_atomically
+from atmanrl.evaluation.records import (
+    DELETION,
+    DELETIONS,
+    FILLER,
+    NEEDED,
+    RolloutRecord,
+    Run,
+    paired_rollouts,
+    write_text_atomically,
+)
 from atmanrl.evaluation.summary import AGREEMENT, Summary, compare, spearman, summarize, token_classes
 from atmanrl.report.html import scored_html, span_html
 from atmanrl.report.scale import LEVELS, Scale, fitted_scale, fixed_scale, meaning_of, scale_for
@@ -103,8 +112,8 @@ def render_page(
 
 
 def _headline(summary: Summary) -> Iterator[Any]:
-    wanted = ["accuracy", "cot_tokens", "filler_tokens", AGREEMENT]
-    by_class = [row.name for row in summary.rows if row.name.endswith(("_needed", "_filler"))]
+    wanted = ["accuracy", "cot_tokens", f"{FILLER}_tokens", AGREEMENT]
+    by_class = [row.name for row in summary.rows if row.name.endswith((f"_{NEEDED}", f"_{FILLER}"))]
     wanted += by_class or [row.name for row in summary.rows if row.name.endswith(("_mean", "_mass"))]
     for row in summary.rows:
         if row.name in wanted:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from atmanrl.evaluation.records import RESTORED
+from atmanrl.evaluation.records import FILLER, NEEDED, OTHER, RESTORED
 from atmanrl.evaluation.summary import Row, Summary
 from atmanrl.report import Plot
 
@@ -41,7 +41,7 @@ TITLE_STYLE: Any = {
 
 # Okabe and Ito's palette, told apart under every common colour blindness.
 _BLUE, _VERMILLION, _GREEN, _SKY, _ORANGE = "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#e69f00"
-_CLASS_COLOURS = {"needed": _VERMILLION, "filler": _BLUE, "other": _GREEN}
+_CLASS_COLOURS = {NEEDED: _VERMILLION, FILLER: _BLUE, OTHER: _GREEN}
 _SMOOTHING_SHARE = 0.1
 
 

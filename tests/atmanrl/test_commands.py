@@ -317,8 +317,8 @@ def test_explain_skips_bad_lines_goes_on_and_ends_with_status_1(tmp_path, capsys
     error = capsys.readouterr().err
     items = Run.load(file).rollouts
     assert [item.unusable for item in items] == [False, True, True, True, True, False]
-    for number, item in enumerate(items[1:5], start=2):
-        assert item.skipped.startswith(f"{path}, line {number}: ")
+    for line, item in enumerate(items[1:5], start=2):
+        assert item.skipped.startswith(f"{path}, line {line}: ")
         assert f"skipped: {item.skipped}" in error
     assert items[0].scores == items[5].scores != {}
     assert main([*asked, "--statistics", "--max-new-tokens", "2"]) == 1
@@ -370,6 +370,6 @@ def test_evaluate_skips_bad_rows_goes_on_and_ends_with_status_1(tmp_path, capsys
     run = Run.load(tmp_path / "out" / "model.json")
     assert [item.unusable for item in run.rollouts] == [False] * 3 + [True] * 3
     error = capsys.readouterr().err
-    for number in (3, 4, 5):
-        assert f"skipped: {data / 'test.jsonl'}, line {number}: " in error
+    for line in (3, 4, 5):
+        assert f"skipped: {data / 'test.jsonl'}, line {line}: " in error
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["prompts"] == 3

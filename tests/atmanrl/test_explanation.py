@@ -65,7 +65,7 @@ def test_what_cannot_be_explained_is_named_by_its_place(model_and_tokenizer):
     with pytest.raises(ValueError, match=r"pairs\.jsonl, line 7: the completion does not contain the answer '4'"):
         explain(*model_and_tokenizer, [missing], mask=QUICK)
     long = Example("Q?", "1 " * 600, place="pairs.jsonl, line 8")
-    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 8: \d+ tokens, more than the model's context of 512"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, line 8: .* \d+ tokens, more than the model's context of 512"):
         explain(*model_and_tokenizer, [long], mask=QUICK)
     unfit = Example([{"role": "user", "content": "Q?"}], place="pairs.jsonl, line 9")
     plain = byte_level_tokenizer(chat_template=None)
