@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from atmanrl.models import working_copy
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, within
 from atmanrl.saliency.decoder import why_unsupported
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood
 from atmanrl.saliency.packing import pack
-from atmanrl.saliency.working_copy import working_copy
 
 Mask = NDArray[np.bool_]
 

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from atmanrl.config import SeriesConfig
-from atmanrl.evaluation.explain import Example, completed
+from atmanrl.evaluation.evaluate import say_skipped
+from atmanrl.evaluation.examples import Example
+from atmanrl.evaluation.explain import check_outputs, completed, split_template_kwargs
 from atmanrl.evaluation.recording import token_texts
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
@@ -51,14 +53,22 @@ def statistics_command(
     Raises:
         ValueError: for examples or options that cannot be used, before anything is computed.
     """
+    template_kwargs, overrides = split_template_kwargs(overrides)
     config = series_config(overrides)
-    for path in (plot, json):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no directory {path.parent}")
+    check_outputs(plot=plot, json=json)
     policy, tokenizer = load_policy(model)
-    prompts, responses, generated = completed(
-        policy, tokenizer, examples, generation=generation, temperature=temperature, seed=seed
+    done = completed(
+        policy,
+        tokenizer,
+        examples,
+        generation=generation,
+        temperature=temperature,
+        chat_template_kwargs=template_kwargs,
+        seed=seed,
     )
+    usable = [i for i, fault in enumerate(done.faults) if fault is None]
+    prompts, responses = [done.prompts[i] for i in usable], [done.completions[i] for i in usable]
+    generated = done.generation
     series = attention_series(policy, prompts, responses, config, entropy=True)
     texts = [token_texts(tokenizer, response) for response in responses]
     coupled = couplings(series)
@@ -86,7 +96,7 @@ def statistics_command(
         }
         json.write_text(json_format.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
         console.print(f"written: {json}", markup=False)
-    return 0
+    return say_skipped(done.faults)
 
 
 def series_config(overrides: Sequence[tuple[str, str]]) -> SeriesConfig:

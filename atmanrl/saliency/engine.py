@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
+from atmanrl.models import working_copy
+from atmanrl.progress import progress_bar
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import affordable_rows, halving_on_out_of_memory, split
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
@@ -18,9 +20,7 @@ from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.optimization import BatchOptimization
 from atmanrl.saliency.packing import PackedRollouts
-from atmanrl.saliency.progress import progress_bar
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
-from atmanrl.saliency.working_copy import working_copy
 
 _log = logging.getLogger(__name__)
 

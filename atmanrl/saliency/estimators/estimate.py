@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
+from atmanrl.models import working_copy
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.engine import check_fits, reason_to_skip
 from atmanrl.saliency.estimators.attention import FutureInfluence, ReceivedAttention
@@ -22,7 +23,6 @@ from atmanrl.saliency.estimators.interface import Estimator, TokenScores
 from atmanrl.saliency.estimators.masks import Mask, SparseMask
 from atmanrl.saliency.estimators.suppression import Suppression
 from atmanrl.saliency.result import NonFiniteLossError
-from atmanrl.saliency.working_copy import working_copy
 
 BEST = "sparse-mask"
 """What ``"best"`` stands for: docs/estimators.md has the scores and costs that it was chosen by."""
