@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from atmanrl.chat import end_of_turn_ids
+from atmanrl.config import ModelConfig
 from atmanrl.errors import InputError
 from atmanrl.plain_copy import is_whole
-from atmanrl.recipe import ModelConfig
 from atmanrl.tasks.ledger import CHECKPOINT as LEDGER_CHECKPOINT
 
 

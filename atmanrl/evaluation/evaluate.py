@@ -14,7 +14,7 @@ from atmanrl.config import MaskConfig
 from atmanrl.evaluation.recording import Completion, record, score_name
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings, generate
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency.estimators import Estimator, Mask, make_estimator
 from atmanrl.tasks import Task
 
 
@@ -27,7 +27,7 @@ def evaluate(
     label: str,
     generation: GenerationSettings | None = None,
     mask: MaskConfig | None = None,
-    estimator: str = "mask",
+    estimator: str | Estimator = "mask",
     saliency: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -46,7 +46,7 @@ def evaluate(
         label: what a reader calls this run.
         generation: how completions are drawn; see `GenerationSettings` for the defaults.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
+        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS`, "best", or an estimator with settings of its own.
         saliency: whether they are scored at all.
         chat_template_kwargs: see `encode_prompt`; those of the training, whose prompts are other ones without them.
         seed: of the sampling.
@@ -60,7 +60,7 @@ def evaluate(
     if not rows:
         raise ValueError(f"no rows of task {task.name!r} to evaluate on")
     generation = generation or GenerationSettings()
-    scorer = make_estimator(estimator, mask=mask)
+    scorer = make_estimator(estimator, mask=mask) if isinstance(estimator, str) else estimator
     prompts = [encode_prompt(tokenizer, row["prompt"], chat_template_kwargs) for row in rows]
     sampled = generate(model, tokenizer, prompts, generation, seed=seed, progress=progress)
     completions = [
@@ -85,7 +85,7 @@ def evaluate(
             **(settings or {}),
             "task": task.name,
             "generation": asdict(generation),
-            "mask": asdict(mask or MaskConfig()) if saliency and scorer.name == "mask" else None,
+            "mask": asdict(scorer.config) if saliency and isinstance(scorer, Mask) else None,
             "seed": seed,
         },
     )

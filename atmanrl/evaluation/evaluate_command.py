@@ -11,17 +11,18 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.config import MaskConfig
+from atmanrl.config import Dtype
+from atmanrl.errors import explained_without_training
 from atmanrl.evaluation.comparison import write_comparison, write_single
 from atmanrl.evaluation.evaluate import evaluate
 from atmanrl.evaluation.records import Run
 from atmanrl.evaluation.scoring import with_deletion_effects, with_faithfulness
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
-from atmanrl.recipe import Dtype, Recipe, build, check_keys, load_recipe
+from atmanrl.recipe import Settings, estimator_from
+from atmanrl.saliency.estimators import Estimator
 from atmanrl.tasks import Task, load_task
-from atmanrl.training.failures import explained_without_training
-from atmanrl.training.grpo_config import AtManGRPOConfig
+from atmanrl.training.config import load_recipe
 
 Policy = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -58,9 +59,7 @@ def evaluate_command(
         raise ValueError(f"{recipe.source}: evaluation.prompts is 0; pass --evaluation.prompts N")
     if initial_model is not None and not faithfulness:
         raise ValueError("--initial-model takes part in --faithfulness only")
-    # Few of the training keys are read here, and a slip in another one would pass unseen.
-    check_keys(AtManGRPOConfig, recipe.training, source=recipe.source, typed=recipe.typed)
-    mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.", typed=recipe.typed)
+    estimator = estimator_from(recipe.values["saliency_estimator"], recipe)
     names = list(checkpoints) or [recipe.model.name]
     named = list(zip(names, labels(names), strict=True))
     task = load_task(recipe.data)
@@ -71,7 +70,7 @@ def evaluate_command(
         raise ValueError(f"--output {output} cannot be made: {error}") from error
     runs = []
     for name, label in named:
-        run = _evaluate(recipe, task, name, label, mask, faithfulness, reader)
+        run = _evaluate(recipe, task, name, label, estimator, faithfulness, reader)
         run.save(output / f"{label}.json")
         runs.append(run)
     console = Console(highlight=False)
@@ -97,26 +96,26 @@ def labels(names: Sequence[str]) -> list[str]:
     return [f"{i + 1}-{name}" for i, name in enumerate(short)]
 
 
-def _dtype(recipe: Recipe) -> Dtype:
+def _dtype(recipe: Settings) -> Dtype:
     """What the recipe's training computes in; a CPU has no use for half precision."""
-    half = recipe.training.get("bf16") and torch.cuda.is_available()
+    half = recipe.values["bf16"] and torch.cuda.is_available()
     return "bfloat16" if half else recipe.model.dtype
 
 
-def _load(recipe: Recipe, name: str) -> Policy:
+def _load(recipe: Settings, name: str) -> Policy:
     # A revision is one of the recipe's own model.
     revision = recipe.model.revision if name == recipe.model.name else None
     return load_policy(replace(recipe.model, name=name, revision=revision, dtype=_dtype(recipe)))
 
 
 def _evaluate(
-    recipe: Recipe, task: Task, name: str, label: str, mask: MaskConfig, faithfulness: bool, reader: Policy | None
+    recipe: Settings, task: Task, name: str, label: str, estimator: Estimator, faithfulness: bool, reader: Policy | None
 ) -> Run:
     section = recipe.evaluation
     model, tokenizer = _load(recipe, name)
     if reader is not None and reader[1].get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{name} and the initial model have different vocabularies: no chain can be read by both")
-    limit = recipe.training.get("max_completion_length")
+    limit = recipe.values["max_completion_length"]
     generation = GenerationSettings(
         temperature=section.temperature, samples=section.samples, batch_size=section.batch_size
     )
@@ -127,10 +126,9 @@ def _evaluate(
         task.test.select(range(min(section.prompts, len(task.test)))),
         label=label,
         generation=generation if limit is None else replace(generation, max_new_tokens=limit),
-        mask=mask,
-        estimator=str(recipe.training.get("saliency_estimator", "mask")),
+        estimator=estimator,
         saliency=section.saliency,
-        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+        chat_template_kwargs=recipe.values["chat_template_kwargs"],
         seed=section.seed,
         settings={"model": name},
         progress=sys.stderr.isatty(),

@@ -17,7 +17,7 @@ from atmanrl.config import MaskConfig
 from atmanrl.evaluation.recording import Completion, record, score_name
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings, context_length, generate
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency.estimators import Estimator, Mask, make_estimator
 from atmanrl.tasks.files import Row, json_rows
 
 _KEYS = ("prompt", "completion", "answer", "expected", "id")
@@ -127,7 +127,7 @@ def explain(
     generation: GenerationSettings | None = None,
     temperature: float = 0.0,
     mask: MaskConfig | None = None,
-    estimator: str = "mask",
+    estimator: str | Estimator = "mask",
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     record_every: int | None = None,
@@ -143,7 +143,7 @@ def explain(
         generation: how missing completions are drawn, one per prompt; None: at ``temperature``, to the context's end.
         temperature: of the sampling where ``generation`` is None; 0 is greedy.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
+        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS`, "best", or an estimator with settings of its own.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
         record_every: keep each mask and its loss every so many steps (`RolloutRecord.trajectory`).
@@ -153,7 +153,9 @@ def explain(
         ValueError: for an example whose answer is not in its completion or that exceeds the model's context, with its
             place; for no examples.
     """
-    scorer = make_estimator(estimator, mask=mask, record_every=record_every)
+    scorer = (
+        make_estimator(estimator, mask=mask, record_every=record_every) if isinstance(estimator, str) else estimator
+    )
     prompts, completion_ids, generation = completed(
         model, tokenizer, examples, generation=generation, temperature=temperature, seed=seed, progress=progress
     )
@@ -170,7 +172,7 @@ def explain(
     ]
     records = record(model, tokenizer, completions, estimator=scorer, progress=progress)
     generated = {"generation": asdict(generation), "seed": seed} if generation else {}
-    masked = {"mask": asdict(mask or MaskConfig())} if scorer.name == "mask" else {}
+    masked = {"mask": asdict(scorer.config)} if isinstance(scorer, Mask) else {}
     return Run(label, tuple(records), score_name(scorer.name), {**(settings or {}), **generated, **masked})
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from atmanrl.config import MaskConfig
+from atmanrl.config import ModelConfig
+from atmanrl.errors import explained_without_training
 from atmanrl.evaluation.explain import Example, explain, read_examples
 from atmanrl.evaluation.recording import score_name
 from atmanrl.evaluation.records import Run
 from atmanrl.evaluation.scoring import with_deletion_effects, with_scores
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig, build_section
+from atmanrl.recipe import estimators_from
 from atmanrl.report import print_run, write_page
-from atmanrl.saliency.estimators import make_estimator
-from atmanrl.training.failures import explained_without_training
+from atmanrl.saliency.estimators import Mask
 
 
 @explained_without_training("explanation", "files written before this one are whole")
@@ -46,7 +46,7 @@ def explain_command(
 
     Args:
         model: what explains its own answers.
-        overrides: ``mask.*`` keys, as on the command line of ``train``.
+        overrides: keys of the estimators' sections, ``mask.*``, ``sparse_mask.*``, as on ``train``'s command line.
         examples: JSONL file, see `read_examples`.
         prompt, completion, answer: one example, see `Example`; the model writes a completion that is not given.
         html, json, csv: files to write.
@@ -60,13 +60,10 @@ def explain_command(
     Raises:
         ValueError: for examples or options that cannot be used, before anything is computed.
     """
-    mask = mask_config(overrides)
-    named = [make_estimator(name, mask=mask, record_every=record_every) for name in estimators]
+    named = estimators_from(estimators, overrides, record_every=record_every)
     names = [each.name for each in named]
     if len(set(names)) < len(names):
         raise ValueError(f"an estimator is named twice: {', '.join(estimators)}")
-    if overrides and "mask" not in names:
-        raise ValueError(f"--mask.* belongs to --estimator mask, not {', '.join(estimators)}")
     if record_every is not None and names[0] not in ("mask", "sparse-mask"):
         raise ValueError(f"--record-every belongs to a mask as the first estimator, not to {estimators[0]!r}")
     for path in (html, json, csv):
@@ -81,10 +78,9 @@ def explain_command(
         label=Path(model.name).name,
         generation=generation_of(max_new_tokens, temperature),
         temperature=temperature,
-        mask=mask,
-        estimator=estimators[0],
+        estimator=named[0],
         seed=seed,
-        settings={"model": model.name} | ({"mask": asdict(mask)} if "mask" in names else {}),
+        settings={"model": model.name} | {"mask": asdict(each.config) for each in named if isinstance(each, Mask)},
         record_every=record_every,
         progress=sys.stderr.isatty(),
     )
@@ -96,15 +92,6 @@ def explain_command(
     print_run(run, console)
     _write(run, console, html=html, json=json, csv=csv)
     return 0
-
-
-def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
-    """A `MaskConfig` from ``mask.*`` overrides.
-
-    Raises:
-        RecipeError: for any other key, or a value the mask does not take.
-    """
-    return build_section(MaskConfig, "mask", overrides)
 
 
 def generation_of(max_new_tokens: int | None, temperature: float) -> GenerationSettings | None:
