@@ -33,7 +33,7 @@ from atmanrl.evaluation.evaluate import evaluate
 from atmanrl.evaluation.faithfulness import score_curves
 from atmanrl.evaluation.intervals import bootstrap_ratios, estimates
 from atmanrl.generation import GenerationSettings
-from atmanrl.saliency.estimators import (
+from atmanrl.saliency import (
     Estimator,
     FutureInfluence,
     Integrated,

@@ -14,7 +14,7 @@ from atmanrl.config import MaskConfig
 from atmanrl.evaluation.recording import Completion, record, score_name
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings, generate
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency import make_estimator
 from atmanrl.tasks import Task
 
 

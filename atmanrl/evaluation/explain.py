@@ -17,7 +17,7 @@ from atmanrl.config import MaskConfig
 from atmanrl.evaluation.recording import Completion, record, score_name
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings, context_length, generate
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency import make_estimator
 from atmanrl.tasks.files import Row, json_rows
 
 _KEYS = ("prompt", "completion", "answer", "expected", "id")

@@ -18,7 +18,7 @@ from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig, build_section
 from atmanrl.report import print_run, write_page
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency import make_estimator
 from atmanrl.training.failures import explained_without_training
 
 

@@ -16,7 +16,7 @@ from atmanrl.chat import end_of_turn_ids
 from atmanrl.completions import CompletionSplit, split_completion
 from atmanrl.evaluation.records import RESTORED, MaskLoss, RolloutRecord, TokenSpan, Trajectory
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.estimators import Estimator, TokenScores, estimate_saliency
+from atmanrl.saliency import Estimator, TokenScores, estimate_saliency
 
 # A character takes at most four bytes, and so at most four tokens.
 _LONGEST_CHARACTER = 4
@@ -185,9 +185,9 @@ def _other_parser(item: Completion, split: CompletionSplit) -> dict[str, float]:
 
 
 def _trajectory(saliency: TokenScores | None) -> Trajectory | None:
-    if saliency is None or saliency.course is None:
+    if saliency is None or saliency.trajectory is None:
         return None
-    course = saliency.course
+    course = saliency.trajectory
     return Trajectory(
         steps=tuple(course.steps.tolist()),
         loss=decimals(course.losses),

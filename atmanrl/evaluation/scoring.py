@@ -22,7 +22,7 @@ from atmanrl.evaluation.recording import decimals
 from atmanrl.evaluation.records import DELETION, DELETIONS, RolloutRecord, Run
 from atmanrl.evaluation.summary import AGREEMENT
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.estimators import Estimator, estimate_saliency
+from atmanrl.saliency import Estimator, estimate_saliency
 
 # What stands in for a chain of thought, repeated to its length.
 FILLER = " ."

@@ -11,7 +11,7 @@ import torch
 from trl import GRPOConfig
 
 from atmanrl.config import CreditConfig, MaskConfig
-from atmanrl.saliency.estimators import Estimator, make_estimator
+from atmanrl.saliency import Estimator, make_estimator
 from atmanrl.training.batches import BatchArithmetic
 from atmanrl.training.rewards import Direction, Reduction
 

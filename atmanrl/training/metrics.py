@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from atmanrl.saliency.estimators import TokenScores
+from atmanrl.saliency import TokenScores
 
 Values = Mapping[str, Sequence[float]]
 

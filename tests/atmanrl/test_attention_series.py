@@ -13,7 +13,7 @@ from atman_kernels.hf import observing
 from atmanrl.config import SeriesConfig
 from atmanrl.rhythm import series as attention_series_module
 from atmanrl.rhythm.series import SeriesCollector, attention_series
-from atmanrl.saliency.heads import layers_of, sampled_layers, select_heads
+from atmanrl.saliency.attention import layers_of, sampled_layers, select_heads
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 CONFIG = SeriesConfig(window=4, horizon=(2, 12))

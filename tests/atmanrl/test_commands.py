@@ -13,7 +13,7 @@ from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig
 from atmanrl.report.numbers import number
 from atmanrl.report.scale import fixed_scale
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency import make_estimator
 from atmanrl.tasks.ledger import CHECKPOINT
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"

@@ -13,22 +13,23 @@ from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, optimize
 from atmanrl.config import SeriesConfig
 from atmanrl.evaluation.interventions import Variant, outcomes
 from atmanrl.rhythm.series import attention_series
-from atmanrl.saliency import NonFiniteLossError, budget
-from atmanrl.saliency.estimators import (
+from atmanrl.saliency import (
     FutureInfluence,
     Gradient,
     Integrated,
     Mask,
+    NonFiniteLossError,
     Random,
     ReceivedAttention,
     SparseMask,
     Suppression,
+    budget,
     make_estimator,
     substitution_effects,
 )
-from atmanrl.saliency.estimators.suffixes import Suffix, suffix_losses
-from atmanrl.saliency.estimators.suppression import similar_tokens
 from atmanrl.saliency.packing import PackedRollouts
+from atmanrl.saliency.suffixes import Suffix, suffix_losses
+from atmanrl.saliency.suppression import similar_tokens
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 # transformers' norms round to float32, whatever the model's dtype.

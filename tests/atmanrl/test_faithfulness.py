@@ -15,7 +15,7 @@ from atmanrl.evaluation.faithfulness import (
     substitution,
 )
 from atmanrl.evaluation.interventions import Variant, answer_log_probabilities, outcomes
-from atmanrl.saliency.estimators import suffixes
+from atmanrl.saliency import suffixes
 from atmanrl.tasks.ledger import CHECKPOINT
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
