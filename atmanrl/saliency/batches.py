@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.cost import DecoderShape, free_bytes, peak_bytes, saved_bytes
-from atmanrl.saliency.decoder import MakeLikelihood, fastest_likelihood, why_unsupported
+from atmanrl.saliency.decoder import MakeLikelihood, fastest_likelihood
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood, frozen
 from atmanrl.saliency.packing import PackedRollouts, Segment, pack
 from atmanrl.saliency.scores import Trajectory, check_finite
@@ -135,7 +135,8 @@ def in_batches(
     if make is None:
         make = ModelLikelihood if forward_only else fastest_likelihood(model)
     if token_budget is None and segments:
-        fast = why_unsupported(model) is None and (forward_only or make is not ModelLikelihood)
+        # A forward keeps less than any backward needs, so that the prediction from shapes is enough for it.
+        fast = DecoderShape.known(model) if forward_only else make is not ModelLikelihood
         with frozen(model):
             token_budget = rows_that_fit(model, segments, fast=fast)
     budget = 1 if token_budget is None else token_budget
@@ -237,7 +238,7 @@ def affordable_rows(model: PreTrainedModel, segments: Sequence[Segment], *, fast
     """Rows whose predicted peak fits the free memory of the model's device; None where that is unknown.
 
     Args:
-        fast: whether they take the fast path, whose peak follows from shapes.
+        fast: predict the fast path's peak, which follows from shapes; else the general path's, which is measured.
     """
     on_cpu, free = model.device.type == "cpu", free_bytes(model.device)
     if free is None:

@@ -37,8 +37,8 @@ class DecoderShape(NamedTuple):
             ValueError: if its layers have no gated MLP.
         """
         config = model.config.get_text_config(decoder=True)
-        names = {name.rpartition("layers.0.")[2] for name, _ in model.named_modules() if "layers.0." in name}
-        if "mlp.gate_proj" not in names:
+        names = _names_in_a_layer(model)
+        if not cls.known(model):
             raise ValueError(f"{type(model).__name__} has no gated MLP, whose operations and bytes are counted here")
         heads_q = config.num_attention_heads
         return cls(
@@ -52,6 +52,11 @@ class DecoderShape(NamedTuple):
             head_norms="self_attn.q_norm" in names,
         )
 
+    @staticmethod
+    def known(model: PreTrainedModel) -> bool:
+        """Whether the model's layers have a gated MLP."""
+        return "mlp.gate_proj" in _names_in_a_layer(model)
+
     @property
     def width_q(self) -> int:
         """Columns of q."""
@@ -61,6 +66,10 @@ class DecoderShape(NamedTuple):
     def width_kv(self) -> int:
         """Columns of k, and of v."""
         return self.heads_kv * self.head_dim
+
+
+def _names_in_a_layer(model: PreTrainedModel) -> set[str]:
+    return {name.rpartition("layers.0.")[2] for name, _ in model.named_modules() if "layers.0." in name}
 
 
 def necessary_flops(shape: DecoderShape, batch: PackedRollouts, windows: list[int | None]) -> int:

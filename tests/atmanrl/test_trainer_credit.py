@@ -11,7 +11,7 @@ import torch
 from atmanrl.config import CreditConfig, SeriesConfig
 from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig
-from atmanrl.rhythm import assignment as credit_assignment
+from atmanrl.rhythm import credit as credit_assignment
 from atmanrl.tasks import Task
 from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 from tests.atmanrl.ledger_training import FEW_STEPS, Losses, longer_ledger, settings, train
