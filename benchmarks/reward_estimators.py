@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from atmanrl.evaluation.faithfulness import with_faithfulness, with_scores
 from atmanrl.evaluation.records import DELETION, RESTORED, Run
-from atmanrl.evaluation.scoring import with_faithfulness, with_scores
 from atmanrl.evaluation.summary import summarize
 from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig

@@ -24,8 +24,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atmanrl.answers import GSM8K_ANSWER
-from atmanrl.completions import CompletionSplit
+from atmanrl.answers import GSM8K_ANSWER, CompletionSplit
 from atmanrl.config import MaskConfig
 from atmanrl.models import attention_of
 from atmanrl.recipe import LoraSettings, ModelConfig

@@ -18,17 +18,20 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.config import SeriesConfig
-from atmanrl.evaluation.agreement import auroc, ranks
-from atmanrl.evaluation.explain import Example, completed
+from atmanrl.evaluation.evaluate import say_skipped
+from atmanrl.evaluation.examples import Example
+from atmanrl.evaluation.explain import check_outputs, completed, split_template_kwargs
 from atmanrl.evaluation.recording import token_texts
+from atmanrl.evaluation.summary import auroc
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig, build_section
-from atmanrl.report.figure_style import FIGURE_STYLE
+from atmanrl.report.plots import FIGURE_STYLE
 from atmanrl.rhythm import credit
 from atmanrl.rhythm.series import RolloutSeries, attention_series
 from atmanrl.tasks.ledger.generator import classify_tokens
@@ -68,14 +71,22 @@ def statistics_command(
     Raises:
         ValueError: for examples or options that cannot be used, before anything is computed.
     """
+    template_kwargs, overrides = split_template_kwargs(overrides)
     config = series_config(overrides)
-    for path in (plot, json):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no directory {path.parent}")
+    check_outputs(plot=plot, json=json)
     policy, tokenizer = load_policy(model)
-    prompts, responses, generated = completed(
-        policy, tokenizer, examples, generation=generation, temperature=temperature, seed=seed
+    done = completed(
+        policy,
+        tokenizer,
+        examples,
+        generation=generation,
+        temperature=temperature,
+        chat_template_kwargs=template_kwargs,
+        seed=seed,
     )
+    usable = [i for i, fault in enumerate(done.faults) if fault is None]
+    prompts, responses = [done.prompts[i] for i in usable], [done.completions[i] for i in usable]
+    generated = done.generation
     series = attention_series(policy, prompts, responses, config, entropy=True)
     texts = [token_texts(tokenizer, response) for response in responses]
     coupled = couplings(series)
@@ -103,7 +114,7 @@ def statistics_command(
         }
         json.write_text(json_format.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
         console.print(f"written: {json}", markup=False)
-    return 0
+    return say_skipped(done.faults)
 
 
 def series_config(overrides: Sequence[tuple[str, str]]) -> SeriesConfig:
@@ -370,7 +381,7 @@ def needed_rank(series: Sequence[RolloutSeries], needed: Sequence[Sequence[bool]
         if not truth.any() or truth.all():
             continue
         fai = one.fai[: len(truth)].cpu().double().numpy()
-        percentiles.append(float(((ranks(fai)[truth] - 1) / (len(truth) - 1)).mean()))
+        percentiles.append(float(((rankdata(fai)[truth] - 1) / (len(truth) - 1)).mean()))
         areas.append(auroc(fai, truth))
     if not areas:
         return NeededRank(float("nan"), float("nan"), 0)

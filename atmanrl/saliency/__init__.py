@@ -1,5 +1,6 @@
 """Which tokens of a chain of thought the answer rests on: estimators of token saliency behind one front door."""
 
+from atmanrl.models import working_copy
 from atmanrl.saliency.attention import FutureInfluence, ReceivedAttention
 from atmanrl.saliency.decoder import why_unsupported
 from atmanrl.saliency.estimate import BEST, ESTIMATORS, Random, estimate_saliency, make_estimator, optimize_masks
@@ -8,7 +9,6 @@ from atmanrl.saliency.leave_one_out import Suppression, substitution_effects
 from atmanrl.saliency.mask import Mask
 from atmanrl.saliency.scores import Estimator, NonFiniteLossError, Passes, TokenScores, Trajectory
 from atmanrl.saliency.sparse_mask import SparseMask
-from atmanrl.saliency.working_copy import working_copy
 
 __all__ = [
     "BEST",

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from atmanrl.models import working_copy
+from atmanrl.progress import progress_bar
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.cost import DecoderShape, free_bytes, peak_bytes, saved_bytes
 from atmanrl.saliency.decoder import MakeLikelihood, fastest_likelihood
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood, frozen
 from atmanrl.saliency.packing import PackedRollouts, Segment, pack
 from atmanrl.saliency.scores import Trajectory, check_finite
-from atmanrl.saliency.working_copy import working_copy
 
 _Result = TypeVar("_Result")
 
@@ -267,19 +264,6 @@ def kept_bytes_of(model: PreTrainedModel, segment: Segment) -> int:
 def bias_dtype(model: PreTrainedModel) -> torch.dtype:
     """float32, or float64 for a float64 model."""
     return torch.float64 if model.dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def progress_bar(what: str, total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
-    """Inside the block, the function given sets how much of ``total`` is done; None shows it on a terminal only."""
-    shown = sys.stderr.isatty() if shown is None else shown
-    if not shown:
-        yield lambda completed: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda completed: bar.update(task, completed=completed)
 
 
 def _unless_memory_runs_out(run: Callable[[], Sequence[_Result]], *, last: bool) -> Sequence[_Result] | None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.evaluation.comparison import write_comparison
+from atmanrl.evaluation.compare import write_comparison
 from atmanrl.evaluation.evaluate import evaluate
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings
-from atmanrl.models import computing_dtype, load_policy
-from atmanrl.plain_copy import plain
+from atmanrl.models import computing_dtype, load_policy, plain
 from atmanrl.recipe import Recipe
 from atmanrl.tasks import Task
 from atmanrl.training.trainer import AtManGRPOConfig

@@ -8,8 +8,7 @@ import os
 import torch
 from transformers import AutoConfig
 
-from atmanrl.models import source_of
-from atmanrl.plain_copy import unfilled
+from atmanrl.models import source_of, unfilled
 from atmanrl.recipe import ModelConfig, Recipe
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.cost import DecoderShape

@@ -18,11 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from atmanrl.chat import encode_prompt
 from atmanrl.errors import InputError
 from atmanrl.generation import context_length
-from atmanrl.models import load_policy
-from atmanrl.plain_copy import plain
+from atmanrl.models import encode_prompt, load_policy, plain
 from atmanrl.recipe import EvaluationConfig, LoraSettings, Recipe, build, load_recipe
 from atmanrl.tasks import Task, load_task
 from atmanrl.training import checkpoints, run_directory

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
-from atmanrl.chat import end_of_turn_ids
-from atmanrl.completions import CompletionSplit, rollout_from_completion, split_completion
+from atmanrl.answers import CompletionSplit, rollout_from_completion, split_completion
 from atmanrl.evaluation.recording import Completion, record_one, score_name
 from atmanrl.evaluation.records import Run
-from atmanrl.plain_copy import is_whole
+from atmanrl.generation import recipe_alone
+from atmanrl.models import encode_prompt, end_of_turn_ids, is_whole
 from atmanrl.rhythm.credit import CreditAssignment, weighted_advantages
 from atmanrl.rollout import Rollout
 from atmanrl.saliency import NonFiniteLossError, TokenScores, estimate_saliency, working_copy
@@ -192,12 +192,21 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
     # The seams in TRL's trainer.
 
     def _generate(self, prompts: list[Any]) -> Any:
-        with self._clock("generation"):
+        # vLLM is told every setting, and has no generation config of its own to fill gaps from.
+        alone = recipe_alone(self.accelerator.unwrap_model(self.model), getattr(self, "generation_config", None))
+        with self._clock("generation"), alone:
             generated = super()._generate(prompts)
         if generated[2] is not None:
             raise ValueError(f"env_mask: {_FOREIGN_TOKENS}")
         self._batch.prompt_ids = generated[0]
         return generated
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if isinstance(self.processing_class, ProcessorMixin):
+            return super()._tokenize_prompts(prompts)
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        kwargs = {**template, **self.chat_template_kwargs}
+        return [encode_prompt(self.processing_class, prompt, kwargs) for prompt in prompts], None, {}
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]

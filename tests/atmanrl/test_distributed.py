@@ -16,10 +16,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from atmanrl.chat import encode_prompt
 from atmanrl.config import DataConfig, LedgerConfig
 from atmanrl.generation import GenerationSettings, generate
-from atmanrl.models import load_policy
+from atmanrl.models import encode_prompt, load_policy
 from atmanrl.recipe import RECIPES, ModelConfig
 from atmanrl.tasks import load_task
 from tests.atmanrl.launch import TWO, run_to_its_end

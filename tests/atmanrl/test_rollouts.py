@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER
-from atmanrl.completions import rollout_from_completion, split_completion
+from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER, rollout_from_completion, split_completion
 from atmanrl.rollout import Rollout
 from atmanrl.tasks.ledger.vocabulary import build_tokenizer
 from tests.atmanrl.tiny import END_OF_TEXT, EOT, byte_level_tokenizer

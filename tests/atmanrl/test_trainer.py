@@ -14,7 +14,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from atmanrl import MaskConfig, estimate_saliency, optimize_masks, saliency_reward
-from atmanrl.completions import split_completion
+from atmanrl.answers import split_completion
 from atmanrl.config import DataConfig, LedgerConfig
 from atmanrl.models import load_policy
 from atmanrl.recipe import ModelConfig
