@@ -305,6 +305,20 @@ def test_stated_passes_are_the_rows_that_the_model_runs(estimator):
     assert passes.total == passes.forward + passes.backward
 
 
+def test_the_unaltered_run_is_computed_once_however_many_batches_its_variants_take():
+    model, (rollout,) = tiny_model("gemma3"), random_rollouts([(9, 2, 3)])
+    rows = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    estimate_saliency(model, [rollout], "leave-one-out", token_budget=40)
+    assert len(rows) > 3
+    own = len(rollout.completion_ids) - 1
+    assert sum(rows) == pytest.approx(
+        len(rollout.prompt_ids) + make_estimator("leave-one-out").passes(rollout).forward * own
+    )
+
+
 def test_scores_in_nats_become_shares_of_the_probability_that_a_token_carries():
     model, rollouts = tiny_model(), random_rollouts(LENGTHS)
     for rollout, item in zip(rollouts, estimate_saliency(model, rollouts, "leave-one-out"), strict=True):
