@@ -146,9 +146,11 @@ def attention_series(
         assert isinstance(batch.likelihood, ModelLikelihood)
         with torch.no_grad(), observing(own):
             logits = batch.likelihood.logits()
-        collector.extend(own)
         lengths = [len(segment.targets) for segment in batch.packed.segments]
-        return [_entropies(rows) if entropy else None for rows in logits.split(lengths)]
+        entropies = [_entropies(rows) if entropy else None for rows in logits.split(lengths)]
+        # Last: a batch for which memory runs out is computed again.
+        collector.extend(own)
+        return entropies
 
     segments = [_behind_its_prompt(rollout, read=entropy) for rollout in rollouts]
     entropies = list(in_batches(model, segments, compute, token_budget=token_budget, forward_only=True))
