@@ -102,7 +102,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from atmanrl.evaluation.explain import examples_of, generation_of
-    from atmanrl.rhythm.statistics_command import statistics_command
+    from atmanrl.rhythm.report import statistics_command
 
     for option in ("html", "csv", "deletion", "record_every", "estimator"):
         if getattr(known, option):

@@ -437,7 +437,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 def estimator_sections() -> dict[str, Any]:
     """The settings of each estimator by the name of its section, "leave_one_out" for "leave-one-out"."""
-    from atmanrl.saliency.estimators import ESTIMATORS, make_estimator
+    from atmanrl.saliency import ESTIMATORS, make_estimator
 
     settings = {name.replace("-", "_"): _settings_of(make_estimator(name)) for name in ESTIMATORS}
     return {name: section for name, section in settings.items() if list(_keys(type(section), ""))}
@@ -449,7 +449,7 @@ def estimator_from(name: str, settings: Settings, *, record_every: int | None = 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
     """
-    from atmanrl.saliency.estimators import make_estimator
+    from atmanrl.saliency import make_estimator
 
     made: Any = make_estimator(name, record_every=record_every)
     section = section_of(name)
@@ -480,7 +480,7 @@ def estimators_from(names: Sequence[str], overrides: Overrides, *, record_every:
 
 def section_of(estimator: str) -> str:
     """The name of an estimator's section: "sparse_mask" for "sparse-mask", and for "best", which stands for it."""
-    from atmanrl.saliency.estimators import BEST
+    from atmanrl.saliency import BEST
 
     return (BEST if estimator == "best" else estimator).replace("-", "_")
 

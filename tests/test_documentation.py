@@ -159,7 +159,6 @@ DOCUMENTED = [
         "atman_kernels.hf",
         "atmanrl",
         "atmanrl.saliency",
-        "atmanrl.saliency.estimators",
         "atmanrl.report",
     ],
 )

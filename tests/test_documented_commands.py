@@ -17,7 +17,7 @@ import pytest
 from atmanrl.cli import _parser, main
 from atmanrl.evaluation.explain import mask_config
 from atmanrl.recipe import build, builtin_recipes, load_recipe, parse_overrides
-from atmanrl.rhythm.statistics_command import series_config
+from atmanrl.rhythm.report import series_config
 from atmanrl.tasks.ledger import CHECKPOINT
 from atmanrl.training.trainer import AtManGRPOConfig
 from tests.atmanrl.saliency_runs import rollout, run

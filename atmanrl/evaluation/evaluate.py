@@ -23,7 +23,7 @@ from atmanrl.evaluation.records import RolloutRecord, Run, check_writable
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.models import check_loads, encode_prompt, load_policy
 from atmanrl.recipe import Settings, estimator_from
-from atmanrl.saliency.estimators import Estimator, Mask, make_estimator
+from atmanrl.saliency import Estimator, Mask, make_estimator
 from atmanrl.tasks import Task, load_task
 
 

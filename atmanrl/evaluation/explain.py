@@ -26,7 +26,7 @@ from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.models import encode_completion, encode_prompt, load_policy
 from atmanrl.recipe import RecipeError, estimators_from
 from atmanrl.report import print_run, write_page
-from atmanrl.saliency.estimators import Estimator, Mask, make_estimator
+from atmanrl.saliency import Estimator, Mask, make_estimator
 
 __all__ = ["Completed", "Example", "completed", "explain", "explain_command", "read_examples"]
 

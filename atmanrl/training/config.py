@@ -25,7 +25,7 @@ from trl import GRPOConfig
 from atmanrl.config import CreditConfig, MaskConfig
 from atmanrl.errors import InputError
 from atmanrl.recipe import SECTIONS, Overrides, Settings, estimator_from, estimator_sections, read_settings
-from atmanrl.saliency.estimators import Estimator, make_estimator
+from atmanrl.saliency import Estimator, make_estimator
 from atmanrl.training.rewards import Direction, Reduction
 
 Target = Literal["predicted", "correct"]

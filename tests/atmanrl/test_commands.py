@@ -13,7 +13,7 @@ from atmanrl.evaluation.summary import spearman
 from atmanrl.models import load_policy
 from atmanrl.report.scale import fixed_scale
 from atmanrl.report.text import number
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency import make_estimator
 from atmanrl.tasks.ledger import CHECKPOINT
 from tests.atmanrl.tiny import PROBLEMS, byte_level_tokenizer, llama, write_gsm8k
 
