@@ -143,7 +143,7 @@ def explain(
         generation: how missing completions are drawn, one per prompt; None: at ``temperature``, to the context's end.
         temperature: of the sampling where ``generation`` is None; 0 is greedy.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS`, "best", or an estimator with settings of its own.
+        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
         record_every: keep each mask and its loss every so many steps (`RolloutRecord.trajectory`).

@@ -62,6 +62,7 @@ def explain_command(
     """
     named = estimators_from(estimators, overrides, record_every=record_every)
     names = [each.name for each in named]
+    masks = [each.config for each in named if isinstance(each, Mask)]
     if len(set(names)) < len(names):
         raise ValueError(f"an estimator is named twice: {', '.join(estimators)}")
     if record_every is not None and names[0] not in ("mask", "sparse-mask"):
@@ -80,7 +81,7 @@ def explain_command(
         temperature=temperature,
         estimator=named[0],
         seed=seed,
-        settings={"model": model.name} | {"mask": asdict(each.config) for each in named if isinstance(each, Mask)},
+        settings={"model": model.name} | ({"mask": asdict(masks[0])} if masks else {}),
         record_every=record_every,
         progress=sys.stderr.isatty(),
     )
