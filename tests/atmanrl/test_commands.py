@@ -186,7 +186,7 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         (["explain", "--model", "ledger", "--prompt", "a", "--mask.stps", "2"], "unknown key 'mask.stps'"),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--steps", "2"],
-            "--steps: unknown key 'steps'; did you mean 'mask.steps'",
+            "unknown key 'steps'; did you mean 'mask.steps'",
         ),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--html", "no/such/x.html"],
