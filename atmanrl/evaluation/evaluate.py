@@ -58,7 +58,7 @@ def evaluate(
         label: what a reader calls this run.
         generation: how completions are drawn; see `GenerationSettings` for the defaults.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS`, "best", or an estimator with its own settings.
+        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
         saliency: whether they are scored at all.
         chat_template_kwargs: see `encode_prompt`; those of the training, whose prompts are other ones without them.
         seed: of the sampling.
