@@ -215,6 +215,8 @@ def evaluate_command(
     _generation(recipe)
     names = list(checkpoints) or [recipe.model.name]
     named = list(zip(names, labels(names), strict=True))
+    for name in names:
+        check_name(name)
     task = load_task(recipe.data, leave_out=True)
     if not len(task.test) and task.left_out:
         raise ValueError(task.left_out[0])
@@ -240,6 +242,14 @@ def evaluate_command(
         write_comparison(folder, runs[0], after, title=title, console=console)
     console.print(f"written: {output}", markup=False)
     return say_skipped(faults_of(runs))
+
+
+def check_name(model: str) -> None:
+    """Refuse a model's name that no file can hold: a path that is not UTF-8 would end the run when it is saved."""
+    try:
+        model.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the model's name {model!r} is not valid UTF-8") from error
 
 
 def say_skipped(reasons: Iterable[str | None]) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.answers import AnswerFormat
 from atmanrl.config import MaskConfig
-from atmanrl.evaluation.evaluate import UNREADABLE, fault_of, faults_of, say_skipped
+from atmanrl.evaluation.evaluate import UNREADABLE, check_name, fault_of, faults_of, say_skipped
 from atmanrl.evaluation.examples import AnnouncedAnswer, Example, LiteralAnswer, is_unicode, read_examples
 from atmanrl.evaluation.faithfulness import with_deletion_effects, with_scores
 from atmanrl.evaluation.recording import Completion, check_support, record, score_name, unusable
@@ -288,6 +288,7 @@ def explain_command(
     if record_every is not None and names[0] not in ("mask", "sparse-mask"):
         raise ValueError(f"--record-every belongs to a mask as the first estimator, not to {estimators[0]!r}")
     check_outputs(html=html, json=json, csv=csv)
+    check_name(model.name)
     items = examples_of(examples, prompt, completion, answer)
     generation = generation_of(max_new_tokens, temperature)
     policy, tokenizer = load_policy(model)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console
 from rich.table import Table
 
@@ -56,6 +57,8 @@ def statistics_command(
     template_kwargs, overrides = split_template_kwargs(overrides)
     config = series_config(overrides)
     check_outputs(plot=plot, json=json)
+    if plot is not None and plot.suffix[1:] not in FigureCanvasBase.filetypes:
+        raise ValueError(f"--plot {plot}: unknown kind of picture; use .png, .svg or .pdf")
     policy, tokenizer = load_policy(model)
     done = completed(
         policy,
