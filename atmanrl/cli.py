@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from atmanrl.config import DTYPES, ModelConfig
 from atmanrl.errors import InputError, RunError
-from atmanrl.recipe import DTYPES, ModelConfig, builtin_recipes, parse_overrides
+from atmanrl.recipe import builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
 Any key of a recipe can be overridden: --learning_rate 1e-6, --mask.steps 100, --data.path train.jsonl. Keys are the

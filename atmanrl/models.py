@@ -34,7 +34,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from atmanrl.errors import InputError
 
 if TYPE_CHECKING:
-    from atmanrl.recipe import ModelConfig
+    from atmanrl.config import ModelConfig
 
 # A tokenizer names one of them as its EOS; a model may have learned to stop with another (Llama 3: <|eot_id|>, while
 # the base tokenizer says <|end_of_text|>).

@@ -41,8 +41,8 @@ DELETIONS = frozenset({DELETION, "leave-one-out"})
 
 
 CLASSES = ("needed", "filler", "other")
-"""Classes of tokens that summaries and pictures know, in reading order; a score should find the needed ones. A task may
-name others, which follow alphabetically."""
+"""Classes of tokens that have a meaning of their own in summaries and pictures, in reading order: a score should find
+the needed ones. A task may name others, which follow alphabetically."""
 NEEDED, FILLER, OTHER = CLASSES
 
 

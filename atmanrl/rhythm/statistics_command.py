@@ -11,21 +11,21 @@ from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console
 from rich.table import Table
 
-from atmanrl.config import SeriesConfig
+from atmanrl.config import ModelConfig, SeriesConfig
+from atmanrl.errors import explained_without_training
 from atmanrl.evaluation.evaluate import say_skipped
 from atmanrl.evaluation.examples import Example
 from atmanrl.evaluation.explain import check_outputs, completed, split_template_kwargs
 from atmanrl.evaluation.recording import token_texts
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig, build_section
+from atmanrl.recipe import read_settings
 from atmanrl.rhythm import credit
 from atmanrl.rhythm.report import Coupling, NeededRank, Perturbation, couplings, needed_rank, perturbation
 from atmanrl.rhythm.series import RolloutSeries, attention_series
 from atmanrl.rhythm.series_plot import plot_series
 from atmanrl.tasks.ledger.generator import classify_tokens
 from atmanrl.tasks.ledger.vocabulary import ANSWER, ASK, COT
-from atmanrl.training.failures import explained_without_training
 
 
 @explained_without_training("explanation", "files written before this one are whole")
@@ -108,7 +108,7 @@ def series_config(overrides: Sequence[tuple[str, str]]) -> SeriesConfig:
     Raises:
         RecipeError: for any other key, or a value out of its range.
     """
-    return build_section(SeriesConfig, "series", overrides)
+    return read_settings(overrides, {"series": SeriesConfig}).made["series"]  # type: ignore[no-any-return]
 
 
 def _needed(prompt: Sequence[str], tokens: Sequence[str]) -> list[bool]:

@@ -5,12 +5,12 @@ import pytest
 
 from atmanrl import Rollout, estimate_saliency
 from atmanrl.cli import main
+from atmanrl.config import ModelConfig
 from atmanrl.evaluation.compare import with_scores_of
 from atmanrl.evaluation.evaluate import labels
 from atmanrl.evaluation.records import RESTORED, Run
 from atmanrl.evaluation.summary import spearman
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig
 from atmanrl.report.scale import fixed_scale
 from atmanrl.report.text import number
 from atmanrl.saliency.estimators import make_estimator
@@ -29,7 +29,7 @@ def test_an_evaluation_prompts_as_the_training_does(tmp_path, monkeypatch):
         seen[options["label"]] = options["chat_template_kwargs"]
         raise ValueError("seen enough")
 
-    for module in ("evaluation.evaluate", "training.before_after"):
+    for module in ("evaluation.evaluate", "training.run"):
         monkeypatch.setattr(f"atmanrl.{module}.evaluate", evaluated)
     asked = ["--config", "ledger", "--chat_template_kwargs", "{enable_thinking: false}"]
     assert main(["evaluate", *asked, "--output", str(tmp_path / "evaluation")]) == 2
