@@ -77,9 +77,9 @@ def evaluate(
     scorer = make_estimator(estimator, mask=mask) if isinstance(estimator, str) else estimator
     read = [_prompt_of(model, tokenizer, task, row, generation, chat_template_kwargs) for row in rows]
     prompts = {i: ids for i, ids in enumerate(read) if not isinstance(ids, str)}
-    faults = {i: reason for i, reason in enumerate(read) if isinstance(reason, str)}
+    faults = {i: _placed(rows[i], i, reason) for i, reason in enumerate(read) if isinstance(reason, str)}
     if not prompts:
-        raise ValueError(f"none of {len(rows)} rows of task {task.name!r} can be used; prompt 0 {faults[0]}")
+        raise ValueError(f"none of {len(rows)} rows of task {task.name!r} can be used; {faults[0]}")
     if saliency:
         check_support(model, scorer, next(iter(prompts.values()))[-1])
     drawn = generate(model, tokenizer, list(prompts.values()), generation, seed=seed, progress=progress)
@@ -96,7 +96,7 @@ def evaluate(
         for i, samples in zip(prompts, drawn, strict=True)
         for sample, ids in enumerate(samples)
     ]
-    skipped = [unusable(f"{task.name}-{i}", f"prompt {i} {reason}") for i, reason in faults.items()]
+    skipped = [unusable(f"{task.name}-{i}", reason) for i, reason in faults.items()]
 
     def run_of(records: Sequence[RolloutRecord]) -> Run:
         return Run(
@@ -119,6 +119,11 @@ def evaluate(
     return run_of(records)
 
 
+def _placed(row: Mapping[str, Any], index: int, reason: str) -> str:
+    """Where the row stands, by file and line where it knows them, and what is wrong with it."""
+    return f"{row['place']}: the row {reason}" if "place" in row else f"prompt {index} {reason}"
+
+
 def _prompt_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -127,7 +132,7 @@ def _prompt_of(
     generation: GenerationSettings,
     template_kwargs: Mapping[str, Any] | None,
 ) -> list[int] | str:
-    """Token ids of a row's prompt, or why the row cannot be used, to stand behind "prompt 3"."""
+    """Token ids of a row's prompt, or why the row cannot be used, to stand behind "the row" or "prompt 3"."""
     missing = [name for name in ("prompt", "answer") if row.get(name) is None]
     if missing:
         return f"lacks the column {', '.join(missing)}; found {', '.join(row) or 'none'}"
@@ -203,9 +208,16 @@ def evaluate_command(
     _generation(recipe)
     names = list(checkpoints) or [recipe.model.name]
     named = list(zip(names, labels(names), strict=True))
+    for name in names:
+        check_name(name)
     task = load_task(recipe.data, leave_out=True)
-    for name in dict.fromkeys([*names, *([] if initial_model is None else [initial_model])]):
-        check_loads(_model_of(recipe, name))
+    if not len(task.test) and task.left_out:
+        raise ValueError(task.left_out[0])
+    vocabularies = {name: check_loads(_model_of(recipe, name)).get_vocab() for name in names}
+    if initial_model is not None:
+        wanted = check_loads(_model_of(recipe, initial_model)).get_vocab()
+        if other := next((name for name in names if vocabularies[name] != wanted), None):
+            raise ValueError(f"{other} and the initial model have different vocabularies: no chain can be read by both")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -223,6 +235,14 @@ def evaluate_command(
         write_comparison(folder, runs[0], after, title=title, console=console)
     console.print(f"written: {output}", markup=False)
     return say_skipped(faults_of(runs))
+
+
+def check_name(model: str) -> None:
+    """Refuse a model's name that no file can hold: a path that is not UTF-8 would end the run when it is saved."""
+    try:
+        model.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the model's name {model!r} is not valid UTF-8") from error
 
 
 def say_skipped(reasons: Iterable[str | None]) -> int:
@@ -281,8 +301,6 @@ def _evaluate(
     """One checkpoint's run, saved in ``file`` after each of its stages."""
     section = recipe.evaluation
     model, tokenizer = load_policy(_model_of(recipe, name))
-    if reader is not None and reader[1].get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{name} and the initial model have different vocabularies: no chain can be read by both")
     left_out = tuple(unusable(fault.partition(": ")[0], fault) for fault in task.left_out)
 
     def save(run: Run) -> Run:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atmanrl.answers import AnswerFormat
 from atmanrl.config import MaskConfig, ModelConfig
 from atmanrl.errors import explained_without_training
-from atmanrl.evaluation.evaluate import UNREADABLE, fault_of, faults_of, say_skipped
+from atmanrl.evaluation.evaluate import UNREADABLE, check_name, fault_of, faults_of, say_skipped
 from atmanrl.evaluation.examples import AnnouncedAnswer, Example, LiteralAnswer, is_unicode, read_examples
 from atmanrl.evaluation.faithfulness import with_deletion_effects, with_scores
 from atmanrl.evaluation.recording import Completion, check_support, record, score_name, unusable
@@ -286,9 +286,12 @@ def explain_command(
     masks = [each.config for each in named if isinstance(each, Mask)]
     if len(set(names)) < len(names):
         raise ValueError(f"an estimator is named twice: {', '.join(estimators)}")
+    if record_every is not None and record_every < 1:
+        raise ValueError(f"--record-every must be at least 1, got {record_every}")
     if record_every is not None and names[0] not in ("mask", "sparse-mask"):
         raise ValueError(f"--record-every belongs to a mask as the first estimator, not to {estimators[0]!r}")
     check_outputs(html=html, json=json, csv=csv)
+    check_name(model.name)
     items = examples_of(examples, prompt, completion, answer)
     generation = generation_of(max_new_tokens, temperature)
     policy, tokenizer = load_policy(model)

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
@@ -74,6 +75,8 @@ def statistics_command(
     template_kwargs, overrides = split_template_kwargs(overrides)
     config = series_config(overrides)
     check_outputs(plot=plot, json=json)
+    if plot is not None and plot.suffix[1:] not in FigureCanvasBase.filetypes:
+        raise ValueError(f"--plot {plot}: unknown kind of picture; use .png, .svg or .pdf")
     policy, tokenizer = load_policy(model)
     done = completed(
         policy,

@@ -206,6 +206,12 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "gradient", "mask", "--record-every", "2"],
             "--record-every belongs to a mask as the first estimator, not to 'gradient'",
         ),
+        (["explain", "--model", "ledger", "--prompt", "a", "--record-every", "0"], "--record-every must be at least 1"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--temperature", "nan"], "temperature must not be negative"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--answer", ""], "--answer is empty"),
+        (["explain", "--model", "ledger", "--prompt", "\udcff"], "--prompt is not valid UTF-8"),
+        (["explain", "--model", "ledger\udcff", "--prompt", "a"], "is not valid UTF-8"),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "best", "sparse-mask"],
             "an estimator is named twice: best, sparse-mask",
@@ -363,6 +369,7 @@ def test_evaluate_skips_bad_rows_goes_on_and_ends_with_status_1(tmp_path, capsys
     write_gsm8k(data / "train.jsonl", [*PROBLEMS, {"question": "no gold", "answer": "?"}])
     lines = [json.dumps(row) for row in PROBLEMS[:3]]
     bad = ["{", json.dumps({"question": "x"}), json.dumps({"question": "x", "answer": "1 #### two"})]
+    bad.append(json.dumps({"question": "x " * 600, "answer": "1 #### 1"}))
     (data / "test.jsonl").write_text("\n".join([*lines[:2], *bad, lines[2]]) + "\n", encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -371,8 +378,8 @@ def test_evaluate_skips_bad_rows_goes_on_and_ends_with_status_1(tmp_path, capsys
     )
     assert main(["evaluate", "--config", str(recipe), "--output", str(tmp_path / "out")]) == 1
     run = Run.load(tmp_path / "out" / "model.json")
-    assert [item.unusable for item in run.rollouts] == [False] * 3 + [True] * 3
+    assert [item.unusable for item in run.rollouts] == [False] * 3 + [True] * 4
     error = capsys.readouterr().err
-    for line in (3, 4, 5):
+    for line in (3, 4, 5, 6):
         assert f"skipped: {data / 'test.jsonl'}, line {line}: " in error
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["prompts"] == 3

@@ -97,6 +97,7 @@ def test_sampled_completions_end_with_the_context(examples: Path, tmp_path: Path
         (["--statistics", "--estimator", "best"], "--estimator is not for --statistics"),
         (["--statistics", "--record-every", "2"], "--record-every is not for --statistics"),
         (["--plot", "series.png"], "--plot needs --statistics"),
+        (["--statistics", "--plot", "series.txt"], "--plot series.txt: unknown kind of picture"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(
