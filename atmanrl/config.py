@@ -334,7 +334,7 @@ class EvaluationConfig:
             )
 
 
-# Only "paper" is a default; docs/scaling.md has each preset's agreement with it and what it saves. Those with fewer
+# Only "paper" is a default; docs/benchmarks.md has each preset's agreement with it and what it saves. Those with fewer
 # steps keep steps * lr, how far a token can move.
 MASK_PRESETS = {
     "paper": MaskConfig(),
