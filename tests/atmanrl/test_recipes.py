@@ -20,7 +20,7 @@ from atmanrl.recipe import (
     estimators_from,
     parse_overrides,
 )
-from atmanrl.saliency.estimators import ESTIMATORS, make_estimator
+from atmanrl.saliency import ESTIMATORS, make_estimator
 from atmanrl.training.config import AtManGRPOConfig, load_recipe, training_config
 
 
