@@ -244,7 +244,7 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _keys(nested, f"{prefix}{item.name}.")
 
 
-_NO_SETTINGS = ("record_every", "loss_unmasked")
+_NO_SETTINGS = ("record_every",)
 """Fields of estimators that the commands fill by options of their own."""
 
 
