@@ -383,3 +383,12 @@ def test_evaluate_skips_bad_rows_goes_on_and_ends_with_status_1(tmp_path, capsys
     for line in (3, 4, 5, 6):
         assert f"skipped: {data / 'test.jsonl'}, line {line}: " in error
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["prompts"] == 3
+
+
+def test_a_file_that_cannot_be_written_takes_no_other_with_it(tmp_path, capsys):
+    full, file = tmp_path / "full", tmp_path / "out.csv"
+    full.symlink_to("/dev/full")
+    asked = ["explain", "--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION, "--estimator", "gradient"]
+    assert main([*asked, "--json", str(full), "--csv", str(file)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert file.read_text().count("\n") == 8

@@ -196,7 +196,7 @@ def test_want_of_memory_without_training_is_said_as_well(
     command: str,
     fail: Callable[[], None],
 ) -> None:
-    monkeypatch.setattr("atmanrl.evaluation.evaluate.estimate_saliency", lambda *arguments, **options: fail())
+    monkeypatch.setattr("atmanrl.evaluation.recording.estimate_saliency", lambda *arguments, **options: fail())
     given = {
         "evaluate": ["--config", "ledger", "--evaluation.prompts", "2", "--output", str(tmp_path)],
         "explain": ["--model", "ledger", "--prompt", "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"],
