@@ -19,8 +19,8 @@ from atmanrl.evaluation.records import Run
 from atmanrl.evaluation.scoring import with_deletion_effects, with_faithfulness
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
-from atmanrl.recipe import Settings, estimator_from
 from atmanrl.saliency.estimators import Estimator
+from atmanrl.settings import Settings, estimator_from
 from atmanrl.tasks import Task, load_task
 from atmanrl.training.config import load_recipe
 

@@ -17,9 +17,9 @@ from atmanrl.evaluation.records import Run
 from atmanrl.evaluation.scoring import with_deletion_effects, with_scores
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
-from atmanrl.recipe import estimators_from
 from atmanrl.report import print_run, write_page
 from atmanrl.saliency.estimators import Mask
+from atmanrl.settings import estimators_from
 
 
 @explained_without_training("explanation", "files written before this one are whole")

@@ -16,11 +16,11 @@ from atmanrl.evaluation.explain import Example, completed
 from atmanrl.evaluation.recording import token_texts
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
-from atmanrl.recipe import read_settings
 from atmanrl.rhythm import credit
 from atmanrl.rhythm.report import Coupling, NeededRank, Perturbation, couplings, needed_rank, perturbation
 from atmanrl.rhythm.series import RolloutSeries, attention_series
 from atmanrl.rhythm.series_plot import plot_series
+from atmanrl.settings import read_settings
 from atmanrl.tasks.ledger.generator import classify_tokens
 from atmanrl.tasks.ledger.vocabulary import ANSWER, ASK, COT
 

@@ -11,16 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atmanrl.config import MASK_PRESETS, DataConfig, EvaluationConfig, MaskConfig, ModelConfig
-from atmanrl.recipe import (
-    SECTIONS,
-    RecipeError,
-    _known,
-    builtin_recipes,
-    estimator_sections,
-    estimators_from,
-    parse_overrides,
-)
+from atmanrl.recipe import RecipeError, builtin_recipes, parse_overrides
 from atmanrl.saliency.estimators import ESTIMATORS, make_estimator
+from atmanrl.settings import SECTIONS, _known, estimator_sections, estimators_from
 from atmanrl.training.config import AtManGRPOConfig, load_recipe, training_config
 
 
