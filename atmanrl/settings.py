@@ -162,7 +162,7 @@ def _complete(
         parser.add_class_arguments(top, None, instantiate=False)
     try:
         parsed = parser.parse_object(dict(values))
-        everything = yaml.safe_load(parser.dump(parsed, skip_none=False))
+        everything = yaml.safe_load(parser.dump(parsed, skip_unset=False))
     except Exception as error:
         raise _explained(error, given, known, source) from error
     settings = Settings(source, everything, {}, given.places)
