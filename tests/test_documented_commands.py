@@ -15,8 +15,9 @@ from typing import NamedTuple
 import pytest
 
 from atmanrl.cli import _hyphenated, _parser, main
-from atmanrl.recipe import builtin_recipes, estimators_from, parse_overrides
+from atmanrl.recipe import builtin_recipes, parse_overrides
 from atmanrl.rhythm.report import series_config
+from atmanrl.settings import estimators_from
 from atmanrl.tasks.ledger import CHECKPOINT
 from atmanrl.training.config import load_recipe, training_config
 from tests.atmanrl.saliency_runs import rollout, run

@@ -22,8 +22,8 @@ from atmanrl.evaluation.recording import Completion, check_support, record, scor
 from atmanrl.evaluation.records import RolloutRecord, Run, check_writable
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.models import check_loads, encode_prompt, load_policy
-from atmanrl.recipe import Settings, estimator_from
 from atmanrl.saliency import Estimator, Mask, make_estimator
+from atmanrl.settings import Settings, estimator_from
 from atmanrl.tasks import Task, load_task
 
 

@@ -24,9 +24,10 @@ from atmanrl.evaluation.recording import Completion, check_support, record, scor
 from atmanrl.evaluation.records import RolloutRecord, Run, check_writable, write_text_atomically
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.models import encode_completion, encode_prompt, load_policy
-from atmanrl.recipe import RecipeError, estimators_from
+from atmanrl.recipe import RecipeError
 from atmanrl.report import print_run, write_page
 from atmanrl.saliency import Estimator, Mask, make_estimator
+from atmanrl.settings import estimators_from
 
 __all__ = ["Completed", "Example", "completed", "explain", "explain_command", "read_examples"]
 

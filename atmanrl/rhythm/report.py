@@ -32,10 +32,10 @@ from atmanrl.evaluation.recording import token_texts
 from atmanrl.evaluation.summary import auroc
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.models import load_policy
-from atmanrl.recipe import read_settings
 from atmanrl.report.plots import FIGURE_STYLE
 from atmanrl.rhythm import credit
 from atmanrl.rhythm.series import RolloutSeries, attention_series
+from atmanrl.settings import read_settings
 from atmanrl.tasks.ledger.generator import classify_tokens
 from atmanrl.tasks.ledger.vocabulary import ANSWER, ASK, COT
 

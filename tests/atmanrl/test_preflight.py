@@ -14,19 +14,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainerControl, TrainerState, TrainingArguments
 
 from atmanrl.cli import main
 from atmanrl.config import DataConfig, EvaluationConfig, LedgerConfig, LoraSettings, ModelConfig
 from atmanrl.errors import InputError
+from atmanrl.evaluation.records import Run
 from atmanrl.models import load_policy
+from atmanrl.recipe import parse_overrides
 from atmanrl.tasks import load_task
 from atmanrl.tasks.ledger import CHECKPOINT
 from atmanrl.training import preflight
-from atmanrl.training.config import AtManGRPOConfig
+from atmanrl.training.callbacks import RolloutPages
+from atmanrl.training.config import AtManGRPOConfig, load_recipe
 from atmanrl.training.directory import INPUTS, RunDirectoryError, made
 from atmanrl.training.run import lora_config
 from tests.atmanrl.ledger_training import settings
+from tests.atmanrl.saliency_runs import rollout, run
 from tests.atmanrl.tiny import PROBLEMS, byte_level_tokenizer, llama, write_gsm8k
 
 QUICK = [
@@ -211,3 +215,36 @@ def test_a_checkpoint_that_cannot_be_saved_again_trains_no_step(
     # Saved, or refused before the first step.
     assert (status == 0) == (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert status == 0 or "step 1/2" not in printed
+
+
+def test_a_page_is_tried_with_the_first_batch_and_kept_where_it_is_due(tmp_path: Path) -> None:
+    taken: list[int] = []
+
+    def sampled() -> Run:
+        taken.append(len(taken))
+        return run(rollout())
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    pages = RolloutPages(sampled, every=3)
+    for step in range(1, 7):
+        pages.on_step_end(arguments, TrainerState(global_step=step, is_world_process_zero=True), TrainerControl())
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step-3.html", "step-6.html"]
+    assert len(taken) == 3
+
+
+def test_a_page_that_cannot_be_written_stops_a_run_at_its_first_step(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").write_text("", encoding="utf-8")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    state = TrainerState(global_step=1, is_world_process_zero=True)
+    with pytest.raises(OSError, match="rollouts"):
+        RolloutPages(lambda: run(rollout()), every=50).on_step_end(arguments, state, TrainerControl())
+
+
+def test_a_file_in_place_of_a_directory_is_found_before_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--config", "ledger", *QUICK, "--data.ledger.train_size", "4", "--output_dir", str(tmp_path)]
+    (tmp_path / "config.yaml").write_text(load_recipe("ledger", parse_overrides(command[3:])).to_yaml())
+    (tmp_path / "rollouts").write_text("", encoding="utf-8")
+    assert main([*command, "--resume"]) == 2
+    assert "rollouts is a file, and the run writes a directory of that name" in capsys.readouterr().err
