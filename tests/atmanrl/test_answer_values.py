@@ -104,14 +104,19 @@ INTEGERS = st.integers(-(10**12), 10**12)
 COUNTS = st.integers(0, 10**9)
 WRITTEN = st.sampled_from(["{}", "{:,}", "{}.0", "{}.00"])
 BEFORE = st.sampled_from(
-    ["", "$", "€", "US$", "USD ", "**", "$\\boxed{", "\\(", "x = ", "approximately ", "`", "\n\n", '"']
+    ["", "$", "€", "US$", "USD ", "**", "$\\boxed{", "\\(", "x = ", "approximately ", "`", "\n\n", '"', "total = $"]
 )
 UNITS = st.sampled_from(
-    ["", "%", " %", "\\%", "°", "°C", " dollars", " dollars per hour", "kg", " km/h", "€", " USD", " zebras", " cm^2"]
-    + [" apples for 3 people", "\\text{ cm}", " (nothing more)", "-sided", " of them", " each day", " m²", " 元"]
+    [
+        *("", "%", " %", "\\%", "°", "°C", " dollars", " dollars per hour", "kg", " km/h", "€", " USD", " zebras"),
+        *(" apples for 3 people", "\\text{ cm}", " (nothing more)", "-sided", " of them", " each day", " m²", " 元"),
+    ]
 )
 ENDS = st.sampled_from(
-    ["", ".", "**", "$.", "}$", ")", ".\n\nBye 7", ". I hope it is correct.", "<|eot_id|>", "</ans>", ", of course"]
+    [
+        *("", ".", "**", "$.", "}$", ")", ".\n\nBye 7", ". I hope it is correct.", "<|eot_id|>", "</ans>"),
+        *(", of course", ", since 9 * 2 = 18", " ✅"),
+    ]
 )
 
 
@@ -135,14 +140,21 @@ def test_digits_and_minus_signs_of_every_script_are_read(number, digits, minus):
 
 
 HEDGES = st.sampled_from(
-    ["{} or {}", "{} or maybe {}", "either {} or {}", "between {} and {}", "{} and {}", "{} to {}", "{}, {}", "{}; {}"]
-    + ["{}–{}", "{} - {}", "{}~{}", "{} & {}", "x={} or x={}", "({}, {})", "{{{}, {}}}", "{} (or {})", "{}. Or {}."]
-    + ["\\boxed{{{}}} or \\boxed{{{}}}", "\\boxed{{{} \\text{{ or }} {}}}", "{} dollars or {} euros", "{} vs. {}"]
-    + ["{} feet {} inches", "{} hours and {} minutes", "{}, possibly {}", "{}\nor {}", "{}. Wait, it is {}.", "{}/{}?"]
+    [
+        *("{} or {}", "{} or maybe {}", "either {} or {}", "between {} and {}", "{} and {}", "{} to {}", "{}, {}"),
+        *("{}–{}", "{} - {}", "{} & {}", "({}, {})", "{{{}, {}}}", "{} (or {})", "{}. Or {}.", "{} vs. {}", "{}/{}?"),
+        *("{}, possibly {}", "{}. Wait, it is {}.", "\\boxed{{{} \\text{{ or }} {}}}", "**{}** or **{}**"),
+    ]
+)
+NUMERIC_HEDGES = st.sampled_from(
+    [
+        *("{}; {}", "{}~{}", "x={} or x={}", "{} feet {} inches", "{} hours and {} minutes", "{} dollars or {} euros"),
+        *("\\boxed{{{}}} or \\boxed{{{}}}", "{}\nor {}", "\n1. {}\n2. {}"),
+    ]
 )
 
 
-@given(COUNTS, COUNTS, HEDGES, st.sampled_from(MODES))
+@given(COUNTS, COUNTS, HEDGES | NUMERIC_HEDGES, st.sampled_from(MODES))
 def test_of_two_values_none_is_the_answer(one, other, hedge, mode):
     assume(one != other)
     assert GSM8K_ANSWER.with_mode(mode).parse(f"9 * 2 = 18. The final answer is {hedge.format(one, other)}") is None
@@ -150,9 +162,8 @@ def test_of_two_values_none_is_the_answer(one, other, hedge, mode):
 
 @given(st.permutations("ABCD"), HEDGES, st.sampled_from(MODES))
 def test_of_two_letters_none_is_the_choice(letters, hedge, mode):
-    text = hedge.format(*letters[:2])
-    assume(not any(word in text for word in ("x=", "feet", "dollars", "hours", "boxed", "~", "\n")))
-    assert MMLU_ANSWER.with_mode(mode).parse(f"C is tempting. The best answer is {text}") is None
+    text = f"C is tempting. The best answer is {hedge.format(*letters[:2])}"
+    assert MMLU_ANSWER.with_mode(mode).parse(text) is None
 
 
 @given(COUNTS, COUNTS, st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=2))
@@ -163,37 +174,22 @@ def test_digits_glued_together_are_one_number_or_none(one, other, glue):
     text = f"The final answer is {one}{glue}{other}"
     for mode in MODES:
         found = GSM8K_ANSWER.with_mode(mode).parse(text)
-        assert found is None or found.value_span[1] == len(text) or "=" in glue
+        assert found is None or found.value_span[1] == len(text)
 
 
 SCALES = ["k", "K", " thousand", " million", " Million", " billion", "M", "bn", " hundred", " dozen", " lakh", " crore"]
 OTHERS = [
-    "²",
-    "⁻²",
-    "^2",
-    "**2",
-    "!",
-    "½x",
-    "x",
-    "π",
-    "i",
-    "\\pi",
-    "\\sqrt{3}",
-    " squared",
-    " thirds",
-    " and a half",
-    "…",
-    "...",
-    "‰",
+    *("²", "⁻²", "^2", "**2", "!", "½x", "x", "π", "i", "\\pi", "\\sqrt{3}", "…", "...", "‰", "+", " ± 1", "ish"),
+    *(" squared", " thirds", " and a half", " or more", " at most", " plus tax", "万", "e", " point 5", " factorial"),
 ]
 
 
 @given(st.integers(1, 999), st.sampled_from(SCALES + OTHERS), st.sampled_from(["", " dollars", "."]))
-def test_what_changes_a_number_is_understood_or_makes_it_unreadable(number, suffix, end):
+def test_a_suffix_that_changes_a_number_is_understood_or_makes_it_unreadable(number, suffix, end):
     found = GSM8K_ANSWER.parse(f"The final answer is {number}{suffix}{end}")
     if found is not None:
-        factors = {"k": 3, "t": 3, "h": 2, "m": 6, "b": 9}
-        power = factors[suffix.strip().lower()[0]] if suffix in SCALES else None
+        assert suffix in SCALES
+        power = {"k": 3, "t": 3, "h": 2, "m": 6, "b": 9}[suffix.strip().lower()[0]]
         assert GSM8K_ANSWER.canonical(found.value) == number * 10**power
 
 
@@ -206,26 +202,17 @@ def test_m_is_million_behind_a_currency_and_metres_elsewhere(written, value):
 
 
 @given(st.text(st.characters(categories=["L"]), min_size=2, max_size=12), st.sampled_from(MODES), st.booleans())
+@example("Paris", "flexible", False)
 def test_an_announced_answer_that_cannot_be_read_is_none_whatever_stands_before_it(word, mode, boxed):
-    assume(
-        GSM8K_ANSWER.parse(f"The final answer is {word}") is None and word.lower() not in ("correct", "right", "wrong")
-    )
-    announced = f"the answer is \\boxed{{{word}}}" if boxed else f"The final answer is {word}."
-    assert GSM8K_ANSWER.with_mode(mode).parse(
-        f"The final answer is 7. In 1999 there were 3. No: {announced}"
-    ) is None or (boxed and mode == "strict")
+    assume(GSM8K_ANSWER.canonical(word) is None and word.lower() not in ("correct", "right", "wrong"))
+    announced = f"\\boxed{{{word}}}" if boxed else word
+    text = f"The final answer is 7. In 1999 there were 3. No: the final answer is {announced}."
+    assert GSM8K_ANSWER.with_mode(mode).parse(text) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "The final answer is 18. I hope the final answer is correct.",
-        "The final answer is 18.\nThe final answer is",
-        "18",
-    ],
-)
-def test_an_announcement_of_nothing_takes_no_earlier_answer_back(text):
-    assert GSM8K_ANSWER.with_mode("flexible").parse(text).value == "18"
+@pytest.mark.parametrize("more", [" I hope the final answer is correct.", "\nThe final answer is", " The answer is:\n"])
+def test_an_announcement_of_nothing_takes_no_earlier_answer_back(more):
+    assert GSM8K_ANSWER.with_mode("flexible").parse(f"The final answer is 18.{more}").value == "18"
 
 
 @given(st.text(alphabet=r"\{}boxed frac$()0123456789.,/-+=^* anslwer<>#:AB" + "\n\u2212½²k'", max_size=80))
@@ -240,24 +227,17 @@ def test_any_text_is_parsed_without_error_and_spans_point_at_the_value(text):
 
 PIECES = [
     *("1,", "1", "12,", "1.", "1 ", "1/", "1'234", "１", "½", "1 + ", "x = ", "10^", "1e", "k", "-", "(", "5(", "or "),
+    *("\\boxed{", "{", "\\text{", "\\frac{1}{", "**", "####", "#### a\n", "<ans>", " ", "\n", "A ", "A, ", "the "),
     *(
-        "\\boxed{",
-        "{",
-        "\\text{",
-        "\\frac{1}{",
-        "**",
-        "####",
-        "#### a\n",
-        "<ans>",
-        " ",
-        "\n",
-        "A ",
-        "A, ",
-        "the ",
+        "final answer is ",
+        "answer to ",
+        "answer for x ",
+        "answer is 1",
+        "answer is A ",
+        "answer is 5 or ",
         "the  final",
     ),
-    *("final answer is ", "answer to ", "answer for x ", "answer is 1", "answer is A ", "answer is 5 or "),
-    *("final answer is correct ", "answer is \\boxed{5} and ", "18. "),
+    *("the  final", "final answer is correct ", "answer is \\boxed{5} and ", "18. "),
 ]
 
 
