@@ -291,3 +291,10 @@ def _tokens_until(position: int, ids: Sequence[int], tokenizer: PreTrainedTokeni
 def _complete(text: str) -> str:
     # A character whose bytes have not all been generated decodes to one or more replacement characters.
     return text.rstrip("\ufffd")
+
+
+def announcements(text: str) -> list[tuple[int, int]]:
+    """Spans of every phrase that announces an answer, whatever the format, by where they end; no Markdown headings."""
+    found = (match for pattern in _MARKERS.values() for match in pattern.finditer(text))
+    spans = {match.span() for match in found if match[0] != "####" or not _HEADING.match(text, match.end())}
+    return sorted(spans, key=lambda span: (span[1], -span[0]))

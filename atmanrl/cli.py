@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from atmanrl.config import DTYPES, ModelConfig
 from atmanrl.errors import InputError, RunError
-from atmanrl.recipe import DTYPES, ModelConfig, builtin_recipes, parse_overrides
+from atmanrl.recipe import builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
 Any key of a recipe can be overridden: --learning_rate 1e-6, --mask.steps 100, --data.path train.jsonl. Keys are the
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 resume=known.resume,
             )
         if known.command == "evaluate":
-            from atmanrl.evaluation.evaluate_command import evaluate_command
+            from atmanrl.evaluation.evaluate import evaluate_command
 
             return evaluate_command(
                 known.config,
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if known.command == "compare":
-            from atmanrl.evaluation.compare_command import compare_command
+            from atmanrl.evaluation.compare import compare_command
 
             return compare_command(known.before, known.after, output=known.output)
         if known.command == "bench":
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from atmanrl.evaluation.explain_command import explain_command
+    from atmanrl.evaluation.explain import explain_command
 
     if known.statistics:
         return _statistics(known, overrides)
@@ -100,7 +101,7 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 
 def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from atmanrl.evaluation.explain_command import examples_of, generation_of
+    from atmanrl.evaluation.explain import examples_of, generation_of
     from atmanrl.rhythm.statistics_command import statistics_command
 
     for option in ("html", "csv", "deletion", "record_every", "estimator"):

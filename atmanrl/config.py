@@ -11,6 +11,8 @@ AnswerLoss = Literal["value", "all"]
 Weights = Literal["model", "float8"]
 CreditStrategy = Literal["none", "local", "global", "coupled", "random", "entropy", "saliency"]
 CreditSign = Literal["both", "positive"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,83 @@ class DataConfig:
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be positive or None, got {limit}")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters trained in place of the weights, through PEFT (the ``peft`` extra).
+
+    Attributes:
+        rank: of the update B A; alpha: its scale is alpha / rank; dropout: in front of A, during the update only.
+        targets: names of the adapted layers, or "all-linear".
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy.
+
+    Attributes:
+        name: Hugging Face id, local directory, or "ledger" for the built-in task's own checkpoint.
+        revision: branch, tag or commit of a Hugging Face id.
+        dtype: of the parameters.
+        attn_implementation: attention of the policy's own passes (generation and update); "auto" is
+            flash_attention_2 where flash-attn is installed and computes in ``dtype``, else sdpa.
+        lora: train adapters instead of the weights.
+
+    Raises:
+        ValueError: for an unknown dtype.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    attn_implementation: str = "auto"
+    lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation before and after training.
+
+    Attributes:
+        prompts: held-out prompts, 0 for no evaluation.
+        samples: completions per prompt.
+        temperature: of the sampling; 0 decodes greedily.
+        seed: of the sampling, the same before and after.
+        batch_size: prompts generated together.
+        saliency: also optimise masks, and report the saliency per token class.
+        before: evaluate the untrained policy too, on the same prompts.
+    """
+
+    prompts: int = 0
+    samples: int = 1
+    temperature: float = 1.0
+    seed: int = 1234
+    batch_size: int = 64
+    saliency: bool = True
+    before: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prompts < 0 or self.samples < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"prompts must not be negative, samples and batch_size at least 1; "
+                f"got {self.prompts}, {self.samples} and {self.batch_size}"
+            )
+        if self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
+            raise ValueError(
+                f"temperature must not be negative, and is 0 for one sample alone; got {self.temperature} "
+                f"for {self.samples}"
+            )
 
 
 # Only "paper" is a default; docs/scaling.md has each preset's agreement with it and what it saves. Those with fewer

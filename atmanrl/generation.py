@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.models import end_of_turn_ids
+from atmanrl.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +35,12 @@ class GenerationSettings:
     Attributes:
         max_new_tokens: length limit; a completion that reaches it counts as truncated.
         temperature: of the sampling; 0 decodes greedily.
-        top_p: nucleus mass.
         samples: completions per prompt.
         batch_size: prompts per batch. The draws depend on it, as they do on the seed.
     """
 
     max_new_tokens: int = 1024
     temperature: float = 1.0
-    top_p: float = 1.0
     samples: int = 1
     batch_size: int = 64
 
@@ -50,10 +48,8 @@ class GenerationSettings:
         for name in ("max_new_tokens", "samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must not be negative, and finite, got {self.temperature}")
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"{self.samples} samples at temperature 0 would all be the same completion")
 
@@ -83,9 +79,7 @@ def generate(
     _check_context(model, prompts, settings)
     ends = end_of_turn_ids(tokenizer, model.generation_config.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    sampling = (
-        {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
-    )
+    sampling = {"temperature": settings.temperature, "top_p": 1.0, "top_k": 0} if settings.temperature else {}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
@@ -95,11 +89,10 @@ def generate(
         **sampling,
     )
     completions: list[list[list[int]]] = []
-    bar: dict[str, Any] = {"console": Console(stderr=True), "disable": not progress, "transient": True}
     draw: Any = model.generate
     with _evaluating(model), _seeded(model.device, seed), recipe_alone(model, config):
         starts = range(0, len(prompts), settings.batch_size)
-        for start in track(starts, "generating", **bar):
+        for start in track(starts, "generating", progress):
             batch = prompts[start : start + settings.batch_size]
             width = max(len(prompt) for prompt in batch)
             ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])

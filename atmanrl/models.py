@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -33,7 +34,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from atmanrl.errors import InputError
 
 if TYPE_CHECKING:
-    from atmanrl.recipe import ModelConfig
+    from atmanrl.config import ModelConfig
 
 # A tokenizer names one of them as its EOS; a model may have learned to stop with another (Llama 3: <|eot_id|>, while
 # the base tokenizer says <|end_of_text|>).
@@ -92,6 +93,20 @@ def load_policy(
     ends = end_of_turn_ids(tokenizer, ends) - {tokenizer.pad_token_id} | {tokenizer.eos_token_id}
     model.generation_config.eos_token_id = sorted(ends)
     return model, tokenizer
+
+
+def check_loads(config: ModelConfig) -> None:
+    """Read what tells that `load_policy` will succeed, the configuration and the tokenizer, and none of the weights.
+
+    Raises:
+        InputError: as `load_policy`.
+    """
+    source = source_of(config)
+    with _loading(config):
+        AutoConfig.from_pretrained(source, revision=config.revision)
+        AutoTokenizer.from_pretrained(source, revision=config.revision)
+        if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+            raise OSError("the directory has no weights in safetensors")
 
 
 def load_model(config: ModelConfig, *, autocast: bool = False, device: torch.device | str | None = None) -> Any:

@@ -1,136 +1,394 @@
-"""Recipes: one YAML file per run, every key checked against a dataclass; importing this module loads no torch.
+"""Reading settings from recipes and command lines; importing this module loads neither torch nor jsonargparse.
 
-A recipe has three sections of its own, ``model``, ``data`` and ``evaluation``; every other key is a field of
-`AtManGRPOConfig`, that is of TRL's ``GRPOConfig`` or Hugging Face's ``TrainingArguments`` as well.
-``base: NAME`` starts from another recipe, a built-in one or a file beside this one.
+jsonargparse knows the types, the nesting and the defaults of the dataclasses in `atmanrl.config`, of the estimators and
+of the trainer's configuration. What it has no place for stands here: a recipe's ``base``, the place (file and line, or
+option) of every key, and the nearest known keys of an unknown one.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 import yaml
 
-from atmanrl.config import MASK_PRESETS, DataConfig
+from atmanrl.config import MASK_PRESETS, DataConfig, EvaluationConfig, ModelConfig
 from atmanrl.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
-COMMAND_LINE = "command line"
-
-T = TypeVar("T")
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+SECTIONS: Mapping[str, type] = {"model": ModelConfig, "data": DataConfig, "evaluation": EvaluationConfig}
+Overrides = Sequence[tuple[str, str]]
 
 
 class RecipeError(InputError):
-    """A recipe or an override that cannot be used; the message names the key and the file."""
+    """A recipe or an override that cannot be used; the message names the key and its place."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with 1e-6 as a number, as YAML 1.2 has it."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    start: [*rules, ("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"))]
+    if start in "-+0123456789"
+    else rules
+    for start, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+@dataclass
+class _Given:
+    """Values that somebody wrote, nested, the place of each dotted key, and the text of those that options set."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def lay(self, other: _Given) -> None:
+        """Put ``other`` on top."""
+        self.values = _merged(self.values, other.values)
+        self.places |= other.places
+        # What lies on top may be no option.
+        self.texts = {key: text for key, text in self.texts.items() if key not in other.places} | other.texts
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """Low-rank adapters trained in place of the weights, through PEFT (the ``peft`` extra).
+class Settings:
+    """Checked settings: every field of every section with its value.
 
     Attributes:
-        rank: of the update B A; alpha: its scale is alpha / rank; dropout: in front of A, during the update only.
-        targets: names of the adapted layers, or "all-linear".
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] = "all-linear"
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The policy.
-
-    Attributes:
-        name: Hugging Face id, local directory, or "ledger" for the built-in task's own checkpoint.
-        revision: branch, tag or commit of a Hugging Face id.
-        dtype: of the parameters.
-        attn_implementation: attention of the policy's own passes (generation and update); "auto" is
-            flash_attention_2 where flash-attn is installed and computes in ``dtype``, else sdpa.
-        lora: train adapters instead of the weights.
-
-    Raises:
-        ValueError: for an unknown dtype.
-    """
-
-    name: str
-    revision: str | None = None
-    dtype: Dtype = "float32"
-    attn_implementation: str = "auto"
-    lora: LoraSettings | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Held-out evaluation before and after training.
-
-    Attributes:
-        prompts: held-out prompts, 0 for no evaluation.
-        samples: completions per prompt.
-        temperature: of the sampling; 0 decodes greedily.
-        seed: of the sampling, the same before and after.
-        batch_size: prompts generated together.
-        saliency: also optimise masks, and report the saliency per token class.
-        before: evaluate the untrained policy too, on the same prompts.
-    """
-
-    prompts: int = 0
-    samples: int = 1
-    temperature: float = 1.0
-    seed: int = 1234
-    batch_size: int = 64
-    saliency: bool = True
-    before: bool = True
-
-    def __post_init__(self) -> None:
-        if self.prompts < 0 or self.samples < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"prompts must not be negative, samples and batch_size at least 1; "
-                f"got {self.prompts}, {self.samples} and {self.batch_size}"
-            )
-        if self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
-            raise ValueError(
-                f"temperature must not be negative, and is 0 for one sample alone; got {self.temperature} "
-                f"for {self.samples}"
-            )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A checked recipe.
-
-    Attributes:
-        source: the file it came from.
-        model, data, evaluation: its sections.
-        training: the remaining keys, to be checked by `build` against the trainer's configuration.
-        typed: the dotted keys that the command line set.
+        source: the file, or "command line".
+        values: plain values by key, nested, defaults included.
+        made: the sections' dataclasses by name.
+        places: where each given key stands.
     """
 
     source: str
-    model: ModelConfig
-    data: DataConfig
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    typed: frozenset[str] = frozenset()
+    values: Mapping[str, Any]
+    made: Mapping[str, Any]
+    places: Mapping[str, str]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The section of that name."""
+        return self.made["model"]  # type: ignore[no-any-return]
+
+    @property
+    def data(self) -> DataConfig:
+        """The section of that name."""
+        return self.made["data"]  # type: ignore[no-any-return]
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """The section of that name."""
+        return self.made["evaluation"]  # type: ignore[no-any-return]
+
+    def make(self, cls: type, prefix: str = "", **changed: Any) -> Any:
+        """An instance of ``cls`` from its fields among the values, nested dataclasses included.
+
+        Raises:
+            RecipeError: for whatever the dataclass refuses, with the key's place.
+        """
+        inside: Any = self.values
+        for name in prefix.split(".")[:-1]:
+            inside = inside[name]
+        given = {item.name: inside[item.name] for item in fields(cls) if item.init and item.name in inside}
+        hints = typing.get_type_hints(cls)
+        for name, value in given.items():
+            nested = _dataclass_in(hints[name])
+            if nested is not None and value is not None:
+                given[name] = self.make(nested, f"{prefix}{name}.")
+            elif isinstance(value, list) and any(typing.get_origin(hint) is tuple for hint in _choices(hints[name])):
+                given[name] = tuple(value)
+        try:
+            return cls(**{**given, **changed})
+        except InputError:
+            raise
+        except ValueError as error:
+            raise RecipeError(f"{self._place(prefix, given, str(error))}: {prefix}{error}") from error
+
+    def _place(self, prefix: str, given: Mapping[str, Any], message: str) -> str:
+        """Of the key that a message begins with; else the source, with the options that set keys beside it."""
+        key = f"{prefix}{message.split(' ')[0]}"
+        if key in self.places:
+            return self.places[key]
+        typed = [self.places[f"{prefix}{name}"] for name in given if f"{prefix}{name}" in self.places]
+        options = [place for place in typed if place.startswith("--")]
+        return " with ".join([self.source, ", ".join(options)]) if options else self.source
+
+    def with_value(self, key: str, value: Any) -> Settings:
+        """The same settings with another value of a top-level key."""
+        return replace(self, values={**self.values, key: value})
 
     def to_yaml(self) -> str:
-        """The recipe with every override applied, itself a recipe."""
-        sections = {name: asdict(getattr(self, name)) for name in ("model", "data", "evaluation")}
-        return yaml.safe_dump({**sections, **_plain(self.training)}, sort_keys=False, allow_unicode=True)
+        """Every setting, itself a recipe; secrets are left out."""
+        open_values = {key: None if key.endswith("_token") else value for key, value in self.values.items()}
+        return yaml.safe_dump(open_values, sort_keys=False, allow_unicode=True)
+
+
+def read_settings(
+    overrides: Overrides,
+    sections: Mapping[str, object],
+    *,
+    recipe: str | None = None,
+    under: Path | None = None,
+    top: type | None = None,
+) -> Settings:
+    """Settings from a recipe and overrides.
+
+    Args:
+        overrides: (dotted key, YAML value), as `parse_overrides` reads them from a command line.
+        sections: a dataclass per section, or an instance whose values are the section's defaults.
+        recipe: a built-in recipe or a file; None: the overrides alone.
+        under: a complete recipe, such as a run's ``config.yaml``, whose values stand wherever ``recipe`` and overrides
+            say nothing.
+        top: dataclass of the keys outside of the sections; None: there are none.
+
+    Raises:
+        RecipeError: for a missing file, one that is no YAML mapping in UTF-8, an unknown key (with the nearest known
+            ones), a missing one, or a value of the wrong type or range, each with its place.
+    """
+    source = "command line"
+    given = _Given()
+    if under is not None:
+        given.lay(_read(under))
+    if recipe is not None:
+        path = find_recipe(recipe)
+        source = str(path)
+        given.lay(_read(path))
+    for key, text in overrides:
+        given.lay(_option(key, text))
+    known = dict(_known(sections, top))
+    for name in ("model", "data"):
+        # `--model gpt2` and `model: gpt2` are what one types first.
+        if name in sections and isinstance(given.values.get(name), str):
+            given.values[name] = {"name": given.values[name]}
+            given.places.setdefault(f"{name}.name", given.places.get(name, source))
+    values = _checked(given, given.values, known)
+    return _complete(values, given, known, sections, top, source)
+
+
+def _complete(
+    values: Mapping[str, Any],
+    given: _Given,
+    known: Mapping[str, Any],
+    sections: Mapping[str, object],
+    top: type | None,
+    source: str,
+) -> Settings:
+    """The values with the defaults beside them, their types checked."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    for name, section in sections.items():
+        cls = section if isinstance(section, type) else type(section)
+        skipped = {item.name for item in fields(cls) if f"{name}.{item.name}" not in known}
+        parser.add_class_arguments(cls, name, skip=skipped)
+        if not isinstance(section, type):
+            parser.set_defaults({f"{name}.{key}": value for key, value in vars(section).items() if key not in skipped})
+    if top is not None:
+        parser.add_class_arguments(top, None, instantiate=False)
+    try:
+        parsed = parser.parse_object(dict(values))
+        everything = yaml.safe_load(parser.dump(parsed, skip_none=False))
+    except Exception as error:
+        raise _explained(error, given, known, source) from error
+    settings = Settings(source, everything, {}, given.places)
+    made = {}
+    for name, section in sections.items():
+        made[name] = settings.make(section if isinstance(section, type) else type(section), f"{name}.")
+    return Settings(source, everything, made, given.places)
+
+
+def _explained(error: Exception, given: _Given, known: Mapping[str, Any], source: str) -> RecipeError:
+    """jsonargparse's message in our words: the place, the key, what it must be, and what it is."""
+    text = str(error)
+    if missing := re.search(r"arguments are required: (\S+)", text):
+        return RecipeError(f"{source}: '{missing[1].rstrip(',')}' is missing")
+    found = re.search(r'Parser key "([^"]+)"', text)
+    if found is None or found[1] not in known:
+        return RecipeError(f"{source}: {text}")
+    key = found[1]
+    value: Any = given.values
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    place = given.places.get(key, source)
+    return RecipeError(f"{place}: '{key}' must be {_describe(known[key])}, got {value!r}")
+
+
+def _known(sections: Mapping[str, object], top: type | None) -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its type; of a section, its dataclass."""
+    for name, section in sections.items():
+        cls = section if isinstance(section, type) else type(section)
+        yield name, cls
+        yield from _keys(cls, f"{name}.")
+    if top is not None:
+        yield from _keys(top, "")
+
+
+def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    for item in fields(cls):
+        # A field that a recording or a caller fills is no setting.
+        if not item.init or item.metadata.get("setting") is False or item.name in _NO_SETTINGS:
+            continue
+        yield f"{prefix}{item.name}", hints[item.name]
+        nested = _dataclass_in(hints[item.name])
+        if nested is not None:
+            yield from _keys(nested, f"{prefix}{item.name}.")
+
+
+_NO_SETTINGS = ("record_every", "loss_unmasked")
+"""Fields of estimators that the commands fill by options of their own."""
+
+
+def _checked(given: _Given, values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values under their keys' own names, as the types want them, where all keys are known."""
+    checked = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        place = given.places.get(key, "command line")
+        if key not in known and (spelled := key.replace("-", "_")) in known:
+            given.places.setdefault(spelled, place)
+            key = spelled
+        if key not in known:
+            raise RecipeError(f"{place}: unknown key '{key}'{_near(key, known)}")
+        hint = known[key]
+        nested = _dataclass_in(hint)
+        if value is None and type(None) not in _choices(hint) and hint is not Any:
+            raise RecipeError(f"{place}: '{key}' must be {_describe(hint)}, got null")
+        if nested is not None and value is not None:
+            if not isinstance(value, Mapping):
+                raise RecipeError(f"{place}: '{key}' must be a mapping of its settings, got {value!r}")
+            value = _checked(given, value, known, f"{key}.")
+        elif str in _choices(hint) and isinstance(value, (bool, int, float)) and type(value) not in _choices(hint):
+            # `--data.path 007` is a text; `save_strategy: no`, which YAML reads as false, is one of two.
+            value = given.texts.get(key, {True: "yes", False: "no"}[value] if isinstance(value, bool) else value)
+        checked[key[len(prefix) :]] = value
+    return checked
+
+
+def _near(key: str, known: Mapping[str, Any]) -> str:
+    section, _, last = key.rpartition(".")
+    beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
+    near = [f"{section}.{name}".lstrip(".") for name in difflib.get_close_matches(last, beside, n=3, cutoff=0.6)]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    near = near or elsewhere[:3]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> _Given:
+    """What a recipe file says, presets written out, laid over the recipe that it names as its ``base``."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    given = _Given(_constructed(node, path), dict(_places(node, path)))
+    mask = given.values.get("mask")
+    if isinstance(mask, dict) and "preset" in mask:
+        place = given.places.pop("mask.preset")
+        given.values["mask"] = {**mask_preset(mask.pop("preset"), place=place), **mask}
+    base = given.values.pop("base", None)
+    if base is None:
+        return given
+    beside = path.parent / str(base)
+    place = given.places.pop("base")
+    try:
+        found = beside if beside.is_file() else find_recipe(str(base))
+    except RecipeError as error:
+        raise RecipeError(f"{place}: base: {error}") from error
+    above = (*above, path.resolve())
+    if found.resolve() in above:
+        raise RecipeError(f"{place}: its base {base!r} leads back to it")
+    under = _read(found, above)
+    under.lay(given)
+    return under
+
+
+def _constructed(node: yaml.Node, path: Path) -> dict[str, Any]:
+    loader = _Loader("")
+    try:
+        return loader.construct_document(node)  # type: ignore[no-any-return]
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _places(node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The file and line of every key.
+
+    Raises:
+        RecipeError: for a key that stands twice, of which YAML would take the last in silence.
+    """
+    seen: dict[str, str] = {}
+    for key, value in node.value:
+        name, place = f"{prefix}{key.value}", f"{path}, line {key.start_mark.line + 1}"
+        if name in seen:
+            raise RecipeError(f"{place}: '{name}' stands here again, after line {seen[name].rpartition(' ')[2]}")
+        seen[name] = place
+        yield name, place
+        if isinstance(value, yaml.MappingNode):
+            yield from _places(value, path, f"{name}.")
+
+
+def _option(key: str, text: str) -> _Given:
+    """What one option says."""
+    if key == "mask.preset":
+        preset = mask_preset(text, place="--mask.preset")
+        return _Given({"mask": preset}, {f"mask.{name}": "--mask.preset" for name in preset})
+    loader = _Loader(text)
+    try:
+        value: Any = loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--{key}: not a YAML value: {text!r}") from error
+    finally:
+        loader.dispose()
+    places = {}
+    for name in reversed(list(_leading(key))):
+        places[name] = f"--{key}"
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return _Given(value, places, {key: text})
+
+
+def _leading(key: str) -> Iterator[str]:
+    """ "a", "a.b", "a.b.c"."""
+    parts = key.split(".")
+    for length in range(1, len(parts) + 1):
+        yield ".".join(parts[:length])
+
+
+def mask_preset(name: object, *, place: str) -> dict[str, Any]:
+    """The fields of `MaskConfig` in which the preset ``name`` differs from the paper's.
+
+    Raises:
+        RecipeError: for an unknown preset, naming the known ones.
+    """
+    if not isinstance(name, str) or name not in MASK_PRESETS:
+        raise RecipeError(f"{place}: mask.preset must be one of {', '.join(MASK_PRESETS)}, got {name!r}")
+    paper = asdict(MASK_PRESETS["paper"])
+    return {key: value for key, value in asdict(MASK_PRESETS[name]).items() if value != paper[key]}
+
+
+def _merged(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in data.items():
+        below = base.get(key)
+        if isinstance(below, str) and isinstance(value, dict) and key in ("model", "data"):
+            below = {"name": below}
+        merged[key] = _merged(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
 
 
 def builtin_recipes() -> list[str]:
@@ -156,80 +414,8 @@ def find_recipe(name_or_path: str) -> Path:
     raise RecipeError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(names)}{hint}")
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[tuple[str, str]] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
-
-    Args:
-        name_or_path: a built-in recipe, or a file.
-        overrides: (dotted key, YAML value), as `parse_overrides` reads them from a command line.
-
-    Raises:
-        RecipeError: for a missing file, one that is not UTF-8 or not a YAML mapping, an unknown section key, or a
-            value of the wrong type.
-    """
-    path = find_recipe(name_or_path)
-    data = _read(path)
-    for key, text in overrides:
-        _set(data, key, text)
-    typed = frozenset(key for key, _ in overrides)
-    sections: dict[str, Any] = {}
-    for name, section in (("model", ModelConfig), ("data", DataConfig), ("evaluation", EvaluationConfig)):
-        value = data.pop(name, {})
-        # `--model gpt2` and `model: gpt2` are what one types first.
-        value = {"name": value} if isinstance(value, str) and name != "evaluation" else value
-        sections[name] = build(section, value, source=str(path), prefix=f"{name}.", typed=typed)
-    return Recipe(source=str(path), training=data, typed=typed, **sections)
-
-
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a recipe file, presets written out, laid over that of the recipe it names as its ``base``."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not {type(data).__name__}")
-    mask = data.get("mask")
-    if isinstance(mask, dict) and "preset" in mask:
-        data["mask"] = {**mask_preset(mask.pop("preset"), source=str(path)), **mask}
-    base = data.pop("base", None)
-    if base is None:
-        return data
-    beside = path.parent / str(base)
-    try:
-        found = beside if beside.is_file() else find_recipe(str(base))
-    except RecipeError as error:
-        raise RecipeError(f"{path}: base: {error}") from error
-    above = (*above, path.resolve())
-    if found.resolve() in above:
-        raise RecipeError(f"{path}: its base {base!r} leads back to it")
-    return _merged(_read(found, above), data)
-
-
-def mask_preset(name: object, *, source: str) -> dict[str, Any]:
-    """The fields of `MaskConfig` in which the preset ``name`` differs from the paper's.
-
-    Raises:
-        RecipeError: for an unknown preset, naming the known ones.
-    """
-    if not isinstance(name, str) or name not in MASK_PRESETS:
-        raise RecipeError(f"{source}: mask.preset must be one of {', '.join(MASK_PRESETS)}, got {name!r}")
-    paper = asdict(MASK_PRESETS["paper"])
-    return {key: value for key, value in asdict(MASK_PRESETS[name]).items() if value != paper[key]}
-
-
-def _merged(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in data.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merged(base[key], value) if both else value
-    return merged
-
-
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Split ``--a.b value``, ``--a.b=value`` and bare ``--flag`` (true) into pairs.
+    """Split ``--a.b value``, ``--a.b=value`` and bare ``--flag`` (true) into pairs; hyphens become underscores.
 
     Raises:
         RecipeError: for an argument that is no option.
@@ -249,146 +435,85 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return overrides
 
 
-def build(cls: type[T], data: object, *, source: str, prefix: str = "", typed: Collection[str] = ()) -> T:
-    """An instance of the dataclass ``cls`` from a mapping, nested dataclasses included.
+def estimator_sections() -> dict[str, Any]:
+    """The settings of each estimator by the name of its section, "leave_one_out" for "leave-one-out"."""
+    from atmanrl.saliency.estimators import ESTIMATORS, make_estimator
 
-    Args:
-        cls: the dataclass.
-        data: keys and values as YAML gives them; "1e-6", which YAML takes for a string, becomes a float where the
-            field is one.
-        source: named in errors.
-        prefix: put before keys in errors ("model.").
-        typed: dotted keys, prefix included, that are not ``source``'s: errors call them the command line's.
-
-    Raises:
-        RecipeError: for an unknown key, with near matches, a missing one, a value of the wrong type, and whatever
-            the dataclass itself refuses.
-    """
-    if not isinstance(data, Mapping):
-        section = prefix.rstrip(".")
-        raise RecipeError(f"{_where(section, source, typed)}: {section} must be a mapping, got {data!r}")
-    known = {item.name: item for item in fields(cls) if item.init}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    check_keys(cls, data, source=source, prefix=prefix, typed=typed)
-    values = {
-        key: _coerce(value, hints[key], source=source, key=f"{prefix}{key}", typed=typed) for key, value in data.items()
-    }
-    for name, item in known.items():
-        if name not in values and item.default is MISSING and item.default_factory is MISSING:
-            raise RecipeError(f"{source}: '{prefix}{name}' is missing")
-    try:
-        return cls(**values)
-    except ValueError as error:
-        # What it refuses is a value or several that do not go together.
-        set_here = [f"--{key}" for key in sorted(typed) if key.startswith(prefix) and key[len(prefix) :] in values]
-        where = f"{source} with {', '.join(set_here)}" if set_here else source
-        raise RecipeError(f"{where}: {prefix}{error}") from error
+    settings = {name.replace("-", "_"): _settings_of(make_estimator(name)) for name in ESTIMATORS}
+    return {name: section for name, section in settings.items() if list(_keys(type(section), ""))}
 
 
-def build_section(cls: type[T], name: str, overrides: Sequence[tuple[str, str]]) -> T:
-    """An instance of ``cls`` from the overrides of one section, for a command without a recipe.
+def estimator_from(name: str, settings: Settings, *, record_every: int | None = None) -> Any:
+    """The estimator ``name`` with the settings of its section.
 
     Raises:
-        RecipeError: for any other key, and as `build`.
+        ValueError: for an unknown name, with the nearest known one.
     """
-    data: dict[str, Any] = {name: {}}
-    for key, text in overrides:
-        if not key.startswith(f"{name}."):
-            raise RecipeError(f"unknown option --{key}; besides the options of this command only --{name}.* can be set")
-        _set(data, key, text)
-    return build(cls, data[name], source=COMMAND_LINE, prefix=f"{name}.")
+    from atmanrl.saliency.estimators import make_estimator
+
+    made: Any = make_estimator(name, record_every=record_every)
+    section = section_of(name)
+    if section not in settings.values:
+        return made
+    own = settings.make(type(_settings_of(made)), f"{section}.")
+    if _settings_of(made) is not made:
+        return replace(made, config=own)
+    return replace(made, **{key: getattr(own, key) for key, _ in _keys(type(own), "")})
 
 
-def check_keys(
-    cls: type, data: Mapping[str, Any], *, source: str, prefix: str = "", typed: Collection[str] = ()
-) -> None:
-    """Refuse keys that the dataclass ``cls`` has no field for; arguments as of `build`.
+def estimators_from(names: Sequence[str], overrides: Overrides, *, record_every: int | None = None) -> list[Any]:
+    """The estimators of those names, their settings from the overrides of their sections: ``--sparse-mask.steps 12``.
 
     Raises:
-        RecipeError: naming the first such key, with near matches.
+        RecipeError: for any other key, a section of an estimator that is not among ``names``, or as `read_settings`.
+        ValueError: for an unknown name, with the nearest known one.
     """
-    known = {item.name for item in fields(cls) if item.init}
-    for key in data:
-        if key not in known:
-            where = _where(f"{prefix}{key}", source, typed)
-            raise RecipeError(f"{where}: unknown key '{prefix}{key}'{_near(str(key), known, prefix)}")
+    settings = read_settings(overrides, estimator_sections())
+    made = [estimator_from(name, settings, record_every=record_every) for name in names]
+    sections = [section_of(name) for name in names]
+    for key, place in settings.places.items():
+        section = key.partition(".")[0]
+        if section not in sections:
+            raise RecipeError(f"{place} belongs to --estimator {section.replace('_', '-')}, not {', '.join(names)}")
+    return made
 
 
-def _where(key: str, source: str, typed: Collection[str]) -> str:
-    """Who set the key: the command line, where it set the key itself or one inside of it, or the file."""
-    return COMMAND_LINE if any(each == key or each.startswith(f"{key}.") for each in typed) else source
+def section_of(estimator: str) -> str:
+    """The name of an estimator's section: "sparse_mask" for "sparse-mask", and for "best", which stands for it."""
+    from atmanrl.saliency.estimators import BEST
+
+    return (BEST if estimator == "best" else estimator).replace("-", "_")
 
 
-def _near(key: str, known: Collection[str], prefix: str) -> str:
-    sections = [] if prefix else ["model", "data", "evaluation"]
-    near = difflib.get_close_matches(key, [*known, *sections], n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(prefix + name) for name in near)}?" if near else ""
+def _settings_of(estimator: Any) -> Any:
+    """An estimator is a dataclass of its settings, or has them as its ``config``."""
+    config = getattr(estimator, "config", None)
+    return config if is_dataclass(config) else estimator
 
 
-def _set(data: dict[str, Any], key: str, text: str) -> None:
-    *sections, last = key.split(".")
-    for depth, name in enumerate(sections):
-        inner = data.setdefault(name, {})
-        if isinstance(inner, str) and name in ("model", "data"):
-            inner = data[name] = {"name": inner}
-        if not isinstance(inner, dict):
-            raise RecipeError(f"--{key}: '{'.'.join(sections[: depth + 1])}' is the value {inner!r}, not a section")
-        data = inner
-    if key == "mask.preset":
-        data.update(mask_preset(text, source=COMMAND_LINE))
-        return
-    try:
-        data[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--{key}: not a YAML value: {text!r}") from error
+def _choices(hint: Any) -> set[Any]:
+    """The types that a value may have."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return set(typing.get_args(hint)) if union else {hint}
 
 
-def _coerce(value: Any, hint: Any, *, source: str, key: str, typed: Collection[str]) -> Any:
-    where = _where(key, source, typed)
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None:
-        if type(None) in choices or hint is Any:
-            return None
-        raise RecipeError(f"{where}: '{key}' must be {_describe(hint)}, got null")
-    for choice in choices:
-        if is_dataclass(choice) and isinstance(choice, type):
-            return build(choice, value, source=source, prefix=f"{key}.", typed=typed)
-        if typing.get_origin(choice) is tuple and isinstance(value, list):
-            return tuple(value)
-        if typing.get_origin(choice) is typing.Literal and value in typing.get_args(choice):
-            return value
-    if isinstance(value, bool):
-        if bool in choices:
-            return value
-        if str in choices:
-            # `save_strategy: no`: YAML reads a bare no as false.
-            return "yes" if value else "no"
-    if float in choices and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value) if int not in choices or not isinstance(value, int) else value
-        except ValueError:
-            pass
-    scalars = {choice for choice in choices if choice in (bool, int, float, str)}
-    others = {c for c in choices if c is not type(None) and typing.get_origin(c) is not typing.Literal} - scalars
-    accepted = any(type(value) is scalar for scalar in scalars) or (bool(others) and not isinstance(value, bool))
-    if not accepted:
-        raise RecipeError(f"{where}: '{key}' must be {_describe(hint)}, got {value!r}")
-    return value
+def _dataclass_in(hint: Any) -> type | None:
+    return next((each for each in _choices(hint) if isinstance(each, type) and is_dataclass(each)), None)
 
 
 def _describe(hint: Any) -> str:
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
+    names |= {dict: "a mapping", list: "a list"}
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     described: list[str] = []
     for part in parts:
-        literal = typing.get_origin(part) is typing.Literal
-        described += map(repr, typing.get_args(part)) if literal else [names.get(part, str(part))]
+        origin, inner = typing.get_origin(part), typing.get_args(part)
+        if origin is Literal:
+            described += map(repr, inner)
+        elif origin is tuple and Ellipsis not in inner:
+            described.append(f"a list of {len(inner)} ({', '.join(_describe(each) for each in inner)})")
+        elif origin in (list, tuple):
+            described.append(f"a list ({_describe(inner[0])} each)")
+        else:
+            described.append(names.get(origin or part, str(getattr(part, "__name__", part))))
     return " or ".join(described)
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

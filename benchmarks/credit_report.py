@@ -16,7 +16,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atmanrl.report.figure_style import FIGURE_STYLE
+from atmanrl.report.plots import FIGURE_STYLE
 from benchmarks.claim_report import Interval, interval
 
 ROOT = Path(__file__).parent.parent

@@ -28,10 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, saliency_reward
 from atmanrl.config import MASK_PRESETS, DataConfig, LedgerConfig, SeriesConfig
-from atmanrl.evaluation.agreement import auroc, precision_at_k, spearman
 from atmanrl.evaluation.evaluate import evaluate
 from atmanrl.evaluation.faithfulness import score_curves
-from atmanrl.evaluation.intervals import bootstrap_ratios, estimates
+from atmanrl.evaluation.summary import auroc, bootstrap_ratios, estimates, precision_at_k, spearman
 from atmanrl.generation import GenerationSettings
 from atmanrl.saliency.estimators import (
     Estimator,

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atmanrl import MaskConfig, Rollout, optimize_masks, saliency_reward
 from atmanrl.config import MASK_PRESETS, LedgerConfig
-from atmanrl.evaluation.agreement import spearman
+from atmanrl.evaluation.summary import spearman
 from atmanrl.saliency import SaliencyResult
 from atmanrl.tasks.ledger import CHECKPOINT
 from atmanrl.tasks.ledger.generator import sample_chain, sample_examples

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from atmanrl.cli import _parser, main
-from atmanrl.evaluation.explain_command import mask_config
+from atmanrl.evaluation.explain import mask_config
 from atmanrl.recipe import build, builtin_recipes, load_recipe, parse_overrides
 from atmanrl.rhythm.statistics_command import series_config
 from atmanrl.tasks.ledger import CHECKPOINT

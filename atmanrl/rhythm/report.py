@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.evaluation.agreement import auroc, ranks
+from atmanrl.evaluation.summary import auroc
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.rhythm.credit import highest
 from atmanrl.rhythm.series import RolloutSeries
@@ -166,7 +167,7 @@ def needed_rank(series: Sequence[RolloutSeries], needed: Sequence[Sequence[bool]
         if not truth.any() or truth.all():
             continue
         fai = one.fai[: len(truth)].cpu().double().numpy()
-        percentiles.append(float(((ranks(fai)[truth] - 1) / (len(truth) - 1)).mean()))
+        percentiles.append(float(((rankdata(fai)[truth] - 1) / (len(truth) - 1)).mean()))
         areas.append(auroc(fai, truth))
     if not areas:
         return NeededRank(float("nan"), float("nan"), 0)

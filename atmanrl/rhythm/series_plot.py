@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from atmanrl.report.figure_style import FIGURE_STYLE
+from atmanrl.report.plots import FIGURE_STYLE
 
 # Token texts may hold dollars, which must not start a formula.
 _STYLE: Any = {**FIGURE_STYLE, "font.size": 8, "text.parse_math": False}

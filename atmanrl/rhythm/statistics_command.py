@@ -10,19 +10,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from atmanrl.config import SeriesConfig
-from atmanrl.evaluation.explain import Example, completed
+from atmanrl.config import ModelConfig, SeriesConfig
+from atmanrl.errors import explained_without_training
+from atmanrl.evaluation.evaluate import say_skipped
+from atmanrl.evaluation.examples import Example
+from atmanrl.evaluation.explain import check_outputs, completed, split_template_kwargs
 from atmanrl.evaluation.recording import token_texts
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig, build_section
+from atmanrl.recipe import read_settings
 from atmanrl.rhythm import credit
 from atmanrl.rhythm.report import Coupling, NeededRank, Perturbation, couplings, needed_rank, perturbation
 from atmanrl.rhythm.series import RolloutSeries, attention_series
 from atmanrl.rhythm.series_plot import plot_series
 from atmanrl.tasks.ledger.generator import classify_tokens
 from atmanrl.tasks.ledger.vocabulary import ANSWER, ASK, COT
-from atmanrl.training.failures import explained_without_training
 
 
 @explained_without_training("explanation", "files written before this one are whole")
@@ -51,14 +53,22 @@ def statistics_command(
     Raises:
         ValueError: for examples or options that cannot be used, before anything is computed.
     """
+    template_kwargs, overrides = split_template_kwargs(overrides)
     config = series_config(overrides)
-    for path in (plot, json):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no directory {path.parent}")
+    check_outputs(plot=plot, json=json)
     policy, tokenizer = load_policy(model)
-    prompts, responses, generated = completed(
-        policy, tokenizer, examples, generation=generation, temperature=temperature, seed=seed
+    done = completed(
+        policy,
+        tokenizer,
+        examples,
+        generation=generation,
+        temperature=temperature,
+        chat_template_kwargs=template_kwargs,
+        seed=seed,
     )
+    usable = [i for i, fault in enumerate(done.faults) if fault is None]
+    prompts, responses = [done.prompts[i] for i in usable], [done.completions[i] for i in usable]
+    generated = done.generation
     series = attention_series(policy, prompts, responses, config, entropy=True)
     texts = [token_texts(tokenizer, response) for response in responses]
     coupled = couplings(series)
@@ -86,7 +96,7 @@ def statistics_command(
         }
         json.write_text(json_format.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
         console.print(f"written: {json}", markup=False)
-    return 0
+    return say_skipped(done.faults)
 
 
 def series_config(overrides: Sequence[tuple[str, str]]) -> SeriesConfig:
@@ -95,7 +105,7 @@ def series_config(overrides: Sequence[tuple[str, str]]) -> SeriesConfig:
     Raises:
         RecipeError: for any other key, or a value out of its range.
     """
-    return build_section(SeriesConfig, "series", overrides)
+    return read_settings(overrides, {"series": SeriesConfig}).made["series"]  # type: ignore[no-any-return]
 
 
 def _needed(prompt: Sequence[str], tokens: Sequence[str]) -> list[bool]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from atmanrl.config import MaskConfig
 from atmanrl.models import working_copy
+from atmanrl.progress import progress_bar
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import affordable_rows, halving_on_out_of_memory, split
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
@@ -19,7 +20,6 @@ from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.optimization import BatchOptimization
 from atmanrl.saliency.packing import PackedRollouts
-from atmanrl.saliency.progress import progress_bar
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
 
 _log = logging.getLogger(__name__)

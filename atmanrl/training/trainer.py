@@ -2,7 +2,7 @@
 
 TRL samples, forms groups and advantages, weighs, logs and optimises. What is added: the rollouts' exact token ids reach
 the saliency computation together with the live policy (`AtManGRPOTrainer.saliency` is an ordinary TRL reward function);
-NaN stops the run with its rollout on disk. That a run can be resumed exactly is `atmanrl.training.resumable`'s part.
+NaN stops the run with its rollout on disk. That a run can be resumed exactly is `atmanrl.training.checkpoints`'s part.
 """
 
 from __future__ import annotations
@@ -34,10 +34,15 @@ from atmanrl.saliency import NonFiniteLossError, working_copy
 from atmanrl.saliency.estimators import Estimator, Mask, TokenScores, estimate_saliency
 from atmanrl.saliency.packing import loss_tokens
 from atmanrl.tasks import Task
-from atmanrl.training.grpo_config import AtManGRPOConfig
-from atmanrl.training.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
-from atmanrl.training.resumable import ResumableGRPOTrainer
-from atmanrl.training.rewards import saliency_reward
+from atmanrl.training.checkpoints import ResumableGRPOTrainer
+from atmanrl.training.config import AtManGRPOConfig
+from atmanrl.training.rewards import (
+    log_values,
+    mask_metrics,
+    restored_per_class,
+    saliency_reward,
+    tokens_per_class,
+)
 
 __all__ = ["AtManGRPOConfig", "AtManGRPOTrainer", "NonFiniteError"]
 

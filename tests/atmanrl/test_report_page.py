@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from atmanrl.report import Plot, render_page, show, write_page
-from atmanrl.report.glyphs import visible
+from atmanrl.report.html import sentences, words
 from atmanrl.report.scale import Scale, fitted_scale, fixed_scale, scale_for
-from atmanrl.report.units import sentences, words
+from atmanrl.report.text import visible
 from tests.atmanrl.saliency_runs import HOSTILE, rollout, run
 
 

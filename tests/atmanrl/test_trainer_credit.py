@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from atmanrl.config import CreditConfig, SeriesConfig
+from atmanrl.config import CreditConfig, ModelConfig, SeriesConfig
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig
 from atmanrl.rhythm import assignment as credit_assignment
 from atmanrl.saliency.optimization import BatchOptimization
 from atmanrl.tasks import Task

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from atmanrl.progress import progress_bar
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, split
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
@@ -20,10 +18,7 @@ from atmanrl.saliency.estimators.interface import TokenScores
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood
 from atmanrl.saliency.packing import PackedRollouts, pack
-from atmanrl.saliency.progress import progress_bar
 from atmanrl.saliency.result import check_finite
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,3 @@ def score_in_batches(
 def bias_dtype(model: PreTrainedModel) -> torch.dtype:
     """float32, or float64 for a float64 model."""
     return torch.float64 if model.dtype == torch.float64 else torch.float32
-
-
-def shown(items: Iterable[_Item], what: str, progress: bool, *, total: int | None = None) -> Iterable[_Item]:
-    """``items``, with a progress bar on stderr where asked."""
-    return track(items, what, total=total, console=Console(stderr=True), disable=not progress, transient=True)

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from atman_kernels import AttentionPlan
 from atman_kernels.hf import KeyValueRecord
 from atmanrl.models import working_copy
+from atmanrl.progress import track
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, within
 from atmanrl.saliency.decoder import why_unsupported
-from atmanrl.saliency.estimators.batches import bias_dtype, shown
+from atmanrl.saliency.estimators.batches import bias_dtype
 from atmanrl.saliency.frozen import frozen
 from atmanrl.saliency.likelihood import ModelLikelihood, prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
@@ -83,7 +84,7 @@ def suffix_losses(
         bases: tuple[int, ...] = ()
         prefix: KeyValueRecord | None = None
         work = _work(rollouts, suffixes, by_rollout, budget)
-        for members, numbers in shown(work, what, progress, total=total):
+        for members, numbers in track(work, what, progress, total=total):
             batch = _pack(rollouts, members, [suffixes[number] for number in numbers], model.device)
             if prefix is None or members != bases:
                 # The former record goes first, so that two are never held.

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from atmanrl.saliency.cost import DecoderShape, necessary_flops
 from atmanrl.saliency.packing import pack
 from atmanrl.saliency.throughput import SHAPES, random_problem
-from atmanrl.training.update_cost import (
+from atmanrl.training.plan import (
     Device,
     UpdateTime,
     Workload,

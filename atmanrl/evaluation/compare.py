@@ -1,4 +1,4 @@
-"""The files and the table that an evaluation or a before / after comparison leaves behind."""
+"""``atmanrl compare``, and the files and the table that an evaluation or a comparison leaves behind."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from atmanrl.evaluation.agreement import spearman
-from atmanrl.evaluation.records import RESTORED, Run, paired_rollouts, write_text_atomically
-from atmanrl.evaluation.summary import Summary, compare, summarize
+from atmanrl.evaluation.records import RESTORED, Run, check_writable, paired_rollouts, write_text_atomically
+from atmanrl.evaluation.summary import Summary, compare, spearman, summarize
 from atmanrl.report import markdown_table, print_summary, write_page
 from atmanrl.report.plots import plot_comparison, plot_training
 
 SUMMARY, TABLE, PAGE, PLOTS = "summary.json", "summary.md", "report.html", "plots"
+REPORT = (SUMMARY, TABLE, PAGE, f"{PLOTS}/classes.svg")
 
 
 def write_comparison(
@@ -112,3 +112,33 @@ def _write(
         plots += plot_training(metrics, directory / PLOTS)
     write_page(directory / PAGE, *runs, title=title, note=note, summary=summary, plots=plots)
     print_summary(summary, console)
+
+
+def compare_command(before: Path, after: Path, *, output: Path | None = None) -> int:
+    """Print the paired comparison of two files; with ``output`` also write its report there.
+
+    Two runs of one score are compared prompt by prompt; two scores of the same completions token by token.
+
+    Raises:
+        ValueError: for files that are no runs, share no prompt, or differ both in their scores and their completions.
+    """
+    if output is not None:
+        for name in REPORT:
+            check_writable(output / name, "--output")
+    first, second = Run.load(before), Run.load(after)
+    console = Console(highlight=False)
+    if first.score != second.score:
+        both = with_scores_of(first, second)
+        if output is None:
+            print_summary(summarize(both), console)
+        else:
+            title = f"{first.score} and {second.score}"
+            write_single(output, both, title=title, console=console)
+            console.print(f"written: {output}", markup=False)
+        return 0
+    if output is None:
+        print_summary(compare(first, second), console)
+        return 0
+    write_comparison(output, first, second, title=f"{first.label} and {second.label}", console=console)
+    console.print(f"written: {output}", markup=False)
+    return 0
