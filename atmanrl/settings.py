@@ -201,8 +201,7 @@ def _known(sections: Mapping[str, object], top: type | None) -> Iterator[tuple[s
 def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(cls)
     for item in fields(cls):
-        # A field that a recording or a caller fills is no setting.
-        if not item.init or item.metadata.get("setting") is False or item.name in _NO_SETTINGS:
+        if not item.init or item.name in _NO_SETTINGS:
             continue
         yield f"{prefix}{item.name}", hints[item.name]
         nested = _dataclass_in(hints[item.name])
