@@ -396,8 +396,6 @@ def check_outputs(**paths: Path | None) -> None:
     for option, path in paths.items():
         if path is None:
             continue
-        if not path.parent.is_dir():
-            raise ValueError(f"--{option} {path}: there is no directory {path.parent}")
         check_writable(path, f"--{option}")
         twin = seen.setdefault(path.resolve(), option)
         if twin != option and not (path.exists() and not path.is_file()):

@@ -302,8 +302,9 @@ def test_compare_and_bench_refuse_an_output_that_they_cannot_write(tmp_path, cap
     (tmp_path / "file").write_text("")
     assert main(["compare", "a.json", "b.json", "--output", str(tmp_path / "file")]) == 2
     assert "--output" in capsys.readouterr().err
-    assert main(["bench", "--shape", "llama-30m", "--output", str(tmp_path / "file" / "x")]) == 2
-    assert "--output" in capsys.readouterr().err
+    for path in (tmp_path / "file" / "x", tmp_path / "no" / "x", tmp_path):
+        assert main(["bench", "--shape", "llama-30m", "--output", str(path)]) == 2
+        assert f"--output {path}: " in capsys.readouterr().err
 
 
 def test_explain_skips_bad_lines_goes_on_and_ends_with_status_1(tmp_path, capsys):
