@@ -34,8 +34,6 @@ class MaskConfig:
         sparsity: nats that restoring one token completely costs: the loss gains
             ``sparsity * sum_v |min(H_v, upper) / init - 1|``, the L1 norm of what was restored. 0 in the paper.
         answer_loss: which tokens the loss averages over: "value", the answer's, or "all", the marker's as well.
-        early_stop: a rollout ends, and frees its tokens, once this share of the loss that the initial mask added is
-            gone, in (0, 1]; looked at every ten steps. None, as in the paper: no rollout ends before ``steps``.
         weights: "model" computes with the model's weights, "float8" with the decoder layers' weights and their inputs
             rounded to e4m3, one scale per row (models of the fast path only).
         capture: replay the steps from a CUDA graph, captured once per batch; models on a GPU only.
@@ -54,7 +52,6 @@ class MaskConfig:
     upper: float = 0.0
     sparsity: float = 0.0
     answer_loss: AnswerLoss = "value"
-    early_stop: float | None = None
     weights: Weights = "model"
     capture: bool = False
 
@@ -81,8 +78,6 @@ class MaskConfig:
             raise ValueError(f"sparsity must not be negative, got {self.sparsity}")
         if self.answer_loss not in get_args(AnswerLoss):
             raise ValueError(f"answer_loss must be one of {get_args(AnswerLoss)}, got {self.answer_loss!r}")
-        if self.early_stop is not None and not 0 < self.early_stop <= 1:
-            raise ValueError(f"early_stop must lie in (0, 1] or be None, got {self.early_stop}")
         if self.weights not in get_args(Weights):
             raise ValueError(f"weights must be one of {get_args(Weights)}, got {self.weights!r}")
 
@@ -339,13 +334,12 @@ class EvaluationConfig:
             )
 
 
-# Only "paper" is a default; docs/scaling.md has each preset's agreement with it and what it saves. Those with fewer
+# Only "paper" is a default; docs/benchmarks.md has each preset's agreement with it and what it saves. Those with fewer
 # steps keep steps * lr, how far a token can move.
 MASK_PRESETS = {
     "paper": MaskConfig(),
     "half": MaskConfig(steps=100, lr=2e-3),
     "quarter": MaskConfig(steps=50, lr=4e-3),
     "tenth": MaskConfig(steps=20, lr=1e-2),
-    "early": MaskConfig(early_stop=0.8),
     "float8": MaskConfig(weights="float8"),
 }

@@ -49,13 +49,11 @@ IN_SHORT = (
 IN_FULL = (
     *IN_SHORT,
     Measure("deletion_auroc", "AUROC of leave-one-out"),
-    Measure("deletion_precision", "precision@k of leave-one-out"),
     Measure("needed_tokens", "needed per CoT (tokens)"),
     Measure("other_tokens", "other per CoT (tokens)"),
     Measure("restored_mean", "mean restored", decimals=3),
     Measure("restored_mass", "summed restored per CoT"),
     Measure("saturated", "masks with nothing to restore (%)", 100, 1),
-    Measure("truncated", "truncated (%)", 100, 1),
     Measure("repeated", "chains that repeat needed values (%)", 100, 1),
     Measure("wrong_repeated", "wrong answers behind such chains (% of all)", 100, 1),
     Measure("wrong_otherwise", "other wrong answers (% of all)", 100, 1),
@@ -107,7 +105,7 @@ def table(
         pairs: (arm, what is subtracted from it).
     """
     head = ["", "start", *arms.values(), *(f"{arms[arm]} - {arms[other]}" for arm, other in pairs)]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for measure in measures:
         scale, places = measure.scale, measure.decimals
         means = [statistics.fmean(values_of(content, arm, measure.key)) for arm in arms]

@@ -22,8 +22,8 @@ from atmanrl.evaluation.recording import Completion, check_support, record, scor
 from atmanrl.evaluation.records import RolloutRecord, Run, check_writable
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.models import check_loads, encode_prompt, load_policy
-from atmanrl.recipe import Settings, estimator_from
-from atmanrl.saliency.estimators import Estimator, Mask, make_estimator
+from atmanrl.saliency import Estimator, Mask, make_estimator
+from atmanrl.settings import Settings, estimator_from
 from atmanrl.tasks import Task, load_task
 
 
@@ -58,7 +58,7 @@ def evaluate(
         label: what a reader calls this run.
         generation: how completions are drawn; see `GenerationSettings` for the defaults.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS`, "best", or an estimator with its own settings.
+        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
         saliency: whether they are scored at all.
         chat_template_kwargs: see `encode_prompt`; those of the training, whose prompts are other ones without them.
         seed: of the sampling.

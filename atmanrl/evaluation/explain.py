@@ -24,9 +24,10 @@ from atmanrl.evaluation.recording import Completion, check_support, record, scor
 from atmanrl.evaluation.records import RolloutRecord, Run, check_writable, write_text_atomically
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.models import encode_completion, encode_prompt, load_policy
-from atmanrl.recipe import RecipeError, estimators_from
+from atmanrl.recipe import RecipeError
 from atmanrl.report import print_run, write_page
-from atmanrl.saliency.estimators import Estimator, Mask, make_estimator
+from atmanrl.saliency import Estimator, Mask, make_estimator
+from atmanrl.settings import estimators_from
 
 __all__ = ["Completed", "Example", "completed", "explain", "explain_command", "read_examples"]
 
@@ -79,7 +80,7 @@ def explain(
         generation: how missing completions are drawn, one per prompt; None: at ``temperature``, to the context's end.
         temperature: of the sampling where ``generation`` is None; 0 is greedy.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator with its own settings.
+        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
         chat_template_kwargs: see `encode_prompt`, for prompts that are messages.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
@@ -283,6 +284,7 @@ def explain_command(
     template_kwargs, overrides = split_template_kwargs(overrides)
     named = estimators_from(estimators, overrides, record_every=record_every)
     names = [each.name for each in named]
+    masks = [each.config for each in named if isinstance(each, Mask)]
     if len(set(names)) < len(names):
         raise ValueError(f"an estimator is named twice: {', '.join(estimators)}")
     if record_every is not None and record_every < 1:
@@ -310,7 +312,7 @@ def explain_command(
         estimator=named[0],
         chat_template_kwargs=template_kwargs,
         seed=seed,
-        settings={"model": model.name, **next(({"mask": asdict(e.config)} for e in named if isinstance(e, Mask)), {})},
+        settings={"model": model.name} | ({"mask": asdict(masks[0])} if masks else {}),
         record_every=record_every,
         progress=sys.stderr.isatty(),
         rescue=show,

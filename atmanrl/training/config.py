@@ -24,8 +24,9 @@ from trl import GRPOConfig
 
 from atmanrl.config import CreditConfig, MaskConfig
 from atmanrl.errors import InputError
-from atmanrl.recipe import SECTIONS, Overrides, Settings, estimator_from, estimator_sections, read_settings
-from atmanrl.saliency.estimators import Estimator, make_estimator
+from atmanrl.recipe import Overrides
+from atmanrl.saliency import Estimator, make_estimator
+from atmanrl.settings import SECTIONS, Settings, estimator_from, estimator_sections, read_settings
 from atmanrl.training.rewards import Direction, Reduction
 
 Target = Literal["predicted", "correct"]
@@ -324,10 +325,10 @@ def load_recipe(name_or_path: str, overrides: Overrides = (), *, under: Path | N
     Args:
         name_or_path: a built-in recipe, or a file.
         overrides: see `atmanrl.recipe.parse_overrides`.
-        under: see `atmanrl.recipe.read_settings`.
+        under: see `atmanrl.settings.read_settings`.
 
     Raises:
-        RecipeError: see `atmanrl.recipe.read_settings`.
+        RecipeError: see `atmanrl.settings.read_settings`.
     """
     # The paper's mask is a field of the trainer's configuration.
     estimators = {name: section for name, section in estimator_sections().items() if name != "mask"}

@@ -30,7 +30,7 @@ import yaml
 
 from atmanrl.errors import InputError
 from atmanrl.evaluation.records import write_text_atomically
-from atmanrl.recipe import Settings
+from atmanrl.settings import Settings
 
 CONFIG = "config.yaml"
 INPUTS = "inputs.json"

@@ -18,9 +18,9 @@ from transformers import AutoConfig
 
 from atmanrl.config import ModelConfig
 from atmanrl.models import source_of, unfilled
-from atmanrl.recipe import Settings
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.cost import DecoderShape, peak_bytes
+from atmanrl.settings import Settings
 from atmanrl.tasks import DataError, load_task
 from atmanrl.training.config import AtManGRPOConfig
 

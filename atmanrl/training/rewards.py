@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.estimators import TokenScores
+from atmanrl.saliency import TokenScores
 
 Direction = Literal["restored", "printed"]
 Reduction = Literal["causal", "tokens"]

@@ -28,7 +28,8 @@ from atmanrl.evaluation.evaluate import evaluate
 from atmanrl.evaluation.records import Run
 from atmanrl.generation import GenerationSettings
 from atmanrl.models import computing_dtype, load_policy, plain
-from atmanrl.recipe import Overrides, Settings
+from atmanrl.recipe import Overrides
+from atmanrl.settings import Settings
 from atmanrl.tasks import Task, load_task
 from atmanrl.training import checkpoints, directory, preflight
 from atmanrl.training.callbacks import MetricsFile, ProgressLine, RolloutPages, StopOnSigterm

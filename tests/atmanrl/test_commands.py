@@ -13,7 +13,7 @@ from atmanrl.evaluation.summary import spearman
 from atmanrl.models import load_policy
 from atmanrl.report.scale import fixed_scale
 from atmanrl.report.text import number
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency import make_estimator
 from atmanrl.tasks.ledger import CHECKPOINT
 from tests.atmanrl.tiny import PROBLEMS, byte_level_tokenizer, llama, write_gsm8k
 
@@ -186,7 +186,10 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         (["compare", "a.json", "b.json"], "a.json: no such file"),
         (["explain", "--model", "ledger", "--input", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (["explain", "--model", "ledger", "--prompt", "a", "--mask.stps", "2"], "unknown key 'mask.stps'"),
-        (["explain", "--model", "ledger", "--prompt", "a", "--steps", "2"], "unknown option --steps"),
+        (
+            ["explain", "--model", "ledger", "--prompt", "a", "--steps", "2"],
+            "unknown key 'steps'; did you mean 'mask.steps'",
+        ),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--html", "no/such/x.html"],
             "there is no directory no/such",
@@ -197,7 +200,7 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         ),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "best", "--mask.steps", "2"],
-            "--mask.* belongs to --estimator mask, not best",
+            "--mask.steps belongs to --estimator mask, not best",
         ),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "gradient", "mask", "--record-every", "2"],
@@ -227,9 +230,9 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         ),
         (
             ["evaluate", "--config", "ledger", "--saliency_estimatr", "best"],
-            "command line: unknown key 'saliency_estimatr'; did you mean 'saliency_estimator'",
+            "--saliency_estimatr: unknown key 'saliency_estimatr'; did you mean 'saliency_estimator'",
         ),
-        (["evaluate", "--config", "ledger", "--mask.steps", "few"], "command line: 'mask.steps' must be an integer"),
+        (["evaluate", "--config", "ledger", "--mask.steps", "few"], "--mask.steps: 'mask.steps' must be an integer"),
         (["evaluate", "--config", "ledger", "--evaluation.prompts", "0"], "evaluation.prompts is 0"),
         (["evaluate", "--config", "ledger", "--checkpoints", "ledger", "ledger"], "named twice"),
         (

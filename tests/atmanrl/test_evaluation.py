@@ -14,7 +14,7 @@ from atmanrl.evaluation.records import Run
 from atmanrl.evaluation.summary import compare
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.models import encode_prompt
-from atmanrl.saliency.estimators import Mask
+from atmanrl.saliency import Mask
 from atmanrl.tasks import load_task
 from atmanrl.tasks.ledger import CHECKPOINT
 from tests.atmanrl.tiny import EOT, byte_level_tokenizer, llama

@@ -151,7 +151,7 @@ def out_of_memory_on_a_cpu() -> None:
         ("trl.GRPOTrainer._compute_loss", "update", "per_device_train_batch_size down"),
         ("trl.GRPOTrainer._generate_single_turn", "generation", "max_completion_length"),
         ("atmanrl.training.trainer.estimate_saliency", "saliency", "LoRA"),
-        ("atmanrl.rhythm.assignment.attention_series", "credit", "credit_assignment.strategy"),
+        ("atmanrl.rhythm.credit.attention_series", "credit", "credit_assignment.strategy"),
         ("atmanrl.training.run.evaluate", "evaluation", "evaluation.batch_size"),
     ],
     ids=["update", "generation", "saliency", "credit", "evaluation"],

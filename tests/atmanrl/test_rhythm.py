@@ -11,9 +11,8 @@ import torch
 
 from atmanrl.cli import main
 from atmanrl.config import LedgerConfig
-from atmanrl.rhythm.report import couplings, jaccard, needed_rank
+from atmanrl.rhythm.report import couplings, jaccard, needed_rank, plot_series
 from atmanrl.rhythm.series import RolloutSeries
-from atmanrl.rhythm.series_plot import plot_series
 from atmanrl.tasks.ledger.generator import sample_examples
 
 
