@@ -206,7 +206,7 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "gradient", "mask", "--record-every", "2"],
             "--record-every belongs to a mask as the first estimator, not to 'gradient'",
         ),
-        (["explain", "--model", "ledger", "--prompt", "a", "--record-every", "0"], "--record-every must be at least 1"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--record-every", "0"], "record_every must be at least 1"),
         (["explain", "--model", "ledger", "--prompt", "a", "--temperature", "nan"], "temperature must not be negative"),
         (["explain", "--model", "ledger", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least"),
         (["explain", "--model", "ledger", "--prompt", "a", "--answer", ""], "--answer is empty"),
