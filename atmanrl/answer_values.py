@@ -147,7 +147,7 @@ def _plain(text: str) -> str:
 _CODES = r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|SGD|HKD|JPY|CNY|RMB|CHF|KRW|BRL|MXN|SEK|NOK|DKK|PLN|CZK|Rs\.?)"
 _CURRENCY = r"[$€£¥₹₽₩₺₴₫₱₪฿₦₿¢]"
 _DELIMITERS = (
-    rf"""(?:\s|[:*_"'`(\[{{≈~]|{_CURRENCY}|\\[(\[{{,;:!\s$]|(?:US|CA|AU|NZ|HK|[CAR])(?=\$)|{_CODES}(?=\s?[0-9])"""
+    rf"""(?:\s|[:*_"'`(\[{{≈~]|{_CURRENCY}|\\[(\[{{,;:!\s$]|(?:US|CA|AU|NZ|HK|[CAR])(?=\$)|{_CODES}(?=\s?[+-]?[0-9])"""
     r"""|[\u200b-\u200f\u2060\ufeff]|</?(?:b|i|u|em|strong|code|span|p|answer|ans)>"""
     r"""|\\(?:boxed|fbox|text(?:bf|it|rm)?|math(?:bf|rm|it)|displaystyle|left|approx|quad)(?![a-zA-Z])"""
     r"""|(?:approximately|about|roughly|around|exactly|precisely|simply|just|only|thus|therefore|hence|indeed"""
@@ -274,7 +274,9 @@ _CHOICE = re.compile(
 _LONE_LETTER = re.compile(r"(?<![\w'])(?P<letter>[B-D]|A(?!\s+[a-z]))(?![\w'])")
 _LETTER_BEFORE = re.compile(r"(?:\b(?:or|and|not|neither|nor)|[A-D][),.]?\s?[,/&+-])\W{0,3}\Z")
 # Behind a letter: the end of the sentence, the option's own words, or a reason; no other letter, no article's noun.
-_OTHER_LETTER = re.compile(r"(?<![\w'])(?:[B-HJ-Z]|A(?!\s+[a-z]))(?![\w'])|\b(?:or|either|maybe|perhaps|possibly)\b")
+_OTHER_LETTER = re.compile(
+    r"(?<![\w'])(?:[B-HJ-Z]|A(?!\s+[a-z]))(?![\w'])|\b(?:or|either|vs|versus|maybe|perhaps|possibly)\b"
+)
 _OTHER_SMALL_LETTER = re.compile(r"[\s)*_]*(?:,|/|&|-|\bor\b|\band\b)[\s(*_]*[a-d]\b")
 _GLUED = re.compile(r"[)\]}*_$]*\s?(?:[+&/]|-\s?[A-Za-z0-9]\b|[0-9²³])")
 _SENTENCE = re.compile(r"[^.!?\n<]*")

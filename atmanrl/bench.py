@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from atmanrl.config import Dtype, ModelConfig
 from atmanrl.evaluation.records import check_writable, write_text_atomically
 from atmanrl.models import load_model
-from atmanrl.recipe import Dtype, ModelConfig
 from atmanrl.saliency.throughput import (
     Measurement,
     check_arms,

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from atman_kernels import attention, backend
-from atmanrl.training.run_directory import installed_versions
+from atmanrl.training.directory import installed_versions
 
 _NOT_BUILT = "not built: CPU tensors use the reference (pip install .)"
 

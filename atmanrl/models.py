@@ -34,7 +34,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from atmanrl.errors import InputError
 
 if TYPE_CHECKING:
-    from atmanrl.recipe import ModelConfig
+    from atmanrl.config import ModelConfig
 
 # A tokenizer names one of them as its EOS; a model may have learned to stop with another (Llama 3: <|eot_id|>, while
 # the base tokenizer says <|end_of_text|>).
@@ -95,8 +95,8 @@ def load_policy(
     return model, tokenizer
 
 
-def check_loads(config: ModelConfig) -> None:
-    """Read what tells that `load_policy` will succeed, the configuration and the tokenizer, and none of the weights.
+def check_loads(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that `load_policy` can load, as far as its configuration tells; no weights are read.
 
     Raises:
         InputError: as `load_policy`.
@@ -104,9 +104,10 @@ def check_loads(config: ModelConfig) -> None:
     source = source_of(config)
     with _loading(config):
         AutoConfig.from_pretrained(source, revision=config.revision)
-        AutoTokenizer.from_pretrained(source, revision=config.revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=config.revision)
         if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
             raise OSError("the directory has no weights in safetensors")
+    return tokenizer
 
 
 def load_model(config: ModelConfig, *, autocast: bool = False, device: torch.device | str | None = None) -> Any:

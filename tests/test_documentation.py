@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in ALL_PAGES if "```python" in page.read_text()]
 
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_run(page, tmp_path, monkeypatch):
     text = page.read_text()
@@ -104,9 +105,7 @@ def test_every_promise_of_reliability_names_a_test_that_exists():
 
 
 def test_every_file_that_the_architecture_sends_to_exists():
-    rows = re.findall(
-        r"^\| (?!to change)(.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE
-    )
+    rows = re.findall(r"^\| (?!to change)(.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
     assert len(rows) > 10
     for row in rows:
         folder = ROOT
@@ -131,7 +130,6 @@ DOCUMENTED = [
         "atman_kernels.hf",
         "atmanrl",
         "atmanrl.saliency",
-        "atmanrl.saliency.estimators",
         "atmanrl.report",
     ],
 )

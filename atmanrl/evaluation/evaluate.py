@@ -14,21 +14,17 @@ from jinja2 import TemplateError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.config import MaskConfig
+from atmanrl.config import Dtype, MaskConfig, ModelConfig
+from atmanrl.errors import explained_without_training
 from atmanrl.evaluation.compare import REPORT, write_comparison, write_single
 from atmanrl.evaluation.faithfulness import with_deletion_effects, with_faithfulness
 from atmanrl.evaluation.recording import Completion, check_support, record, score_name, unusable
-from atmanrl.evaluation.records import (
-    RolloutRecord,
-    Run,
-    check_writable,
-)
+from atmanrl.evaluation.records import RolloutRecord, Run, check_writable
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.models import check_loads, encode_prompt, load_policy
-from atmanrl.recipe import Dtype, ModelConfig, Recipe, build, check_keys, load_recipe
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency import Estimator, Mask, make_estimator
+from atmanrl.settings import Settings, estimator_from
 from atmanrl.tasks import Task, load_task
-from atmanrl.training.failures import explained_without_training
 
 
 def evaluate(
@@ -40,7 +36,7 @@ def evaluate(
     label: str,
     generation: GenerationSettings | None = None,
     mask: MaskConfig | None = None,
-    estimator: str = "mask",
+    estimator: str | Estimator = "mask",
     saliency: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -62,7 +58,7 @@ def evaluate(
         label: what a reader calls this run.
         generation: how completions are drawn; see `GenerationSettings` for the defaults.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
+        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
         saliency: whether they are scored at all.
         chat_template_kwargs: see `encode_prompt`; those of the training, whose prompts are other ones without them.
         seed: of the sampling.
@@ -78,12 +74,12 @@ def evaluate(
     if not rows:
         raise ValueError(f"no rows of task {task.name!r} to evaluate on")
     generation = generation or GenerationSettings()
-    scorer = make_estimator(estimator, mask=mask)
+    scorer = make_estimator(estimator, mask=mask) if isinstance(estimator, str) else estimator
     read = [_prompt_of(model, tokenizer, task, row, generation, chat_template_kwargs) for row in rows]
     prompts = {i: ids for i, ids in enumerate(read) if not isinstance(ids, str)}
-    faults = {i: reason for i, reason in enumerate(read) if isinstance(reason, str)}
+    faults = {i: _placed(rows[i], i, reason) for i, reason in enumerate(read) if isinstance(reason, str)}
     if not prompts:
-        raise ValueError(f"none of {len(rows)} rows of task {task.name!r} can be used; prompt 0 {faults[0]}")
+        raise ValueError(f"none of {len(rows)} rows of task {task.name!r} can be used; {faults[0]}")
     if saliency:
         check_support(model, scorer, next(iter(prompts.values()))[-1])
     drawn = generate(model, tokenizer, list(prompts.values()), generation, seed=seed, progress=progress)
@@ -100,7 +96,7 @@ def evaluate(
         for i, samples in zip(prompts, drawn, strict=True)
         for sample, ids in enumerate(samples)
     ]
-    skipped = [unusable(f"{task.name}-{i}", f"prompt {i} {reason}") for i, reason in faults.items()]
+    skipped = [unusable(f"{task.name}-{i}", reason) for i, reason in faults.items()]
 
     def run_of(records: Sequence[RolloutRecord]) -> Run:
         return Run(
@@ -111,7 +107,7 @@ def evaluate(
                 **(settings or {}),
                 "task": task.name,
                 "generation": asdict(generation),
-                "mask": asdict(mask or MaskConfig()) if saliency and scorer.name == "mask" else None,
+                "mask": asdict(scorer.config) if saliency and isinstance(scorer, Mask) else None,
                 "seed": seed,
             },
         )
@@ -123,6 +119,11 @@ def evaluate(
     return run_of(records)
 
 
+def _placed(row: Mapping[str, Any], index: int, reason: str) -> str:
+    """Where the row stands, by file and line where it knows them, and what is wrong with it."""
+    return f"{row['place']}: the row {reason}" if "place" in row else f"prompt {index} {reason}"
+
+
 def _prompt_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,7 +132,7 @@ def _prompt_of(
     generation: GenerationSettings,
     template_kwargs: Mapping[str, Any] | None,
 ) -> list[int] | str:
-    """Token ids of a row's prompt, or why the row cannot be used, to stand behind "prompt 3"."""
+    """Token ids of a row's prompt, or why the row cannot be used, to stand behind "the row" or "prompt 3"."""
     missing = [name for name in ("prompt", "answer") if row.get(name) is None]
     if missing:
         return f"lacks the column {', '.join(missing)}; found {', '.join(row) or 'none'}"
@@ -195,33 +196,37 @@ def evaluate_command(
     Raises:
         ValueError: for a recipe, data or a checkpoint that cannot be used.
     """
-    # TRL takes seconds to load, and only the names of its fields are needed.
-    from atmanrl.training.grpo_config import AtManGRPOConfig
+    # TRL takes seconds to load.
+    from atmanrl.training.config import load_recipe
 
     recipe = load_recipe(config, overrides)
     if not recipe.evaluation.prompts:
         raise ValueError(f"{recipe.source}: evaluation.prompts is 0; pass --evaluation.prompts N")
     if initial_model is not None and not faithfulness:
         raise ValueError("--initial-model takes part in --faithfulness only")
-    # Few of the training keys are read here, and a slip in another one would pass unseen.
-    check_keys(AtManGRPOConfig, recipe.training, source=recipe.source, typed=recipe.typed)
-    mask = build(MaskConfig, recipe.training.get("mask", {}), source=recipe.source, prefix="mask.", typed=recipe.typed)
-    make_estimator(_estimator(recipe), mask=mask)
+    estimator = estimator_from(recipe.values["saliency_estimator"], recipe)
     _generation(recipe)
     names = list(checkpoints) or [recipe.model.name]
     named = list(zip(names, labels(names), strict=True))
+    for name in names:
+        check_name(name)
     task = load_task(recipe.data, leave_out=True)
-    for name in dict.fromkeys([*names, *([] if initial_model is None else [initial_model])]):
-        check_loads(_model_of(recipe, name))
+    if not len(task.test) and task.left_out:
+        raise ValueError(task.left_out[0])
+    vocabularies = {name: check_loads(_model_of(recipe, name)).get_vocab() for name in names}
+    if initial_model is not None:
+        wanted = check_loads(_model_of(recipe, initial_model)).get_vocab()
+        if other := next((name for name in names if vocabularies[name] != wanted), None):
+            raise ValueError(f"{other} and the initial model have different vocabularies: no chain can be read by both")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {output} cannot be made: {error}") from error
     files = {label: output / f"{label}.json" for _, label in named}
     for path in [*files.values(), *(folder / name for folder in _folders(output, named) for name in REPORT)]:
-        check_writable(path)
+        check_writable(path, "--output", made=True)
     reader = None if initial_model is None else load_policy(_model_of(recipe, initial_model))
-    runs = [_evaluate(recipe, task, name, files[label], mask, faithfulness, reader) for name, label in named]
+    runs = [_evaluate(recipe, task, name, files[label], estimator, faithfulness, reader) for name, label in named]
     console = Console(highlight=False)
     if len(runs) == 1:
         write_single(output, runs[0], title=f"{runs[0].label} on {task.name}", console=console)
@@ -230,6 +235,14 @@ def evaluate_command(
         write_comparison(folder, runs[0], after, title=title, console=console)
     console.print(f"written: {output}", markup=False)
     return say_skipped(faults_of(runs))
+
+
+def check_name(model: str) -> None:
+    """Refuse a model's name that no file can hold: a path that is not UTF-8 would end the run when it is saved."""
+    try:
+        model.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the model's name {model!r} is not valid UTF-8") from error
 
 
 def say_skipped(reasons: Iterable[str | None]) -> int:
@@ -262,24 +275,20 @@ def labels(names: Sequence[str]) -> list[str]:
     return [f"{i + 1}-{name}" for i, name in enumerate(short)]
 
 
-def _dtype(recipe: Recipe) -> Dtype:
+def _dtype(recipe: Settings) -> Dtype:
     """What the recipe's training computes in; a CPU has no use for half precision."""
-    half = recipe.training.get("bf16") and torch.cuda.is_available()
+    half = recipe.values["bf16"] and torch.cuda.is_available()
     return "bfloat16" if half else recipe.model.dtype
 
 
-def _model_of(recipe: Recipe, name: str) -> ModelConfig:
+def _model_of(recipe: Settings, name: str) -> ModelConfig:
     # A revision is one of the recipe's own model.
     revision = recipe.model.revision if name == recipe.model.name else None
     return replace(recipe.model, name=name, revision=revision, dtype=_dtype(recipe))
 
 
-def _estimator(recipe: Recipe) -> str:
-    return str(recipe.training.get("saliency_estimator", "mask"))
-
-
-def _generation(recipe: Recipe) -> GenerationSettings:
-    section, limit = recipe.evaluation, recipe.training.get("max_completion_length")
+def _generation(recipe: Settings) -> GenerationSettings:
+    section, limit = recipe.evaluation, recipe.values["max_completion_length"]
     given = {} if limit is None else {"max_new_tokens": limit}
     return GenerationSettings(
         temperature=section.temperature, samples=section.samples, batch_size=section.batch_size, **given
@@ -287,13 +296,11 @@ def _generation(recipe: Recipe) -> GenerationSettings:
 
 
 def _evaluate(
-    recipe: Recipe, task: Task, name: str, file: Path, mask: MaskConfig, faithfulness: bool, reader: Policy | None
+    recipe: Settings, task: Task, name: str, file: Path, estimator: Estimator, faithfulness: bool, reader: Policy | None
 ) -> Run:
     """One checkpoint's run, saved in ``file`` after each of its stages."""
     section = recipe.evaluation
     model, tokenizer = load_policy(_model_of(recipe, name))
-    if reader is not None and reader[1].get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{name} and the initial model have different vocabularies: no chain can be read by both")
     left_out = tuple(unusable(fault.partition(": ")[0], fault) for fault in task.left_out)
 
     def save(run: Run) -> Run:
@@ -308,10 +315,9 @@ def _evaluate(
         task.test.select(range(min(section.prompts, len(task.test)))),
         label=file.stem,
         generation=_generation(recipe),
-        mask=mask,
-        estimator=_estimator(recipe),
+        estimator=estimator,
         saliency=section.saliency,
-        chat_template_kwargs=recipe.training.get("chat_template_kwargs"),
+        chat_template_kwargs=recipe.values["chat_template_kwargs"],
         seed=section.seed,
         settings={"model": name},
         progress=sys.stderr.isatty(),

@@ -15,18 +15,19 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atmanrl.answers import AnswerFormat
-from atmanrl.config import MaskConfig
-from atmanrl.evaluation.evaluate import UNREADABLE, fault_of, faults_of, say_skipped
+from atmanrl.config import MaskConfig, ModelConfig
+from atmanrl.errors import explained_without_training
+from atmanrl.evaluation.evaluate import UNREADABLE, check_name, fault_of, faults_of, say_skipped
 from atmanrl.evaluation.examples import AnnouncedAnswer, Example, LiteralAnswer, is_unicode, read_examples
 from atmanrl.evaluation.faithfulness import with_deletion_effects, with_scores
 from atmanrl.evaluation.recording import Completion, check_support, record, score_name, unusable
 from atmanrl.evaluation.records import RolloutRecord, Run, check_writable, write_text_atomically
 from atmanrl.generation import GenerationSettings, context_length, generate
 from atmanrl.models import encode_completion, encode_prompt, load_policy
-from atmanrl.recipe import ModelConfig, RecipeError, build_section
+from atmanrl.recipe import RecipeError
 from atmanrl.report import print_run, write_page
-from atmanrl.saliency.estimators import make_estimator
-from atmanrl.training.failures import explained_without_training
+from atmanrl.saliency import Estimator, Mask, make_estimator
+from atmanrl.settings import estimators_from
 
 __all__ = ["Completed", "Example", "completed", "explain", "explain_command", "read_examples"]
 
@@ -58,7 +59,7 @@ def explain(
     generation: GenerationSettings | None = None,
     temperature: float = 0.0,
     mask: MaskConfig | None = None,
-    estimator: str = "mask",
+    estimator: str | Estimator = "mask",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
@@ -79,7 +80,7 @@ def explain(
         generation: how missing completions are drawn, one per prompt; None: at ``temperature``, to the context's end.
         temperature: of the sampling where ``generation`` is None; 0 is greedy.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
+        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
         chat_template_kwargs: see `encode_prompt`, for prompts that are messages.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
@@ -91,7 +92,9 @@ def explain(
         ValueError: for no examples, none that can be used (with the first one's place and reason), or a model that the
             estimator cannot read; before anything is generated.
     """
-    scorer = make_estimator(estimator, mask=mask, record_every=record_every)
+    scorer = (
+        make_estimator(estimator, mask=mask, record_every=record_every) if isinstance(estimator, str) else estimator
+    )
     done = completed(
         model,
         tokenizer,
@@ -117,7 +120,7 @@ def explain(
         for i in usable
     ]
     generated = {"generation": asdict(done.generation), "seed": seed} if done.generation else {}
-    masked = {"mask": asdict(mask or MaskConfig())} if scorer.name == "mask" else {}
+    masked = {"mask": asdict(scorer.config)} if isinstance(scorer, Mask) else {}
     rendered = {_TEMPLATE: dict(chat_template_kwargs)} if chat_template_kwargs else {}
 
     def run_of(records: Sequence[RolloutRecord]) -> Run:
@@ -263,7 +266,8 @@ def explain_command(
 
     Args:
         model: what explains its own answers.
-        overrides: ``mask.*`` keys, as on the command line of ``train``, and ``chat_template_kwargs.*``.
+        overrides: keys of the estimators' sections (``mask.*``, ``sparse_mask.*``), as on ``train``'s command
+            line, and ``chat_template_kwargs.*``.
         examples: JSONL file, see `read_examples`.
         prompt, completion, answer: one example, see `Example`; the model writes a completion that is not given.
         html, json, csv: files to write.
@@ -278,16 +282,15 @@ def explain_command(
         ValueError: for examples or options that cannot be used, before anything is computed.
     """
     template_kwargs, overrides = split_template_kwargs(overrides)
-    mask = mask_config(overrides)
-    named = [make_estimator(name, mask=mask, record_every=record_every) for name in estimators]
+    named = estimators_from(estimators, overrides, record_every=record_every)
     names = [each.name for each in named]
+    masks = [each.config for each in named if isinstance(each, Mask)]
     if len(set(names)) < len(names):
         raise ValueError(f"an estimator is named twice: {', '.join(estimators)}")
-    if overrides and "mask" not in names:
-        raise ValueError(f"--mask.* belongs to --estimator mask, not {', '.join(estimators)}")
     if record_every is not None and names[0] not in ("mask", "sparse-mask"):
         raise ValueError(f"--record-every belongs to a mask as the first estimator, not to {estimators[0]!r}")
     check_outputs(html=html, json=json, csv=csv)
+    check_name(model.name)
     items = examples_of(examples, prompt, completion, answer)
     generation = generation_of(max_new_tokens, temperature)
     policy, tokenizer = load_policy(model)
@@ -304,11 +307,10 @@ def explain_command(
         label=Path(model.name).name,
         generation=generation,
         temperature=temperature,
-        mask=mask,
-        estimator=estimators[0],
+        estimator=named[0],
         chat_template_kwargs=template_kwargs,
         seed=seed,
-        settings={"model": model.name} | ({"mask": asdict(mask)} if "mask" in names else {}),
+        settings={"model": model.name} | ({"mask": asdict(masks[0])} if masks else {}),
         record_every=record_every,
         progress=sys.stderr.isatty(),
         rescue=show,
@@ -322,15 +324,6 @@ def explain_command(
         # What an error leaves unscored is no reason to lose what was scored.
         show(run)
     return say_skipped(faults_of([run]))
-
-
-def mask_config(overrides: Sequence[tuple[str, str]]) -> MaskConfig:
-    """A `MaskConfig` from ``mask.*`` overrides.
-
-    Raises:
-        RecipeError: for any other key, or a value the mask does not take.
-    """
-    return build_section(MaskConfig, "mask", overrides)
 
 
 def split_template_kwargs(
@@ -403,8 +396,6 @@ def check_outputs(**paths: Path | None) -> None:
     for option, path in paths.items():
         if path is None:
             continue
-        if not path.parent.is_dir():
-            raise ValueError(f"--{option} {path}: there is no directory {path.parent}")
         check_writable(path, f"--{option}")
         twin = seen.setdefault(path.resolve(), option)
         if twin != option and not (path.exists() and not path.is_file()):

@@ -20,7 +20,7 @@ from atmanrl.evaluation.interventions import Mask, Outcome, Variant, answer_log_
 from atmanrl.evaluation.records import DELETION, DELETIONS, RolloutRecord, Run, decimals
 from atmanrl.evaluation.summary import AGREEMENT, spearman
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.estimators import Estimator, estimate_saliency
+from atmanrl.saliency import Estimator, estimate_saliency
 
 Floats = NDArray[np.float64]
 

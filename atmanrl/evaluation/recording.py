@@ -23,8 +23,7 @@ from atmanrl.evaluation.records import (
 )
 from atmanrl.models import end_of_turn_ids
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.estimators import Estimator, Mask, TokenScores, estimate_saliency
-from atmanrl.saliency.result import NonFiniteLossError
+from atmanrl.saliency import Estimator, Mask, NonFiniteLossError, TokenScores, estimate_saliency
 
 # A character takes at most four bytes, and so at most four tokens.
 _LONGEST_CHARACTER = 4
@@ -217,7 +216,7 @@ def _same(item: Completion, predicted: str) -> bool:
 def _measured(saliency: TokenScores) -> dict[str, Any]:
     """The fields of a record that an estimator fills."""
     losses = saliency.loss_initial, saliency.loss_final, saliency.loss_unmasked
-    course = saliency.course
+    course = saliency.trajectory
     return {
         "scores": {score_name(saliency.estimator): _decimals(saliency.scores)},
         "loss": MaskLoss(*losses) if all(map(math.isfinite, losses)) else None,

@@ -254,7 +254,7 @@ class Summary:
 
     def save(self, path: str | Path) -> None:
         """Write the summary as JSON, atomically."""
-        data = {"format": "atmanrl.evaluation.summary", "version": 1, **asdict(self)}
+        data = {"format": "atmanrl.summary", "version": 1, **asdict(self)}
         write_text_atomically(path, json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 

@@ -42,7 +42,8 @@ def load_splits(
     """Train and test rows of ``config``, each passed through ``convert``.
 
     ``convert`` raises ValueError for a row it cannot use; the message is reported with the row's file and line. Given
-    ``left_out``, such rows are left out instead, and the messages about rows to test on are appended to it.
+    ``left_out``, such rows are left out instead, and the messages about rows to test on are appended to it; the others
+    get a column "place", their file and line.
 
     Raises:
         DataError: see `atmanrl.tasks.load_task`.
@@ -212,7 +213,8 @@ def _converted(
                 raise
             left_out.append(str(error))
             continue
-        yield values
+        # A row may still turn out not to fit a model; then it has to be found again.
+        yield values if left_out is None else {**values, "place": row.place}
 
 
 def _convert(

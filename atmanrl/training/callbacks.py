@@ -136,15 +136,25 @@ class RolloutPages(TrainerCallback):
     def __init__(self, sampled: Callable[[], Run | None], every: int) -> None:
         self.sampled = sampled
         self.every = every
+        self._tried = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.every or state.global_step % self.every or not state.is_world_process_zero:
+        if not self.every or not state.is_world_process_zero:
+            return
+        due = state.global_step % self.every == 0
+        if self._tried and not due:
             return
         run = self.sampled()
         if run is not None:
+            # The first batch's page is a trial: a page that cannot be made or written is found at once.
+            self._tried = True
             path = _directory(args) / ROLLOUTS / f"step-{state.global_step}.html"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_page(path, run, title=f"Rollouts sampled before step {state.global_step}")
+            if not due:
+                path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
 
 
 class StopOnSigterm(TrainerCallback):

@@ -5,15 +5,15 @@ import pytest
 
 from atmanrl import Rollout, estimate_saliency
 from atmanrl.cli import main
+from atmanrl.config import ModelConfig
 from atmanrl.evaluation.compare import with_scores_of
 from atmanrl.evaluation.evaluate import labels
 from atmanrl.evaluation.records import RESTORED, Run
 from atmanrl.evaluation.summary import spearman
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig
 from atmanrl.report.scale import fixed_scale
 from atmanrl.report.text import number
-from atmanrl.saliency.estimators import make_estimator
+from atmanrl.saliency import make_estimator
 from atmanrl.tasks.ledger import CHECKPOINT
 from tests.atmanrl.tiny import PROBLEMS, byte_level_tokenizer, llama, write_gsm8k
 
@@ -29,7 +29,7 @@ def test_an_evaluation_prompts_as_the_training_does(tmp_path, monkeypatch):
         seen[options["label"]] = options["chat_template_kwargs"]
         raise ValueError("seen enough")
 
-    for module in ("evaluation.evaluate", "training.before_after"):
+    for module in ("evaluation.evaluate", "training.run"):
         monkeypatch.setattr(f"atmanrl.{module}.evaluate", evaluated)
     asked = ["--config", "ledger", "--chat_template_kwargs", "{enable_thinking: false}"]
     assert main(["evaluate", *asked, "--output", str(tmp_path / "evaluation")]) == 2
@@ -186,7 +186,10 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         (["compare", "a.json", "b.json"], "a.json: no such file"),
         (["explain", "--model", "ledger", "--input", "nothing.jsonl"], "nothing.jsonl: no such file"),
         (["explain", "--model", "ledger", "--prompt", "a", "--mask.stps", "2"], "unknown key 'mask.stps'"),
-        (["explain", "--model", "ledger", "--prompt", "a", "--steps", "2"], "unknown option --steps"),
+        (
+            ["explain", "--model", "ledger", "--prompt", "a", "--steps", "2"],
+            "unknown key 'steps'; did you mean 'mask.steps'",
+        ),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--html", "no/such/x.html"],
             "there is no directory no/such",
@@ -197,12 +200,18 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         ),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "best", "--mask.steps", "2"],
-            "--mask.* belongs to --estimator mask, not best",
+            "--mask.steps belongs to --estimator mask, not best",
         ),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "gradient", "mask", "--record-every", "2"],
             "--record-every belongs to a mask as the first estimator, not to 'gradient'",
         ),
+        (["explain", "--model", "ledger", "--prompt", "a", "--record-every", "0"], "record_every must be at least 1"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--temperature", "nan"], "temperature must not be negative"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--answer", ""], "--answer is empty"),
+        (["explain", "--model", "ledger", "--prompt", "\udcff"], "--prompt is not valid UTF-8"),
+        (["explain", "--model", "ledger\udcff", "--prompt", "a"], "is not valid UTF-8"),
         (
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "best", "sparse-mask"],
             "an estimator is named twice: best, sparse-mask",
@@ -221,9 +230,9 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
         ),
         (
             ["evaluate", "--config", "ledger", "--saliency_estimatr", "best"],
-            "command line: unknown key 'saliency_estimatr'; did you mean 'saliency_estimator'",
+            "--saliency_estimatr: unknown key 'saliency_estimatr'; did you mean 'saliency_estimator'",
         ),
-        (["evaluate", "--config", "ledger", "--mask.steps", "few"], "command line: 'mask.steps' must be an integer"),
+        (["evaluate", "--config", "ledger", "--mask.steps", "few"], "--mask.steps: 'mask.steps' must be an integer"),
         (["evaluate", "--config", "ledger", "--evaluation.prompts", "0"], "evaluation.prompts is 0"),
         (["evaluate", "--config", "ledger", "--checkpoints", "ledger", "ledger"], "named twice"),
         (
@@ -296,8 +305,9 @@ def test_compare_and_bench_refuse_an_output_that_they_cannot_write(tmp_path, cap
     (tmp_path / "file").write_text("")
     assert main(["compare", "a.json", "b.json", "--output", str(tmp_path / "file")]) == 2
     assert "--output" in capsys.readouterr().err
-    assert main(["bench", "--shape", "llama-30m", "--output", str(tmp_path / "file" / "x")]) == 2
-    assert "--output" in capsys.readouterr().err
+    for path in (tmp_path / "file" / "x", tmp_path / "no" / "x", tmp_path):
+        assert main(["bench", "--shape", "llama-30m", "--output", str(path)]) == 2
+        assert f"--output {path}: " in capsys.readouterr().err
 
 
 def test_explain_skips_bad_lines_goes_on_and_ends_with_status_1(tmp_path, capsys):
@@ -360,6 +370,7 @@ def test_evaluate_skips_bad_rows_goes_on_and_ends_with_status_1(tmp_path, capsys
     write_gsm8k(data / "train.jsonl", [*PROBLEMS, {"question": "no gold", "answer": "?"}])
     lines = [json.dumps(row) for row in PROBLEMS[:3]]
     bad = ["{", json.dumps({"question": "x"}), json.dumps({"question": "x", "answer": "1 #### two"})]
+    bad.append(json.dumps({"question": "x " * 600, "answer": "1 #### 1"}))
     (data / "test.jsonl").write_text("\n".join([*lines[:2], *bad, lines[2]]) + "\n", encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -368,8 +379,17 @@ def test_evaluate_skips_bad_rows_goes_on_and_ends_with_status_1(tmp_path, capsys
     )
     assert main(["evaluate", "--config", str(recipe), "--output", str(tmp_path / "out")]) == 1
     run = Run.load(tmp_path / "out" / "model.json")
-    assert [item.unusable for item in run.rollouts] == [False] * 3 + [True] * 3
+    assert [item.unusable for item in run.rollouts] == [False] * 3 + [True] * 4
     error = capsys.readouterr().err
-    for line in (3, 4, 5):
+    for line in (3, 4, 5, 6):
         assert f"skipped: {data / 'test.jsonl'}, line {line}: " in error
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["prompts"] == 3
+
+
+def test_a_file_that_cannot_be_written_takes_no_other_with_it(tmp_path, capsys):
+    full, file = tmp_path / "full", tmp_path / "out.csv"
+    full.symlink_to("/dev/full")
+    asked = ["explain", "--model", "ledger", "--prompt", PROMPT, "--completion", COMPLETION, "--estimator", "gradient"]
+    assert main([*asked, "--json", str(full), "--csv", str(file)]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert file.read_text().count("\n") == 8

@@ -8,12 +8,13 @@ from atmanrl import Rollout, optimize_masks
 from atmanrl.answers import GSM8K_ANSWER
 from atmanrl.config import DataConfig, MaskConfig
 from atmanrl.evaluation.compare import write_comparison
-from atmanrl.evaluation.evaluate import Completion, evaluate, record, token_texts
+from atmanrl.evaluation.evaluate import evaluate
+from atmanrl.evaluation.recording import Completion, record, token_texts
 from atmanrl.evaluation.records import Run
 from atmanrl.evaluation.summary import compare
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.models import encode_prompt
-from atmanrl.saliency.estimators import Mask
+from atmanrl.saliency import Mask
 from atmanrl.tasks import load_task
 from atmanrl.tasks.ledger import CHECKPOINT
 from tests.atmanrl.tiny import EOT, byte_level_tokenizer, llama

@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import Rollout, estimate_saliency
-from atmanrl.evaluation import interventions
 from atmanrl.evaluation.faithfulness import (
     added_mistakes,
     early_answering,
@@ -14,7 +13,7 @@ from atmanrl.evaluation.faithfulness import (
     score_curves,
 )
 from atmanrl.evaluation.interventions import Variant, answer_log_probabilities, outcomes
-from atmanrl.saliency.estimators import suffixes
+from atmanrl.saliency import batches
 from atmanrl.tasks.ledger import CHECKPOINT
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
@@ -78,15 +77,15 @@ def test_a_variant_does_not_depend_on_its_batch(ledger):
 
 def sizes_of_batches(monkeypatch, fails_above=None):
     sizes = []
-    original = interventions.pack
+    original = batches.pack
 
-    def packed(rollouts, **options):
-        sizes.append(len(rollouts))
-        if fails_above is not None and len(rollouts) > fails_above:
+    def packed(segments, **options):
+        sizes.append(len(segments))
+        if fails_above is not None and len(segments) > fails_above:
             raise torch.OutOfMemoryError("no room")
-        return original(rollouts, **options)
+        return original(segments, **options)
 
-    monkeypatch.setattr(interventions, "pack", packed)
+    monkeypatch.setattr(batches, "pack", packed)
     return sizes
 
 
@@ -94,10 +93,13 @@ def test_where_memory_runs_out_half_of_the_rows_are_tried_and_kept(ledger, monke
     model, rollouts, _ = ledger
     variants = [Variant(rollouts[1])] * 8
     expected = outcomes(model, variants)
-    rows = 4 * len(rollouts[1].completion_ids)
+    own, prompt = len(rollouts[1].completion_ids) - 1, len(rollouts[1].prompt_ids)
+    # Six and their prompt; half of it holds the prompt and two.
+    rows = 6 * own + prompt
+    assert 2 * own + prompt <= rows // 2 < 3 * own + prompt
     sizes = sizes_of_batches(monkeypatch, fails_above=2)
     assert [x.nll for x in outcomes(model, variants, rows=rows)] == pytest.approx([x.nll for x in expected], rel=1e-4)
-    assert sizes == [4, 2, 2, 2, 2]
+    assert sizes == [6, 2, 2, 2, 2]
     sizes = sizes_of_batches(monkeypatch, fails_above=0)
     with pytest.raises(torch.OutOfMemoryError):
         outcomes(model, variants, rows=rows)
@@ -106,17 +108,13 @@ def test_where_memory_runs_out_half_of_the_rows_are_tried_and_kept(ledger, monke
 @pytest.mark.parametrize("intervene", [early_answering, lambda m, r: estimate_saliency(m, r, "leave-one-out")])
 def test_interventions_keep_to_the_free_memory(ledger, monkeypatch, intervene):
     model, rollouts, _ = ledger
-    module = interventions if intervene is early_answering else suffixes
-    name = "pack" if intervene is early_answering else "_pack"
-    original = getattr(module, name)
-    batches = []
-    monkeypatch.setattr(module, name, lambda *a, **k: batches.append(1) or original(*a, **k))
+    sizes = sizes_of_batches(monkeypatch)
     counts = []
     for free in (2**32, 2**18):
-        monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("atmanrl.saliency.batches.free_bytes", lambda device, free=free: free)
         intervene(model, rollouts)
-        counts.append(len(batches))
-        batches.clear()
+        counts.append(len(sizes))
+        sizes.clear()
     assert counts[0] == 1
     assert counts[1] > 1
 

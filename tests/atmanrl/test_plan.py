@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from atmanrl.saliency.cost import DecoderShape, necessary_flops
-from atmanrl.saliency.packing import pack
+from atmanrl.saliency.packing import pack, whole
 from atmanrl.saliency.throughput import SHAPES, random_problem
-from atmanrl.training.update_cost import (
+from atmanrl.training.plan import (
     Device,
     UpdateTime,
     Workload,
@@ -36,7 +36,7 @@ def test_mask_operations_are_the_necessary_ones_within_six_percent() -> None:
     work = replace(Workload(), queries=2)
     lengths = {"prompt": work.prompt, "cot": (work.completion - work.answer,) * 2, "answer": work.answer}
     problem = random_problem(1000, queries=work.queries, rollouts=work.group, **lengths)
-    batch = pack(problem, answer_loss="value", device=torch.device("cpu"))
+    batch = pack([whole(rollout) for rollout in problem], device=torch.device("cpu"))
     shape = planning.LLAMA_3B
     one, two = (saliency_flops(shape, replace(work, mask_steps=steps)) for steps in (1, 2))
     assert 1 <= (two - one) / necessary_flops(shape, batch, [None] * shape.layers) < 1.06

@@ -1,4 +1,8 @@
-"""Scores read off the attention of one forward: what the answer's rows look at, and what later rows look back to."""
+"""Scores read off the attention of one forward: what the answer's rows look at, and what later rows look back to.
+
+Local and global heads are those that look back least and furthest, in the layers of the middle third of a model.
+Source: arXiv 2510.13554 (v2), section 3.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,11 @@ from transformers import PreTrainedModel
 from atman_kernels.hf import AttentionCall, observing
 from atmanrl.config import SeriesConfig
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.estimators.batches import Batch, score_in_batches
-from atmanrl.saliency.estimators.interface import Passes, TokenScores
-from atmanrl.saliency.heads import layers_of, sampled_layers, select_heads
-from atmanrl.saliency.packing import PackedRollouts
+from atmanrl.saliency.batches import Batch, in_batches
+from atmanrl.saliency.packing import PackedRollouts, whole
+from atmanrl.saliency.scores import Passes, TokenScores
+
+Heads = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,11 @@ def _observed(
         columns = zip(batch.rollouts, found.scores(), losses, strict=True)
         return [TokenScores(name, rollout, own, own, loss_unmasked=loss) for rollout, own, loss in columns]
 
-    return score_in_batches(
-        model, rollouts, score, token_budget=token_budget, progress=progress, what=name, observed=True
+    segments = [whole(rollout) for rollout in rollouts]
+    found = in_batches(
+        model, segments, score, token_budget=token_budget, forward_only=True, progress=progress, what=name
     )
+    return list(found)
 
 
 class _Received:
@@ -165,3 +172,29 @@ class _Influence:
             _, distant = select_heads(distance, self._config.head_share)
             scores.append(torch.stack([received[layer][i][:, head] for layer, head in distant]).mean(0))
         return scores
+
+
+def sampled_layers(n_layers: int, count: int = 5) -> list[int]:
+    """``count`` evenly spaced layers from floor(L / 3) to floor(2 L / 3), both included; fewer in a shallow model."""
+    first, last = n_layers // 3, 2 * n_layers // 3
+    spaced = torch.linspace(first, min(last, n_layers - 1), count, dtype=torch.float64)
+    return sorted({round(place) for place in spaced.tolist()})
+
+
+def layers_of(model: PreTrainedModel) -> int:
+    """The number of decoder layers."""
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def select_heads(distance: dict[int, Tensor], share: float = 0.3) -> tuple[Heads, Heads]:
+    """The ``share`` of all (layer, head) with the lowest and with the highest mean distance, at least one each.
+
+    Args:
+        distance: (Hq,) mean backward attention distance of each sampled layer's heads.
+    """
+    ranked = sorted(
+        (value, layer, head) for layer, values in distance.items() for head, value in enumerate(values.tolist())
+    )
+    count = max(1, round(share * len(ranked)))
+    heads = [(layer, head) for _, layer, head in ranked]
+    return heads[:count], heads[-count:]

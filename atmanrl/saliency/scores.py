@@ -35,7 +35,7 @@ class Passes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Course:
+class Trajectory:
     """How an optimisation went, on the CPU.
 
     Attributes:
@@ -65,7 +65,9 @@ class TokenScores:
         loss_final: the same where it ends.
         loss_unmasked: the same without suppression. NaN, like the other two, where the estimator does not see it.
         skipped: why nothing was estimated, None where something was.
-        course: of the optimisation, where it was recorded.
+        trajectory: of the optimisation, where it was recorded.
+        mask: (T,) H of the paper's mask, the raw parameter, neither clamped nor scaled: float32, float64 for a float64
+            model. None of another estimator.
     """
 
     estimator: str
@@ -76,11 +78,12 @@ class TokenScores:
     loss_final: float = math.nan
     loss_unmasked: float = math.nan
     skipped: str | None = None
-    course: Course | None = None
+    trajectory: Trajectory | None = None
+    mask: Tensor | None = None
 
     @property
     def normalized(self) -> Tensor:
-        """(T,) 1 - restored."""
+        """(T,) 1 - restored; of the paper's mask H / init: 1 at the start, 0 for a fully re-enabled token."""
         return 1 - self.restored
 
 
@@ -104,15 +107,32 @@ class Estimator(Protocol):
         Args:
             model: a causal LM on transformers' AttentionInterface, borrowed frozen.
             rollouts: at least one; scores do not depend on the companions, up to rounding.
-            token_budget: packed rows per pass, None for the estimator's own choice.
+            token_budget: packed rows per pass, None for as many as fit the free memory.
             progress: show a bar on stderr.
         """
         ...
 
 
-def share_lost(nats: Tensor) -> Tensor:
-    """1 - exp(-max(nats, 0)): the share by which a loss higher by ``nats`` lowers a probability."""
-    return -torch.expm1(-nats.clamp(min=0))
+class NonFiniteLossError(FloatingPointError):
+    """A rollout's loss is NaN or infinite.
+
+    Args:
+        rollout: its index in the list given, an attribute as well.
+        loss: the value, an attribute as well.
+        when: at which step, for the message, an attribute as well.
+    """
+
+    def __init__(self, rollout: int, loss: float, when: str) -> None:
+        super().__init__(f"the loss of rollout {rollout} is {loss} {when}")
+        self.rollout, self.loss, self.when = rollout, loss, when
+
+
+def check_finite(losses: Tensor, numbers: Sequence[int], when: str) -> None:
+    """Raise NonFiniteLossError for the first of ``losses`` (n,) that is none, named by its rollout's number."""
+    wrong = losses.isfinite().logical_not()
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        raise NonFiniteLossError(numbers[place], losses[place].item(), when)
 
 
 def scored_in_nats(
@@ -124,6 +144,7 @@ def scored_in_nats(
     loss_final: float = math.nan,
     loss_unmasked: float = math.nan,
 ) -> TokenScores:
-    """Scores whose unit is a rise of the answer's loss in nats."""
+    """Scores whose unit is a rise of the answer's loss in nats: a rise by s lowers its probability by 1 - exp(-s)."""
     nats = nats.detach().cpu()
-    return TokenScores(estimator, rollout, nats, share_lost(nats), loss_initial, loss_final, loss_unmasked)
+    share_lost = -torch.expm1(-nats.clamp(min=0))
+    return TokenScores(estimator, rollout, nats, share_lost, loss_initial, loss_final, loss_unmasked)

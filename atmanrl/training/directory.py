@@ -1,6 +1,7 @@
 """A run's directory: what stands in it, and when one may be written to. Importing this module loads no torch.
 
-config.yaml          the recipe with every override, itself a recipe
+config.yaml          every setting with its value, itself a recipe
+inputs.json          fingerprints of the data rows, the tokenizer and the base model
 environment.json     versions of Python and of the packages, the command line
 metrics.jsonl        one line per log step; reproducible
 timings.jsonl        seconds of generation, saliency and update per log step
@@ -14,10 +15,12 @@ before.json after.json summary.json report.html plots/   the evaluation
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,14 @@ import yaml
 
 from atmanrl.errors import InputError
 from atmanrl.evaluation.records import write_text_atomically
-from atmanrl.recipe import Recipe
+from atmanrl.settings import Settings
 
 CONFIG = "config.yaml"
+INPUTS = "inputs.json"
 PACKAGES = ("atmanrl", "torch", "triton", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "flash-attn")
 
 _WRITTEN = (
-    *(CONFIG, "environment.json", "metrics.jsonl", "timings.jsonl", "training_args.bin"),
+    *(CONFIG, INPUTS, "environment.json", "metrics.jsonl", "timings.jsonl", "training_args.bin"),
     *("before.json", "after.json", "summary.json", "report.html", "summary.md"),
     *("checkpoint-*", ".saving", "model", "adapter", "plots", "runs", "completions", "non_finite", "rollouts"),
 )
@@ -46,14 +50,16 @@ _MAY_CHANGE = (
     "report_to",
     "page_steps",
     "page_rollouts",
+    "hub_token",
 )
+_DIRECTORIES = ("model", "adapter", "plots", "runs", "completions", "non_finite", "rollouts")
 
 
 class RunDirectoryError(InputError):
     """The directory cannot be used; the message says what it holds and what to do."""
 
 
-def check(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> None:
+def check(path: Path, recipe: Settings, *, overwrite: bool = False, resume: bool = False) -> None:
     """Check that a run of ``recipe``, or the rest of one, may be written to ``path``; changes nothing.
 
     Args:
@@ -71,6 +77,7 @@ def check(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool =
         if not holds_run:
             raise RunDirectoryError(f"{path} holds no run to resume: there is no {path / CONFIG}")
         _check_same(path / CONFIG, recipe)
+        _check_writable(path)
     elif holds_run and not overwrite:
         raise RunDirectoryError(
             f"{path} holds another run ({', '.join(_contents(path))}): choose another output_dir, go on with --resume "
@@ -82,22 +89,50 @@ def check(path: Path, recipe: Recipe, *, overwrite: bool = False, resume: bool =
         )
 
 
-def start(path: Path, recipe: Recipe, *, resume: bool = False) -> None:
-    """Make the checked directory, delete what an earlier run wrote there unless it is resumed, and write the recipe.
+@contextmanager
+def made(path: Path) -> Iterator[None]:
+    """The directory exists inside the block, for a trial; it stays where the trial succeeds or it was there before.
+
+    Raises:
+        RunDirectoryError: the directory cannot be written to.
+    """
+    new = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        if new:
+            shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunDirectoryError(f"output_dir {path} cannot be written to: {error}") from error
+        raise
+
+
+def start(path: Path, recipe: Settings, inputs: Mapping[str, Any], *, resume: bool = False) -> None:
+    """Delete what an earlier run wrote to the checked directory, unless it is resumed, and write settings and inputs.
 
     Raises:
         RunDirectoryError: the directory cannot be written to.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
         if not resume:
             for item in (item for pattern in _WRITTEN for item in path.glob(pattern)):
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         # In one piece: a resumed run whose disk is full must not lose the recipe it was started with.
         write_text_atomically(path / CONFIG, recipe.to_yaml())
+        write_text_atomically(path / INPUTS, json.dumps(inputs))
         write_text_atomically(path / "environment.json", json.dumps(_environment(), indent=1))
     except OSError as error:
         raise RunDirectoryError(f"output_dir {path} cannot be written to: {error}") from error
+
+
+def _check_writable(path: Path) -> None:
+    """What the run will write again, or into, must let it."""
+    for item in (item for pattern in _WRITTEN for item in path.glob(pattern)):
+        if item.name in _DIRECTORIES and not item.is_dir():
+            raise RunDirectoryError(f"{item} is a file, and the run writes a directory of that name")
+        if not os.access(item, os.W_OK):
+            raise RunDirectoryError(f"{item} cannot be written to")
 
 
 def _contents(path: Path, most: int = 5) -> list[str]:
@@ -105,23 +140,21 @@ def _contents(path: Path, most: int = 5) -> list[str]:
     return names[:most] + (["..."] if len(names) > most else [])
 
 
-def _check_same(config: Path, recipe: Recipe) -> None:
-    before, now = (dict(_flat(yaml.safe_load(text))) for text in (config.read_text(encoding="utf-8"), recipe.to_yaml()))
-    differing = [
-        f"{key} ({before.get(key)!r}, now {now.get(key)!r})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in _MAY_CHANGE
-    ]
+def _check_same(config: Path, recipe: Settings) -> None:
+    before, now = (yaml.safe_load(text) for text in (config.read_text(encoding="utf-8"), recipe.to_yaml()))
+    differing = [text for key, text in _differing(before, now) if key not in _MAY_CHANGE]
     if differing:
         raise RunDirectoryError(f"{config} was started with other settings: {', '.join(differing)}")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys whose values differ, of those that stand in both, and both values in words."""
+    for key in sorted(before.keys() & now.keys()):
+        old, new = before[key], now[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differing(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", f"{prefix}{key} ({old!r}, now {new!r})"
 
 
 def installed_versions() -> dict[str, str | None]:
