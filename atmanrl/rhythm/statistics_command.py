@@ -23,8 +23,7 @@ from atmanrl.rhythm import credit
 from atmanrl.rhythm.report import Coupling, NeededRank, Perturbation, couplings, needed_rank, perturbation
 from atmanrl.rhythm.series import RolloutSeries, attention_series
 from atmanrl.rhythm.series_plot import plot_series
-from atmanrl.tasks.ledger.generator import classify_tokens
-from atmanrl.tasks.ledger.vocabulary import ANSWER, ASK, COT
+from atmanrl.tasks.ledger import ANSWER, ASK, COT, classify_tokens
 
 
 @explained_without_training("explanation", "files written before this one are whole")

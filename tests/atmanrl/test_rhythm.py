@@ -14,7 +14,7 @@ from atmanrl.config import LedgerConfig
 from atmanrl.rhythm.report import couplings, jaccard, needed_rank
 from atmanrl.rhythm.series import RolloutSeries
 from atmanrl.rhythm.series_plot import plot_series
-from atmanrl.tasks.ledger.generator import sample_examples
+from atmanrl.tasks.ledger import sample_examples
 
 
 def _series(n: int, seed: int, *, coupled: bool) -> RolloutSeries:
