@@ -21,7 +21,7 @@ from atman_kernels._triton.backward_keys import backward_keys_kernel, scale_dq_k
 from atman_kernels._triton.backward_queries import backward_queries_kernel
 from atman_kernels._triton.blocks import block_sizes, padded_head_dim
 from atman_kernels._triton.launch import Launch, strides_of
-from atman_kernels._triton.operands import attention_operands, streamed_operands, tile_descriptor
+from atman_kernels._triton.operands import attention_operands, row_copies, streamed_operands, tile_descriptor
 from atman_kernels._triton.tiles import ROW_ALIGNMENT, aligned_size
 from atman_kernels.plan import TILE
 from atman_kernels.problem import AttentionProblem, Gradients
@@ -150,6 +150,7 @@ def backward_launches(
         **strides_of("dq", dq_sum if fused else None, "bth"),
         "FUSE_DQ": fused,
         "INTERPRETED": family == "interpreter",
+        "ROW_COPIES": row_copies(family, blocks),
         "dk_ptr": x.k if dk is None else dk,
         "dv_ptr": x.v if dv is None else dv,
         "dkey_bias_ptr": partial,

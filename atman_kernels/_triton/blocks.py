@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ import triton
 # stands for devices with 99 KiB of shared memory per block. The interpreter's cost is per tile; its unequal shapes
 # below TILE exercise every branch of the schedules.
 BLOCK_SIZES_FILE = Path(__file__).with_name("block_sizes.json")
+# An environment variable that names another table, as benchmarks/tune.py writes one.
+BLOCK_SIZES_VARIABLE = "ATMAN_BLOCK_SIZES"
 
 
 class BlockSizes(NamedTuple):
@@ -32,11 +35,11 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def block_sizes(family: str, kernel: str, head_dim: int, dtype: torch.dtype) -> BlockSizes:
-    """The committed tile shape for a device family ("sm_90", ...), kernel, head_dim and dtype."""
+    """The tile shape for a device family ("sm_90", ...), kernel, head_dim and dtype."""
     return BlockSizes(*block_size_table()[family][kernel][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
 
 
 @lru_cache(maxsize=1)
 def block_size_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
-    """The committed table, read once; the tuner tries other shapes by writing into it."""
-    return json.loads(BLOCK_SIZES_FILE.read_text())
+    """The table in use, read once; the tuner tries other shapes by writing into it."""
+    return json.loads(Path(os.environ.get(BLOCK_SIZES_VARIABLE) or BLOCK_SIZES_FILE).read_text())

@@ -30,12 +30,19 @@ def device_family(device: torch.device) -> str:
     """The key of the block-size table for a device.
 
     Raises:
-        RuntimeError: for NVIDIA devices before compute capability 8.0, which Triton does not compile these kernels for.
+        RuntimeError: for NVIDIA devices before compute capability 8.0, which Triton does not compile these kernels for,
+            and for AMD devices other than gfx942 (MI300), for which no kernel was ever compiled.
     """
     if triton.knobs.runtime.interpret:
         return "interpreter"
     if torch.version.hip is not None:
-        return "gfx942"
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if architecture != "gfx942":
+            raise RuntimeError(
+                f"the Triton kernels have block sizes for the AMD architecture gfx942, {device} is {architecture};"
+                ' backend("reference") computes on every device'
+            )
+        return architecture
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise RuntimeError(

@@ -91,3 +91,20 @@ def test_new_packed_lengths_and_windows_compile_nothing_new() -> None:
     result = _python("-c", _SPECIALIZATIONS)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == 1
+
+
+_OFFSETS = """
+import re
+from benchmarks.compiled import compile_launch
+from benchmarks.compiled_kernels import Configuration
+
+# The member of a group and the row or key of a tile times a stride: no product of two 32-bit numbers that are not
+# constants may become part of an address.
+for launch in Configuration("sm_90", permuted=True, prefix=True).launches():
+    text = compile_launch(launch, "sm_90").asm["ttir"]
+    strides = set(re.findall(r"(%stride_(?:q|do)h)\\\\b[^,]*: i(?:32|64)", text))
+    widened = {new for new, old in re.findall(r"(%[\\\\w#]+) = arith.extsi (%stride_\\\\w+) : i32 to i64", text)}
+    narrow = re.findall(r"arith.muli [^:]*%stride_(?:q|do)h\\\\b[^:]*: i32", text)
+    wide = re.findall(r"arith.muli [^:]*(%stride_(?:q|do)h\\\\w*)[^:]*: i64", text)
+    print(launch.kernel.__name__, len(narrow), len(wide))
+"""

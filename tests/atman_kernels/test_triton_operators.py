@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,22 @@ def test_devices_that_triton_does_not_compile_for_are_named(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match=r"8\.0 or higher, cuda:0 has 7\.5"):
         launch.device_family.__wrapped__(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize(("architecture", "runs"), [("gfx942:sramecc+:xnack-", True), ("gfx90a:sramecc+", False)])
+def test_amd_devices_without_block_sizes_of_their_own_are_named(
+    architecture: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    family = launch.device_family.__wrapped__
+    if runs:
+        assert family(torch.device("cuda:0")) == "gfx942"
+        return
+    with pytest.raises(RuntimeError, match="gfx942, cuda:0 is gfx90a"):
+        family(torch.device("cuda:0"))
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
