@@ -16,7 +16,7 @@ _ALIGNMENT_BYTES = 16
 
 
 def tile_descriptor(family: str, x: Tensor, block: list[int]) -> TensorDescriptor | None:
-    """A descriptor of (B, T, H, D) rows in tiles of ``block``; None where the device or the layout has none.
+    """A descriptor of (B, T, H, D) rows, or (T, H, D), in tiles of ``block``; None where the device or layout has none.
 
     A layout has one if, as cuTensorMapEncodeTiled documents, it begins at a multiple of 16 bytes, its strides are such
     multiples and each is a multiple of, and at least the extent of, the axis inside it. Where (B, T, H, D) is not such
@@ -24,9 +24,10 @@ def tile_descriptor(family: str, x: Tensor, block: list[int]) -> TensorDescripto
     """
     if family not in BULK_COPY_FAMILIES or not x.numel() or x.data_ptr() % _ALIGNMENT_BYTES:
         return None
+    sizes, steps = [1, *x.shape][-4:], [0, *x.stride()][-4:]
     for order in ((0, 1, 2, 3), (0, 2, 1, 3)):
-        shape = [x.shape[axis] for axis in order]
-        strides = _growing_strides(shape, [x.stride(axis) for axis in order], x.element_size())
+        shape = [sizes[axis] for axis in order]
+        strides = _growing_strides(shape, [steps[axis] for axis in order], x.element_size())
         if strides is not None:
             return TensorDescriptor(x, shape, strides, [block[axis] for axis in order])
     return None
@@ -83,8 +84,8 @@ def streamed_operands(family: str, blocks: BlockSizes, x: AttentionProblem) -> d
     sources = {
         "k_desc": x.k,
         "v_desc": x.v,
-        "prefix_k_desc": None if x.prefix_k is None else x.prefix_k[None],
-        "prefix_v_desc": None if x.prefix_v is None else x.prefix_v[None],
+        "prefix_k_desc": x.prefix_k,
+        "prefix_v_desc": x.prefix_v,
     }
     return {
         **{name: None if t is None else tile_descriptor(family, t, block) for name, t in sources.items()},
@@ -109,9 +110,5 @@ def vector_shapes(family: str, blocks: BlockSizes, dtype: torch.dtype) -> dict[s
 
 def row_copies(family: str, blocks: BlockSizes) -> int:
     """ROW_COPIES of the key-owned kernel; see ``tiles.load_row_numbers``."""
-    import os
-
-    if os.environ.get("TRI_COPIES") == "0":
-        return 1
     copied = family == "interpreter" or (family != "gfx942" and blocks.num_stages > 1)
     return min(max(1, 32 * blocks.num_warps // blocks.block_m), blocks.block_n) if copied else 1

@@ -291,11 +291,8 @@ def load_keys(
     if desc is not None and not MASKED:
         batch, head, key = keys.batch.to(tl.int32), keys.head.to(tl.int32), (keys.start + start).to(tl.int32)
         # Rows are the second axis, or heads where these lie outside rows in memory.
-        if desc.block_shape[1] == BLOCK_N:
-            tile = desc.load([batch, key, head, 0])
-        else:
-            tile = desc.load([batch, head, key, 0])
-        return tile.reshape(BLOCK_N, BLOCK_D)
+        at = [batch, key, head, 0] if desc.block_shape[1] == BLOCK_N else [batch, head, key, 0]
+        return desc.load(at).reshape(BLOCK_N, BLOCK_D)
     return load_rows(base_ptr, start, keys.length, stride_t, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
