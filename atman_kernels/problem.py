@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# Rounded to fp32, an lse up to this moves the p of its row by at most 2^-19. Where it is larger, p = exp(score - lse)
+# does not sum to 1, and p is normalised by the row's own sum again.
+LARGEST_LSE = 64.0
+
 
 class AttentionProblem(NamedTuple):
     """The operands of a forward or backward.

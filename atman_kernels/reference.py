@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atman_kernels.problem import AttentionProblem, StatisticsProblem
+from atman_kernels.problem import LARGEST_LSE, AttentionProblem, StatisticsProblem
 
 __all__ = ["attention", "attention_backward", "attention_forward", "attention_statistics", "visible_keys"]
 
@@ -159,7 +159,8 @@ def attention_backward(do: Tensor, dlse: Tensor | None, x: AttentionProblem) -> 
 def attention_statistics(x: StatisticsProblem, need_distance: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row and column sums of the attention map, from the map itself; see ``atman_kernels.statistics_ops``.
 
-    With p = exp(scores - lse) and d the distance from a row back to a key::
+    With p = exp(scores - lse), or the softmax of the scores where lse is beyond LARGEST_LSE, and d the distance from a
+    row back to a key::
 
         distance = mean over chosen rows of sum_v p d;  windowed_distance = sum_v p min(d, window)
         received[v] = mean over chosen rows with low <= d <= high of p
@@ -184,6 +185,7 @@ def attention_statistics(x: StatisticsProblem, need_distance: bool) -> tuple[Ten
         scores = scores[0].flatten(0, 1)
         lse_i = lse[span.batch, :, span.queries, None]
         p = torch.exp(scores - lse_i.masked_fill(lse_i == -torch.inf, torch.inf))
+        p = torch.where(lse_i.isfinite() & (lse_i.abs() > LARGEST_LSE), _softmax(scores)[0], p)
         d = torch.arange(n_rows, device=q.device)[:, None] + (n_keys - n_rows) - torch.arange(n_keys, device=q.device)
         chosen = torch.ones(n_rows, dtype=torch.bool, device=q.device)
         if x.rows is not None:

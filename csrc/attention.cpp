@@ -74,6 +74,7 @@ void attention_forward(const Forward& f, const Kernels& kernels, int threads) {
 
 void attention_backward(Backward g, const Scalars& dkey_bias, const Kernels& kernels, int threads) {
   g.need_dkey_bias = static_cast<bool>(dkey_bias);
+  const auto split = split_lse(g, kernels, threads);
   std::vector<Task> tasks = key_tasks(g, threads);
   std::unique_ptr<float[], Free> delta;
   if (g.need_dkey_bias && g.dtype != Dtype::f32) {

@@ -72,7 +72,7 @@ void backward_task(const Backward& g, const Task& task, Arena& arena, bool run) 
   pack_panels<T>(k_row, keys, head_dim, b.k_panels);
   pack_panels<T>(v_row, keys, head_dim, b.v_panels);
   if (g.dq) pack_deep_rows<T>(k_row, keys, n_keys - (keys.end - keys.begin), head_dim, b.k_rows);
-  pack_bias(g, s, keys, b.bias_log2);
+  pack_bias(g, s, keys, b.bias);
   if (g.key_bias) count_kept_keys(g, s, visible.n_keys, b.kept_before);
   fill(b.dkey_bias, n_keys, 0.0f);
   if (g.dk) fill(b.dk, (own_keys + kRowPadding) * padded, 0.0f);
@@ -128,7 +128,7 @@ void delta_task(const Backward& g, const Task& task, Arena& arena, bool run) {
 
   pack_panels<T>(KeyRows<T>(s, g.prefix_k, g.k, task.head_kv), keys, head_dim, b.k_panels);
   pack_panels<T>(KeyRows<T>(s, g.prefix_v, g.v, task.head_kv), keys, head_dim, b.v_panels);
-  pack_bias(g, s, keys, b.bias_log2);
+  pack_bias(g, s, keys, b.bias);
   if (g.key_bias) count_kept_keys(g, s, visible.n_keys, b.kept_before);
   for (int64_t head = task.head_kv * g.group(); head < (task.head_kv + 1) * g.group(); ++head) {
     for (int64_t first = task.row_begin; first < task.row_end; first += kBackwardRows) {

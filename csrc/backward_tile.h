@@ -6,11 +6,13 @@
 namespace atman::ATMAN_ISA {
 
 constexpr int64_t kBackwardRows = 96;
+// In place of a log_sum, which is at least 0.
+constexpr float kWhole = -1.0f;
 
 template <class W>
 struct BackwardBuffers {
   W *k_panels, *v_panels, *k_rows;
-  float *bias_log2, *dkey_bias;
+  float *bias, *dkey_bias;
   // Accumulators of the tiles that hold keys of the sequence itself; a prefix gets no gradient.
   float *dk, *dv;
   float* dq;
@@ -20,7 +22,8 @@ struct BackwardBuffers {
   W* scores;
   // Per kept tile: rows x kKeyTile.
   float *p, *ds;
-  float *lse_log2, *delta, *row_sums;
+  // Per row: p = exp(score - lse), or exp((score - lse) - log_sum) where the lse is split; log_sum is kWhole elsewhere.
+  float *lse, *log_sum, *delta, *row_sums;
   // The only key that a row sees, or kManyKeys.
   int64_t* only_key;
   int32_t* kept_before;
@@ -34,7 +37,7 @@ struct BackwardBuffers {
     k_panels = arena.take<W>(keys * words<W>(g.head_dim));
     v_panels = arena.take<W>(keys * words<W>(g.head_dim));
     k_rows = arena.take<W>(g.dq ? words<W>(keys) * padded : 0);
-    bias_log2 = arena.take<float>(keys);
+    bias = arena.take<float>(keys);
     dkey_bias = arena.take<float>(keys);
     dk = arena.take<float>(g.dk ? (own_keys + kRowPadding) * padded : 0);
     dv = arena.take<float>(g.dv ? (own_keys + kRowPadding) * padded : 0);
@@ -46,7 +49,8 @@ struct BackwardBuffers {
     dq = arena.take<float>(g.dq ? padded_rows * padded : 0);
     p = arena.take<float>(tiles * tile_size + kRowPadding);
     ds = arena.take<float>(tiles * tile_size + kRowPadding);
-    lse_log2 = arena.take<float>(padded_rows);
+    lse = arena.take<float>(padded_rows);
+    log_sum = arena.take<float>(padded_rows);
     delta = arena.take<float>(padded_rows);
     row_sums = arena.take<float>(padded_rows * kLanes);
     only_key = arena.take<int64_t>(rows);
@@ -69,10 +73,15 @@ void load_block(const Backward& g, const Sequence& s, const Visibility& visible,
   for (int64_t i = 0; i < rows; ++i) {
     const float lse = g.lse.at(s.batch, head, s.q_start + first + i);
     b.only_key[i] = only_key(visible.keys(first + i, first + i), g.key_bias ? b.kept_before : nullptr);
-    // A row without a key gets p = 2^-inf = 0; a row with a single one too, until set_only_keys.
-    b.lse_log2[i] = lse == -kInfinity || b.only_key[i] != kManyKeys ? kInfinity : lse * kLog2E;
+    // A row without a key gets p = e^-inf = 0; a row with a single one too, until set_only_keys.
+    b.lse[i] = lse == -kInfinity || b.only_key[i] != kManyKeys ? kInfinity : lse;
+    b.log_sum[i] = kWhole;
+    if (g.split.highest && needs_split(b.lse[i])) {
+      b.lse[i] = g.split.highest.at(s.batch, head, s.q_start + first + i);
+      b.log_sum[i] = g.split.log_sum.at(s.batch, head, s.q_start + first + i);
+    }
   }
-  for (int64_t i = rows; i < rows + kRowPadding; ++i) b.lse_log2[i] = kInfinity, b.delta[i] = 0.0f;
+  for (int64_t i = rows; i < rows + kRowPadding; ++i) b.lse[i] = kInfinity, b.log_sum[i] = kWhole, b.delta[i] = 0.0f;
 }
 
 // delta of each row where p and dp of the whole row are not at hand.
@@ -107,7 +116,7 @@ template <class W>
 struct Operands {
   Tile tile;
   const W *k_panels, *v_panels;
-  const float* bias_log2;
+  const float* bias;
   float *dkey_bias, *p, *ds;
 
   Operands(const Visibility& visible, int64_t first_row, int64_t rows, int64_t key, int64_t at, int64_t kept,
@@ -115,7 +124,7 @@ struct Operands {
       : tile{visible, first_row, rows, key},
         k_panels(b.k_panels + at * words<W>(head_dim)),
         v_panels(b.v_panels + at * words<W>(head_dim)),
-        bias_log2(b.bias_log2 + at),
+        bias(b.bias + at),
         dkey_bias(b.dkey_bias + at),
         p(b.p + kept * b.tile_size),
         ds(b.ds + kept * b.tile_size) {}
@@ -124,16 +133,20 @@ struct Operands {
 // p of one panel, 0 where a row does not see the key.
 template <class W>
 void panel_p(const Operands<W>& t, int64_t panel, const Backward& g, const BackwardBuffers<W>& b) {
-  const Vec scale = broadcast(g.sm_scale * kLog2E);
+  const Vec scale = broadcast(g.sm_scale);
   const bool edge = t.tile.has_edge();
   multiply_panel(t.tile, panel, b.q, padded_words<W>(g.head_dim), t.k_panels + panel * kPanel * words<W>(g.head_dim),
                  g.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
                    for (int j = 0; j < nv; ++j) {
-                     const Vec bias = load(t.bias_log2 + (vector + j) * kLanes);
+                     const Vec bias = load(t.bias + (vector + j) * kLanes);
                      float* p = t.p + row * kTileRow + (vector + j) * kLanes;
                      for (int i = 0; i < mr; ++i) {
-                       const Vec shift = sub(bias, broadcast(b.lse_log2[row + i]));
-                       store(p + i * kTileRow, exp2(fma(acc[i][j], scale, shift)));
+                       const Vec lse = broadcast(b.lse[row + i]);
+                       // The score as the forward rounds it, where its sum is used.
+                       const Vec x = b.log_sum[row + i] == kWhole
+                                         ? fma(acc[i][j], scale, sub(bias, lse))
+                                         : sub(sub(fma(acc[i][j], scale, bias), lse), broadcast(b.log_sum[row + i]));
+                       store(p + i * kTileRow, exp(x));
                      }
                    }
                    if (edge) hide_edges(t.tile, row, {vector, vector + nv}, 0.0f, t.p);

@@ -10,17 +10,18 @@ constexpr int64_t kStatisticsRows = 96;
 template <class W>
 struct StatisticsBuffers {
   W *k_panels, *q;
-  float *bias_log2, *scores, *lse_log2;
+  float *bias, *scores, *lse, *log_sum;
   // Per row of a block and lane, or per key of a tile.
   float* sums;
 
   StatisticsBuffers(Arena& arena, int64_t keys, int64_t head_dim) {
     const int64_t padded_rows = kStatisticsRows + kRowPadding;
     k_panels = arena.take<W>(keys * words<W>(head_dim));
-    bias_log2 = arena.take<float>(keys);
+    bias = arena.take<float>(keys);
     q = arena.take<W>(padded_rows * padded_words<W>(head_dim));
     scores = arena.take<float>(padded_rows * kTileRow);
-    lse_log2 = arena.take<float>(padded_rows);
+    lse = arena.take<float>(padded_rows);
+    log_sum = arena.take<float>(padded_rows);
     sums = arena.take<float>(maximum<int64_t>(padded_rows * kLanes, kKeyTile));
   }
 };
@@ -33,24 +34,29 @@ void pack_statistics_rows(const Statistics& p, const Sequence& s, int64_t head, 
   for (int64_t i = 0; i < rows; ++i) {
     const float lse = p.lse.at(s.batch, head, s.q_start + first + i);
     // A row without a key has p = 0.
-    b.lse_log2[i] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+    b.lse[i] = lse == -kInfinity ? kInfinity : lse;
+    b.log_sum[i] = 0.0f;
+    if (p.split.highest && needs_split(lse)) {
+      b.lse[i] = p.split.highest.at(s.batch, head, s.q_start + first + i);
+      b.log_sum[i] = p.split.log_sum.at(s.batch, head, s.q_start + first + i);
+    }
   }
 }
 
 // Calls each(row, vectors) for every row of the tile that sees a key of it, with p in the row's scores.
 template <class W, class Each>
-void for_each_row(const Tile& tile, const Statistics& p, const W* k_panels, const float* bias_log2,
+void for_each_row(const Tile& tile, const Statistics& p, const W* k_panels, const float* bias,
                   const StatisticsBuffers<W>& b, Each each) {
   const Range all = tile.vectors();
   if (all.empty()) return;
-  const Vec scale = broadcast(p.sm_scale * kLog2E);
+  const Vec scale = broadcast(p.sm_scale);
   for (int64_t panel = all.begin / kTileVectors; panel * kTileVectors < all.end; ++panel) {
     multiply_panel(tile, panel, b.q, padded_words<W>(p.head_dim), k_panels + panel * kPanel * words<W>(p.head_dim),
                    p.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
                      for (int j = 0; j < nv; ++j) {
-                       const Vec bias = load(bias_log2 + (vector + j) * kLanes);
+                       const Vec added = load(bias + (vector + j) * kLanes);
                        float* s = b.scores + row * kTileRow + (vector + j) * kLanes;
-                       for (int i = 0; i < mr; ++i) store(s + i * kTileRow, fma(acc[i][j], scale, bias));
+                       for (int i = 0; i < mr; ++i) store(s + i * kTileRow, fma(acc[i][j], scale, added));
                      }
                    });
   }
@@ -61,9 +67,9 @@ void for_each_row(const Tile& tile, const Statistics& p, const W* k_panels, cons
     if (edge) hide_edges(tile, strip, vectors, -kInfinity, b.scores);
     for (int64_t row = strip; row < minimum<int64_t>(strip + kStrip, tile.rows); ++row) {
       float* s = b.scores + row * kTileRow;
-      const Vec shift = broadcast(b.lse_log2[row]);
+      const Vec lse = broadcast(b.lse[row]), log_sum = broadcast(b.log_sum[row]);
       for (int64_t j = vectors.begin; j < vectors.end; ++j)
-        store(s + j * kLanes, exp2(sub(load(s + j * kLanes), shift)));
+        store(s + j * kLanes, exp(sub(sub(load(s + j * kLanes), lse), log_sum)));
       each(row, vectors);
     }
   }
@@ -82,7 +88,7 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
   if (!run) return;
 
   pack_panels<T>(KeyRows<T>(s, p.prefix_k, p.k, task.head_kv), keys, p.head_dim, b.k_panels);
-  pack_bias(p, s, keys, b.bias_log2);
+  pack_bias(p, s, keys, b.bias);
   const Vec lanes = lane_numbers();
   // The sum is subtracted from it: its rounding must not exceed that of distances in the sequence.
   const float reach = near ? static_cast<float>(minimum<int64_t>(p.reach, visible.n_keys)) : 0.0f;
@@ -98,7 +104,7 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
         const int64_t at = key - keys.begin;
         const Tile tile{visible, first, rows, key};
         const auto* panels = b.k_panels + at * words<W>(p.head_dim);
-        for_each_row(tile, p, panels, b.bias_log2 + at, b, [&](int64_t row, Range vectors) {
+        for_each_row(tile, p, panels, b.bias + at, b, [&](int64_t row, Range vectors) {
           const float back = tile.distance(row);
           Vec sum = load(b.sums + row * kLanes);
           for (int64_t j = vectors.begin; j < vectors.end; ++j) {
@@ -112,7 +118,7 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
       }
       for (int64_t i = 0; i < rows; ++i) {
         const float sum = sum_lanes(load(b.sums + i * kLanes));
-        const bool without_key = b.lse_log2[i] == kInfinity;
+        const bool without_key = b.lse[i] == kInfinity;
         // The p of a row sum to 1: sum p min(d, W) = W - sum p max(W - d, 0).
         p.row_sums.at(s.batch, head, s.q_start + first + i) = without_key ? 0.0f : near ? reach - sum : sum;
       }
@@ -135,7 +141,7 @@ void column_statistics_task(const Statistics& p, const Task& task, Arena& arena,
   for (int64_t key = round_down(first_own, kKeyTile); key < task.key_end; key += kKeyTile) {
     const Range keys{key, minimum<int64_t>(key + kKeyTile, band.n_keys)};
     pack_panels<T>(KeyRows<T>(s, p.prefix_k, p.k, task.head_kv), keys, p.head_dim, b.k_panels);
-    pack_bias(p, s, keys, b.bias_log2);
+    pack_bias(p, s, keys, b.bias);
     const Range needed = band.window > 0 ? band.rows(keys.begin, keys.end - 1) : Range{0, 0};
     for (int64_t head = task.head_kv * p.group(); head < (task.head_kv + 1) * p.group(); ++head) {
       fill(b.sums, kKeyTile, 0.0f);
@@ -143,7 +149,7 @@ void column_statistics_task(const Statistics& p, const Task& task, Arena& arena,
         const int64_t rows = minimum<int64_t>(kStatisticsRows, needed.end - first);
         pack_statistics_rows<T>(p, s, head, first, rows, b);
         const Tile tile{band, first, rows, key};
-        for_each_row(tile, p, b.k_panels, b.bias_log2, b, [&](int64_t row, Range vectors) {
+        for_each_row(tile, p, b.k_panels, b.bias, b, [&](int64_t row, Range vectors) {
           if (!p.is_chosen(s.batch, s.q_start + first + row)) return;
           for (int64_t j = vectors.begin; j < vectors.end; ++j)
             store(b.sums + j * kLanes,

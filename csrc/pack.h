@@ -107,12 +107,12 @@ inline void fill(float* out, int64_t count, float value) {
   for (int64_t i = 0; i < count; i += kLanes) store(out + i, broadcast(value));
 }
 
-// The bias of every key in base-2 units: 0 for the prefix and where there is none.
-inline void pack_bias(const Problem& p, const Sequence& s, Range keys, float* out_log2) {
-  fill(out_log2, round_up(keys.end - keys.begin, kPanel), 0.0f);
+// The bias of every key: 0 for the prefix and where there is none.
+inline void pack_bias(const Problem& p, const Sequence& s, Range keys, float* out) {
+  fill(out, round_up(keys.end - keys.begin, kPanel), 0.0f);
   if (!p.key_bias) return;
   for (int64_t key = maximum<int64_t>(keys.begin, s.prefix_length); key < keys.end; ++key)
-    out_log2[key - keys.begin] = p.key_bias.at(s.batch, 0, s.k_start + key - s.prefix_length) * kLog2E;
+    out[key - keys.begin] = p.key_bias.at(s.batch, 0, s.k_start + key - s.prefix_length);
 }
 
 // before[key] = how many of the keys before `key` are not removed by a bias of -inf, for 0 <= key <= n_keys.

@@ -48,6 +48,9 @@ constexpr int64_t kNoWindow = INT64_MAX;
 
 // Keys per tile. Tiles lie at multiples of it, so that a row's result does not depend on the split into tasks.
 constexpr int64_t kKeyTile = 128;
+// Rounded to fp32, an lse up to this moves the p of its row by at most 2^-19, as much as a score of its size does. Of rows
+// with a larger one, p is normalised by their own sum again (see split_lse).
+constexpr float kLargestLse = 64.0f;
 // A backward block that sees at most this many tiles keeps p and dp of all of them, and so has delta = sum_v p dp at no
 // cost.
 constexpr int64_t kKeptTiles = 4;
@@ -67,9 +70,16 @@ struct Problem {
   ATMAN_SHARED int64_t group() const { return heads_q / heads_kv; }
 };
 
+// lse = highest + log_sum, of which the sum alone rounds log_sum away where highest is large.
+struct SplitLse {
+  Scalars highest, log_sum;
+};
+
+// Outputs without data are not computed.
 struct Forward : Problem {
   Tensor o;
   Scalars lse;
+  SplitLse split;
   // Where given, sum_v p d of each row over the distance d back to a key; of causal attention.
   Scalars distance;
 };
@@ -77,6 +87,8 @@ struct Forward : Problem {
 struct Backward : Problem {
   Tensor d_o, o;
   Scalars lse, dlse;
+  // With data where a row's lse is too large.
+  SplitLse split;
   // Where given, row terms computed beforehand; otherwise delta = sum_d do o.
   Scalars delta;
   // Gradients that are not asked for have no data.
@@ -88,6 +100,7 @@ struct Backward : Problem {
 // `reach`, sum_v p min(d, reach); of own keys, the mean p over the chosen rows `low` to `high` positions later.
 struct Statistics : Problem {
   Scalars lse;
+  SplitLse split;
   // Nonzero where a row is chosen; without data all are.
   const uint8_t* rows_chosen;
   int64_t stride_chosen;
@@ -133,6 +146,12 @@ class Arena {
   std::byte* block_;
   size_t used_ = 0;
 };
+
+// Whether p of a row with this lse needs its split; not where the row has no key.
+ATMAN_SHARED bool needs_split(float lse) {
+  const float size = lse < 0.0f ? -lse : lse;
+  return size > kLargestLse && size < __builtin_inff();
+}
 
 // The entry points that each instruction set provides. Without `run` the arena only counts what the task would take.
 struct Kernels {

@@ -30,8 +30,6 @@ void run_all(const Call& call, Entry entry, const std::vector<Task>& tasks, int 
   if (tasks.empty()) return;
   size_t bytes = 0;
   for (const Task& task : tasks) {
-    // The heads of a sequence need the same.
-    if (task.head_kv != 0) continue;
     Arena counting;
     entry(call, task, counting, false);
     bytes = std::max(bytes, counting.used());
@@ -49,6 +47,33 @@ void run_all(const Call& call, Entry entry, const std::vector<Task>& tasks, int 
   const std::vector<int32_t> order = largest_first(call, tasks);
   run_tasks(static_cast<int64_t>(tasks.size()), workers,
             [&](int64_t i, int worker) { run(tasks[static_cast<size_t>(order[static_cast<size_t>(i)])], worker); });
+}
+
+// Computes and sets `call.split` where a row needs it: one product of queries and keys more for the tasks with such a
+// row. Returns what holds it.
+template <class Call>
+std::unique_ptr<float[], Free> split_lse(Call& call, const Kernels& kernels, int threads) {
+  std::vector<Task> tasks = row_tasks(call, threads);
+  const auto is_plain = [&](const Task& task) {
+    const Sequence& s = call.sequences[task.sequence];
+    for (int64_t head = task.head_kv * call.group(); head < (task.head_kv + 1) * call.group(); ++head) {
+      for (int64_t row = s.q_start + task.row_begin; row < s.q_start + task.row_end; ++row)
+        if (needs_split(call.lse.at(s.batch, head, row))) return false;
+    }
+    return true;
+  };
+  tasks.erase(std::remove_if(tasks.begin(), tasks.end(), is_plain), tasks.end());
+  if (tasks.empty()) return nullptr;
+  const int64_t count = call.batches * call.heads_q * call.rows;
+  auto values = allocate<float>(static_cast<size_t>(2 * count));
+  const Scalars highest{values.get(), call.heads_q * call.rows, call.rows, 1};
+  const Scalars log_sum{values.get() + count, call.heads_q * call.rows, call.rows, 1};
+  call.split = {highest, log_sum};
+  Forward f{};
+  static_cast<Problem&>(f) = call;
+  f.split = call.split;
+  run_all(f, kernels.forward, tasks, threads);
+  return values;
 }
 
 }  // namespace atman

@@ -25,14 +25,17 @@ struct Word<float> {
   }
 };
 
-// 2^x with a relative error below 2e-7; 0 below -126, so that no denormals arise; NaN stays NaN.
-ATMAN_INLINE Vec exp2(Vec x) {
-  const Vec whole = round_to_integer(x);
-  const Vec r = sub(x, whole);
-  Vec fraction = broadcast(kExp2Coefficients[0]);
+// e^x with a relative error below 2e-7; 0 below 2^-126, so that no denormals arise; NaN stays NaN.
+//
+// Scores stay in natural units up to here: log2(e) times a finite bias may be infinite, and may round two biases to one.
+ATMAN_INLINE Vec exp(Vec x) {
+  const Vec power = mul(x, broadcast(kLog2E));
+  const Vec whole = round_to_integer(power);
+  const Vec r = fma(whole, broadcast(-kLn2Low), fma(whole, broadcast(-kLn2High), x));
+  Vec fraction = broadcast(kExpCoefficients[0]);
 #pragma GCC unroll 6
-  for (int i = 1; i < 7; ++i) fraction = fma(fraction, r, broadcast(kExp2Coefficients[i]));
-  return scale_by_power(fraction, whole, x);
+  for (int i = 1; i < 7; ++i) fraction = fma(fraction, r, broadcast(kExpCoefficients[i]));
+  return scale_by_power(fraction, whole, power);
 }
 
 }  // namespace atman::ATMAN_ISA

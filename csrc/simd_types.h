@@ -30,14 +30,18 @@ using Packed = typename PackedAs<T>::type;
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kLowest = -0x1.fffffep127f;
 
-// exp2 is 0 below this; one more and 2^x would be denormal.
+// ln(2) in two parts; the first has 9 bits, so that its product with a power of two is exact without fma as well.
+constexpr float kLn2High = 0x1.63p-1f;
+constexpr float kLn2Low = -0x1.bd0106p-13f;
+
+// 2^x counts as 0 below this; one more and it would be denormal.
 constexpr float kExp2Lowest = -126.0f;
 
-// Minimax fit of 2^r on [-1/2, 1/2], relative error 2e-9, highest power first.
-constexpr float kExp2Coefficients[7] = {
-    0x1.41d332p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f, 0x1.ebfbdap-3f, 0x1.62e430p-1f, 1.0f};
+// Minimax fit of e^r on [-ln(2) / 2, ln(2) / 2], relative error 2e-8, highest power first.
+constexpr float kExpCoefficients[7] = {
+    0x1.6ab97ep-10f, 0x1.126d0cp-7f, 0x1.55589ap-5f, 0x1.55540ap-3f, 0x1.fffffap-2f, 1.0f, 1.0f};
 
 template <class T>
 ATMAN_INLINE T minimum(T a, T b) {

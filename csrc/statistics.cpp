@@ -50,6 +50,7 @@ void attention_statistics(Statistics p, const Scalars& windowed, float* distance
   count_rows(p, counts);
   p.received_count = counts;
   const int64_t attention_window = p.window;
+  const auto split = split_lse(p, kernels, threads);
   if (distance != nullptr) {
     const auto row_sums = allocate<float>(static_cast<size_t>(p.batches * p.heads_q * p.rows));
     p.row_sums = {row_sums.get(), p.heads_q * p.rows, p.rows, 1};

@@ -61,10 +61,14 @@ def weights(s: OneSequence, causal: bool, window: int | None) -> tuple[Tensor, T
         seen = seen if window is None else seen & (column > position - window)
     finite = s.bias.where(s.bias > -math.inf, 0)
     scores = torch.einsum("qhd,khd->hqk", s.q, _of_query_heads(s.k, s)) / math.sqrt(s.q.shape[-1]) + finite
-    lse = scores.masked_fill(~seen, -math.inf).logsumexp(-1)
+    if n_keys == 0:
+        return scores, scores.sum(-1) - math.inf
     # Rows without a key: anything finite in place of -inf, so that no NaN enters the gradient.
-    p = (scores - lse.where(lse.isfinite(), 0)[..., None]).exp() * seen
-    return p, lse.where(seen.any(-1), -math.inf)
+    scores = scores.masked_fill(~seen & seen.any(-1, keepdim=True), -math.inf)
+    # Beside a large score, a logsumexp loses what its own gradient needs.
+    highest = scores.detach().amax(-1, keepdim=True)
+    lse = highest.squeeze(-1) + (scores - highest).logsumexp(-1)
+    return scores.softmax(-1) * seen, lse.where(seen.any(-1), -math.inf)
 
 
 def by_definition(case: Case, x: Operands) -> dict[str, Tensor]:

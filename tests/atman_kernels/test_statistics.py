@@ -66,7 +66,7 @@ def _chosen(share: float | None, n_rows: int, device: str) -> Tensor | None:
     return (torch.rand(n_rows, generator=torch.Generator().manual_seed(1)) < share).to(device)
 
 
-def _compute(name: str, given: Settings, x: Operands) -> dict[str, Tensor]:
+def statistics_of(name: str, given: Settings, x: Operands) -> dict[str, Tensor]:
     case, device = given.case, x.q.device
     plan = _plan(case, str(device))
     with backend(name):
@@ -90,10 +90,10 @@ def _compute(name: str, given: Settings, x: Operands) -> dict[str, Tensor]:
 def _assert_exact(name: str, given: Settings, dtype: torch.dtype, device: str, *, small: bool = False) -> None:
     """The pass criterion; in a ``small`` case the reference may be exact by luck, and the rounding of scores counts."""
     x = make_operands(given.case, dtype, device)
-    oracle = _compute("reference", given, x.as_float64())
-    reference = _compute("reference", given, x)
+    oracle = statistics_of("reference", given, x.as_float64())
+    reference = statistics_of("reference", given, x)
     with poisoned_memory():
-        actual = _compute(name, given, x)
+        actual = statistics_of(name, given, x)
     assert torch.equal(actual.pop("received_count"), oracle["received_count"])
     # What the kernels sum: the rounding of window - sum is the window's.
     for found in (actual, reference, oracle):
@@ -111,7 +111,7 @@ def test_statistics_are_the_sums_over_the_attention_map(name: str, given: Settin
     """Written once more from the definition, without the package: softmax in float64, then row and column sums."""
     case = given.case
     x = make_operands(case, torch.float32, DEVICE if name != "cpu" else "cpu")
-    found = _compute(name, given, x)
+    found = statistics_of(name, given, x)
     wide = x.as_float64()
     chosen = _chosen(given.rows, x.q.shape[0], "cpu")
     low, high = given.horizon
@@ -231,7 +231,7 @@ def test_the_attention_finds_every_rows_distance_on_its_way(
         # No row is that long: min(d, window) is d.
         unbounded = problem._replace(window=10**6)
         reference, oracle = (
-            _compute("reference", unbounded, operands)["windowed_distance"].T for operands in (x, x.as_float64())
+            statistics_of("reference", unbounded, operands)["windowed_distance"].T for operands in (x, x.as_float64())
         )
         assert_as_exact_as_reference(str(case), found[2][0], reference, oracle)
 
@@ -247,7 +247,7 @@ def test_means_over_chosen_rows_are_those_of_the_statistics() -> None:
         )
         rows = _chosen(problem.rows, x.q.shape[0], "cpu")
         means = mean_of_chosen_rows(distance, plan, None if rows is None else rows[None])
-        torch.testing.assert_close(means, _compute("cpu", problem, x)["distance"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(means, statistics_of("cpu", problem, x)["distance"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_nan_stays_in_its_sequence_and_out_of_rows_that_were_not_chosen() -> None:
@@ -267,7 +267,7 @@ def test_layouts_change_no_number(name: str, layout: str) -> None:
     q, k, prefix_k = (restrided(t, layout) for t in (x.q, x.k, x.prefix.k))
     strided = x._replace(q=q, k=k, prefix=x.prefix._replace(k=prefix_k))
     copied = x._replace(q=q.contiguous(), k=k.contiguous(), prefix=x.prefix._replace(k=prefix_k.contiguous()))
-    found, expected = (_compute(name, given, operands) for operands in (strided, copied))
+    found, expected = (statistics_of(name, given, operands) for operands in (strided, copied))
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)
 
@@ -305,9 +305,9 @@ def test_windows_beyond_the_sequence_are_as_good_as_none(name: str, farthest: in
     """Found by reading: such a window swallowed the digits of the distance, and overflowed as a horizon."""
     case = Case((40, 25), heads=(2, 1), lengths_k=(40, 70), prefix=((0, 20), (3, 0)))
     x = make_operands(case, torch.float32, "cpu" if name == "cpu" else DEVICE)
-    expected = _compute("reference", Settings(case, window=100, horizon=(0, 100)), x.as_float64())
+    expected = statistics_of("reference", Settings(case, window=100, horizon=(0, 100)), x.as_float64())
     wide = Settings(case._replace(window=farthest), window=farthest, horizon=(0, farthest))
-    for key, value in _compute(name, wide, x).items():
+    for key, value in statistics_of(name, wide, x).items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-4, check_dtype=False, msg=key)
 
 
@@ -336,7 +336,7 @@ def test_windows_bound_what_is_read(name: str) -> None:
 def test_the_same_bits_come_out_every_time(name: str) -> None:
     given = CASES[1]
     x = make_operands(given.case, torch.float32, "cpu" if name == "cpu" else DEVICE)
-    first, second = (_compute(name, given, x) for _ in range(2))
+    first, second = (statistics_of(name, given, x) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -349,7 +349,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(_compute("cpu", given, x))
+            found.append(statistics_of("cpu", given, x))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0][key], other[key]) for other in found[1:] for key in other)
