@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, BLOCK_SIZES_VARIABLE
 from atman_kernels.processes import HUNG, run_checks
 from benchmarks import checks, device, gpu, timing, tune
 from benchmarks.cases import TARGET_CASES, AttentionCase, attention_cases
@@ -24,6 +24,13 @@ from benchmarks.device import Device
 from benchmarks.peers import PEERS
 from tests.atman_kernels import gpu_checks
 from tests.atman_kernels.gpu_checks import REHEARSAL
+
+
+@pytest.fixture(autouse=True)
+def _of_one_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this process neither follow the repository nor leave their block sizes to other tests."""
+    monkeypatch.setenv("ATMAN_COMMIT", "abc1234")
+    monkeypatch.setenv(BLOCK_SIZES_VARIABLE, "")
 
 
 def _read(directory: Path, kind: str) -> dict:
@@ -57,7 +64,7 @@ def test_every_stage_passes_and_leaves_its_results(tmp_path: Path, monkeypatch: 
     site, results = tmp_path / "site", tmp_path / "results"
     site.mkdir()
     (site / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(site), "ATMAN_COMMIT": "abc1234"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(site)}
     environment["PATH"] = f"{_tools(tmp_path / 'bin')}{os.pathsep}{os.environ['PATH']}"
     # Time enough for every stage also on a machine that is busy with other things.
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", str(results), "--seconds", "3600"]
@@ -99,7 +106,6 @@ def test_every_stage_passes_and_leaves_its_results(tmp_path: Path, monkeypatch: 
 
     # Called again, the benchmarks find every number there and measure nothing.
     monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setenv("ATMAN_COMMIT", "abc1234")
     monkeypatch.setattr(sys, "argv", ["timing", "--rehearse", str(results)])
     assert timing.main() == 0
 
