@@ -6,6 +6,8 @@ against the definition in ``reference.py``. A GPU compiles some sixty kernels fo
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from atman_kernels.attention import attention_varlen, backend
 from atman_kernels.plan import AttentionPlan, SharedPrefix
-from atman_kernels.processes import Check
+from atman_kernels.processes import PASSED, Check, run_checks
 from atman_kernels.statistics import attention_statistics
+from atman_kernels.trust import ATTENTION, FUSED, STATISTICS
 
 LENGTHS = (70, 1, 129, 33)
 PREFIX = (20, 0, 20, 7)
@@ -97,11 +100,6 @@ def statistics_are_exact(head_dim: int, dtype: torch.dtype, device: str) -> None
     _require_close(found, expected, exact)
 
 
-# The paths that can be trusted or not, and what each falls back to.
-ATTENTION, FUSED, STATISTICS = "attention", "fused backward", "statistics"
-FALLBACKS = {ATTENTION: "the reference", FUSED: "the deterministic backward", STATISTICS: "the reference"}
-
-
 def smoke_checks(device: str, head_dims: tuple[int, ...] = (128, 64)) -> dict[str, Check]:
     """Named checks, each "<path> d<head_dim> <dtype>"; the fused backward only where the device has one."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,4 +114,17 @@ def smoke_checks(device: str, head_dims: tuple[int, ...] = (128, 64)) -> dict[st
             if fused:
                 found[f"{FUSED} d{head_dim} {name}"] = partial(attention_is_exact, False, head_dim, dtype)
             found[f"{STATISTICS} d{head_dim} {name}"] = partial(statistics_are_exact, head_dim, dtype)
+    return found
+
+
+def failing_paths(checks: Mapping[str, Check], device: str, seconds_each: float = 120.0) -> dict[str, str]:
+    """Run smoke checks in processes of their own: the paths that failed, each with its first failing check and why."""
+    outcomes: dict[str, str] = {}
+    workers = min(len(checks), max(1, (os.cpu_count() or 1) - 1))
+    run_checks(checks, device, workers=workers, seconds_each=seconds_each, ended=outcomes.__setitem__)
+    found: dict[str, str] = {}
+    for name in checks:
+        path = next(path for path in (ATTENTION, FUSED, STATISTICS) if name.startswith(path))
+        if (outcome := outcomes.get(name, "did not run")) != PASSED:
+            found.setdefault(path, f"{name}: {outcome}")
     return found

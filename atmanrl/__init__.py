@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atmanrl.config import MaskConfig
     from atmanrl.rollout import Rollout
-    from atmanrl.saliency import optimize_masks
-    from atmanrl.saliency.estimators import ESTIMATORS, estimate_saliency
+    from atmanrl.saliency import ESTIMATORS, estimate_saliency, optimize_masks
     from atmanrl.training.rewards import saliency_reward
 
 __all__ = ["ESTIMATORS", "MaskConfig", "Rollout", "estimate_saliency", "optimize_masks", "saliency_reward"]
 
 _HOMES = {
-    "ESTIMATORS": "atmanrl.saliency.estimators",
+    "ESTIMATORS": "atmanrl.saliency",
     "MaskConfig": "atmanrl.config",
     "Rollout": "atmanrl.rollout",
-    "estimate_saliency": "atmanrl.saliency.estimators",
+    "estimate_saliency": "atmanrl.saliency",
     "optimize_masks": "atmanrl.saliency",
     "saliency_reward": "atmanrl.training.rewards",
 }

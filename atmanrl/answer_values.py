@@ -1,87 +1,117 @@
-"""Values of answers: numbers, choices and words, as they are written and as what they stand for."""
+"""Values of answers: numbers, choices and words, as they are written and as what they stand for.
+
+A value counts only where all that surrounds it is understood: `_LEAD_IN` and `_Tail` list what may stand before and
+behind a number. Anything else ("10²", "20 or 30", "5x", "18!") makes the answer unreadable: a number is never cut
+short, and of two values none is chosen.
+"""
 
 from __future__ import annotations
 
+import enum
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Hashable
 from fractions import Fraction
 from typing import Literal, Protocol
 
 Kind = Literal["number", "choice", "words"]
 Span = tuple[int, int]
+# A number and the half-open span that it takes.
+_Read = tuple[Fraction, int, int]
+
+# An answer and what is looked at around it, in characters: no text can make the search longer than this per marker.
+WINDOW = 512
+
+
+class Absent(enum.Enum):
+    """Why no value stands behind an announcement."""
+
+    BLANK = "the text ends"
+    REMARK = "the answer is spoken of, not given"
+    UNREADABLE = "what stands there is no value of this kind, or more than one"
 
 
 class ValueKind(Protocol):
     """Finds values of one kind in a text and reads them."""
 
-    def find_after(self, text: str, start: int) -> Span | None:
+    def find_after(self, text: str, start: int) -> Span | Absent:
         """The value right behind ``start``, delimiters in between allowed."""
 
     def find_last(self, text: str) -> Span | None:
-        """The last value anywhere in ``text``."""
+        """The last value anywhere in ``text``; None where it cannot be read."""
 
     def canonical(self, value: str) -> Hashable | None:
         """What ``value`` stands for; None where it is no value of this kind."""
 
 
-# What may stand between a marker and its value. Bounded and possessive: no model output may make the search quadratic.
-_DELIMITERS = (
-    r"""(?:\s|[:*_"'`$€£¥₹(\[{≈]|\\[(\[{,;:!\s$]|US(?=\$)|(?:USD|EUR|GBP|INR|Rs\.?)(?=\s?\d)"""
-    r"""|\\(?:boxed|fbox|text(?:bf|it|rm)?|math(?:bf|rm|it)|displaystyle|left|approx)(?![a-zA-Z])"""
-    r"""|(?:approximately|about|roughly)(?=\s)){0,40}+"""
-)
-
-
 class Numbers:
-    """Integers, decimals, fractions, mixed numbers, powers of ten; compared exactly, as fractions.
+    """Integers, decimals, fractions, mixed numbers, powers of ten, thousands to trillions; compared as fractions.
 
-    The value is written with its sign, without the currency before it (unless the sign stands further left) and
-    without the unit or percent sign behind it: 50 % equals 50. What only begins like a number (5x, 3:30, 4 + 5, 2^10,
-    7-8) is none. Numbers of more than `MAX_DIGITS` digits are unreadable.
+    The value is written with its sign, without the currency before it (unless the sign stands further left, or "m"
+    for million needs it) and without the unit or percent sign behind it: 50 % equals 50. Digits and signs of every
+    script are read. Numbers of more than `MAX_DIGITS` digits are unreadable.
     """
 
     MAX_DIGITS = 300
 
-    def find_after(self, text: str, start: int) -> Span | None:
-        begin = _LEAD_IN.match(text, start)
-        match = _NUMBER.match(text, start if begin is None else begin.end())
-        if match is None or _TAIL_OF_MORE.match(text, match.end()) or _read_number(match) is None:
-            return None
-        return match.span()
+    def find_after(self, text: str, start: int) -> Span | Absent:
+        base = max(0, start - 2)
+        found = self._read_after(_plain(text[base : start + WINDOW]), start - base, ends=start + WINDOW >= len(text))
+        return found if isinstance(found, Absent) else (base + found[1], base + found[2])
 
     def find_last(self, text: str) -> Span | None:
-        matches = list(_NUMBER.finditer(text))
-        return next((match.span() for match in reversed(matches) if _read_number(match) is not None), None)
+        text = _plain(text)
+        last = deque(_NUMBER.finditer(text), maxlen=1)
+        if not last or _is_part_of_more(last[0]):
+            return None
+        found = _understood(last[0], ends=True)
+        return found and found[1:]
 
     def canonical(self, value: str) -> Fraction | None:
-        span = self.find_after(value, 0)
-        match = _NUMBER.match(value, span[0]) if span else None
-        return None if match is None else _read_number(match)
+        found = self._read_after(_plain(value[:WINDOW]), 0, ends=len(value) <= WINDOW)
+        return None if isinstance(found, Absent) else found[0]
+
+    def _read_after(self, window: str, start: int, *, ends: bool) -> _Read | Absent:
+        begin = _after(_LEAD_IN, window, start)
+        match = _NUMBER.match(window, begin)
+        if match is None:
+            return _why_absent(window, begin, ends=ends)
+        return _understood(match, ends=ends) or Absent.UNREADABLE
 
 
 class Choices:
     """One of the letters A to D: "B", "(B)", "b)", "option B"; compared without case."""
 
-    def find_after(self, text: str, start: int) -> Span | None:
-        match = _CHOICE.match(text, start)
-        return None if match is None else match.span("letter")
+    def find_after(self, text: str, start: int) -> Span | Absent:
+        window = _plain(text[start : start + WINDOW])
+        ends = start + WINDOW >= len(text)
+        match = _CHOICE.match(window)
+        if match is None:
+            return _why_absent(window, _after(_LEAD_IN, window, 0), ends=ends)
+        begin, end = match.span("letter")
+        return (start + begin, start + end) if _stands_alone(window, begin, end) else Absent.UNREADABLE
 
     def find_last(self, text: str) -> Span | None:
-        matches = list(_LONE_LETTER.finditer(text))
-        return matches[-1].span("letter") if matches else None
+        text = _plain(text)
+        last = deque(_LONE_LETTER.finditer(text), maxlen=1)
+        if not last:
+            return None
+        begin, end = last[0].span("letter")
+        alone = not _LETTER_BEFORE.search(text, max(0, begin - 16), begin) and _stands_alone(text, begin, end)
+        return (begin, end) if alone else None
 
     def canonical(self, value: str) -> str | None:
         span = self.find_after(value, 0)
-        return None if span is None else value[slice(*span)].upper()
+        return None if isinstance(span, Absent) else _plain(value[slice(*span)]).upper()
 
 
 class Words:
     """All words up to the end of the line or the next tag in angle brackets; compared word by word."""
 
-    def find_after(self, text: str, start: int) -> Span | None:
+    def find_after(self, text: str, start: int) -> Span | Absent:
         match = _WORDS.match(text, start)
-        return None if match is None else match.span("words")
+        return Absent.BLANK if match is None else match.span("words")
 
     def find_last(self, text: str) -> Span | None:
         return None
@@ -92,64 +122,380 @@ class Words:
 
 KINDS: dict[Kind, ValueKind] = {"number": Numbers(), "choice": Choices(), "words": Words()}
 
-# A minus behind a word or a closing bracket subtracts; it is no sign.
-_SIGN = r"(?:(?<![\w)\]}])[+\-\u2212\u2013](?! )|(?<![\w)\]}])(?<![\w)\]}] )[+\-\u2212\u2013] )"
-_SEPARATOR = r"(?:,|\{,\}|\\,|\\!|[\u00a0\u2009\u202f])"
-_INTEGER = rf"(?:[0-9]{{1,3}}(?:{_SEPARATOR}[0-9]{{2,3}})*{_SEPARATOR}[0-9]{{3}}(?![0-9])|[0-9]+)"
-_VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
-_POWER_OF_TEN = r"(?:[eE]|[ ]?(?:\\times|\\cdot|[×x*])[ ]?10\^)\{?(?P<exponent>[+\-\u2212]?[0-9]{1,3})(?![0-9])\}?"
-_MAGNITUDES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
+class _Plain(dict[int, str]):
+    """Digits of every script, full-width forms, minus signs and fraction slashes as ASCII, one character for one."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if unicodedata.category(character) == "Nd":
+            plain = str(unicodedata.decimal(character))
+        else:
+            plain = chr(code - 0xFEE0) if 0xFF01 <= code <= 0xFF5E else character
+        self[code] = plain
+        return plain
+
+
+_TABLE = _Plain(str.maketrans("−–‒‐‑﹣⁻⁄∕٫٬’‘“”«»∗⋅", "------" + "⁻" + '//.,\'\'""""*·'))
+
+
+def _plain(text: str) -> str:
+    return text if text.isascii() else text.translate(_TABLE)
+
+
+# What may stand between a marker and its value. Bounded and possessive: no text may make the search quadratic.
+_CODES = r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|SGD|HKD|JPY|CNY|RMB|CHF|KRW|BRL|MXN|SEK|NOK|DKK|PLN|CZK|Rs\.?)"
+_CURRENCY = r"[$€£¥₹₽₩₺₴₫₱₪฿₦₿¢]"
+_DELIMITERS = (
+    rf"""(?:\s|[:*_"'`(\[{{≈~]|{_CURRENCY}|\\[(\[{{,;:!\s$]|(?:US|CA|AU|NZ|HK|[CAR])(?=\$)|{_CODES}(?=\s?[+-]?[0-9])"""
+    r"""|[\u200b-\u200f\u2060\ufeff]|</?(?:b|i|u|em|strong|code|span|p|answer|ans)>"""
+    r"""|\\(?:boxed|fbox|text(?:bf|it|rm)?|math(?:bf|rm|it)|displaystyle|left|approx|quad)(?![a-zA-Z])"""
+    r"""|(?:approximately|about|roughly|around|exactly|precisely|simply|just|only|thus|therefore|hence|indeed"""
+    r"""|clearly|equal\s+to|a\s+total\s+of)(?=\s)){0,40}+"""
+)
+# "x =", "5 + 3 =", "profit =": the value is what the equation comes to.
+_OPERATORS = r"(?:[0-9 .,+\-*/×÷()$%]|\\times|\\cdot|\\div){0,80}?"
+_EQUATION = rf"(?:(?:\\?[A-Za-z]{{1,20}}|[0-9$]{_OPERATORS})[ ]?={_DELIMITERS}){{0,4}}"
+_LEAD_IN = re.compile(_DELIMITERS + "=?" + _DELIMITERS + _EQUATION)
+
+# Behind a word or a closing bracket a minus subtracts; before a space it may be a bullet.
+_SIGN = r"(?<![\w)\]}])[+-](?![ ])"
+# As far as digits and separators go; `_integer` says whether the groups make a number.
+_INTEGER = r"[0-9]++(?:(?:[,_]|\{,\}|\\,|\\!|[\u00a0\u2009\u202f]|'(?=[0-9]{3}(?![0-9])))[0-9]++)*+"
+_SEPARATORS = re.compile(r"\{,\}|\\,|\\!|[^0-9]")
+_VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞⅐⅑⅒"
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_EXPONENT = (
+    r"(?:[eE](?P<e>[+-]?[0-9]{1,3})(?![0-9])"
+    r"|[ ]?(?:\\times|\\cdot|[×x*·])[ ]?10(?:(?:\^|\*\*)(?:\{[ ]?(?P<braced>[+-]?[0-9]{1,3})[ ]?\}"
+    r"|(?P<bare>[+-]?[0-9]{1,3})(?![0-9]))|(?P<raised>[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,3})))"
+)
+_MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NUMBER = re.compile(
     # Atomic: a number is never cut short to make what follows fit.
-    rf"(?>(?:(?P<sign>{_SIGN})(?:\\?[$€£¥₹])?)?"
-    rf"(?:(?P<whole>[0-9]+)?[ ]?\\[dtc]?frac[ ]?"
-    rf"(?:\{{(?P<top>-?{_INTEGER})\}}[ ]?\{{(?P<bottom>-?{_INTEGER})\}}"
+    rf"(?>(?:(?P<sign>{_SIGN})(?:\\?{_CURRENCY})?)?"
+    rf"(?:(?P<whole>[0-9]++)?[ ]?\\[dtc]?frac[ ]?"
+    rf"(?:\{{[ ]?(?P<top>-?{_INTEGER})[ ]?\}}[ ]?\{{[ ]?(?P<bottom>-?{_INTEGER})[ ]?\}}"
     rf"|(?P<short_top>[0-9])[ ]?(?P<short_bottom>[0-9]))"
-    rf"|(?P<vulgar_whole>[0-9]+)?[ ]?(?P<vulgar>[{_VULGAR}])"
-    rf"|(?:(?P<mixed>[0-9]+)[ ])?(?P<numerator>{_INTEGER})[ ]?/[ ]?(?P<denominator>[0-9]+)"
-    rf"|(?:(?P<integer>{_INTEGER})(?P<decimals>\.[0-9]+)?|(?<![0-9])(?P<bare_decimals>\.[0-9]+))(?:{_POWER_OF_TEN})?"
-    rf"(?:[ ](?P<magnitude>{'|'.join(_MAGNITUDES)})\b)?))"
+    rf"|(?P<vulgar_whole>[0-9]++)?[ ]?(?P<vulgar>[{_VULGAR}])"
+    rf"|(?:(?P<mixed>[0-9]++)[ ])?(?P<numerator>{_INTEGER})[ ]?/[ ]?(?P<denominator>{_INTEGER})"
+    rf"|(?:(?P<integer>{_INTEGER})(?P<decimals>\.[0-9]++)?|(?<![0-9])(?P<bare_decimals>\.[0-9]++)){_EXPONENT}?"
+    rf"(?:[ -](?P<magnitude>(?i:{'|'.join(_MAGNITUDES)}))(?i:s?)\b)?))"
 )
-# "x =", "5 + 3 =": the value is what the equation comes to.
-_OPERATORS = r"(?:[0-9 .,+\-\u2212*/×÷()$%]|\\times|\\cdot|\\div){0,80}?"
-_EQUATION = rf"(?:(?:\\?[A-Za-z]|[0-9$]{_OPERATORS})[ ]?={_DELIMITERS}){{0,4}}"
-_LEAD_IN = re.compile(_DELIMITERS + "=?" + _DELIMITERS + _EQUATION)
-_TAIL_OF_MORE = re.compile(
-    r"[ ]?(?:[+×÷/^]|\*(?!\*)|\\(?:times|cdot|div)|[\-−–])[ ]?[(\\$]{0,2}[0-9]"
-    r"|\^|:[0-9]|,[0-9]|,[ ]?[0-9.]+[)\]}]|\.[0-9]|[ ][0-9]{3}(?![0-9])"
-    r"|[ ]?(?:\\?(?:pi|sqrt)\b|[π√]|[xyzni](?![A-Za-z]))"
+# "10k" and "5M" always, "$5m" and "$5 M" behind a currency: "5 m" are metres.
+_SUFFIX = re.compile(r"(?P<gap>[ ]?)(?P<letter>k|K|mm|MM|[mM](?:n|ln|il)?|[bB]n?|[tT]n?)(?![^\W_])")
+_SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_CURRENCY_BEFORE = re.compile(rf"(?:\\?{_CURRENCY}|{_CODES})[ ]?\Z")
+
+# Behind the announcement: nothing, or words about the answer that give none.
+_BLANK = re.compile(r"(?:\s|</?[|\w]{1,30}>)*\Z")
+_REMARK = re.compile(
+    r"(?:indeed\s+|really\s+|also\s+)?(?:correct|right|wrong|incorrect|verified|confirmed|consistent|reasonable)\b",
+    re.IGNORECASE,
 )
+
+
+# Directly before the last number of a text: it is a part of more, or one of several values.
+_PART_OF_MORE = re.compile(
+    r"(?:[^\W_]|[0-9][.,:/^*'_-]|[^\W\d_][\^*/_-]|(?:sqrt|log|overline|\^)\{|[√±≠≤≥]"
+    r"|\b(?:or|minus|negative|times|over|than|least|most|not)\W{0,3})\Z"
+)
+
+# What a number may be followed by, piece by piece. Closing delimiters, percent and degrees, in any number:
+_MILD = re.compile(
+    r"""[*_"'`)\]}$|%°\s\u200b-\u200f\u2060\ufeff\ufe0f\u20e3]|\\[)\],;: %$]"""
+    r"""|\\(?:right|quad|qquad|degree)(?![a-zA-Z])"""
+    rf"""|{_CURRENCY}|\^\{{?\s?\\circ\s?\}}?[CFK]?|(?<=[°º])[CFK]\b"""
+    r"""|\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|[mh]box|operatorname)\s?\{"""
+)
+_END = re.compile(r"\n|[.!](?=[*_\"'`)\]}$\\|]{0,8}(?:\s|\Z|<|[A-Z]))|<(?=[/|a-zA-Z])")
+_ASIDE = re.compile(r"\(([^()\n]{1,120})\)")
+_COMMA = re.compile(r"[,;:—](?=\s|\Z)|[ ][-–—][ ]|—(?=[^\W\d_])")
+_EXPLANATION = re.compile(
+    r"\s*(?:since|because|as(?!\s+(?:well|many))|which|where|that\s+is|i\.e\.|meaning|given|not|assuming|rather|thus)\b",
+    re.IGNORECASE,
+)
+_JOINT = re.compile(r"[-/](?=[^\W\d_]|\\(?:text|mathrm))")
+_POWER_OF_UNIT = re.compile(r"\^\{?[23]\}?|[²³]")
+_LETTER = r"[^\W\d_²³¹\u2070-\u209f\u2150-\u218f\u2460-\u24ff]"
+_WORD = re.compile(rf"{_LETTER}+(?:['.]{_LETTER}+)*")
+_DELIMITED = re.compile(_DELIMITERS)
+_MORE_DIGITS = re.compile(r"[ ]+[0-9]")
+_LIST_DOT = re.compile(r"[.)][ ]+[^\s]")
+_LATER_NUMBER = re.compile(rf"{_CURRENCY}?[0-9]+(?:[,.][0-9]+)*")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_UNITS = _words(
+    """
+    m g l L h s kg mg cm mm km mi ft in yd lb oz ml mL dl cl hr min sec hrs lbs kgs mph kph kmh sq cu am pm gal
+    pts MB GB TB KB kB kWh ms st nd rd th
+    """
+)
+_ABBREVIATED = _words("ft in lb lbs oz hr hrs min mins sec secs yd")
+_SHORT_WORDS = _words("a at by on is as so an us my up to of in it")
+_CODE_WORDS = _words("USD EUR GBP INR CAD AUD NZD SGD HKD JPY CNY RMB CHF KRW BRL MXN SEK NOK DKK PLN CZK")
+_HEDGES = _words(
+    """
+    or either neither nor maybe perhaps possibly between versus vs if unless otherwise depending least most ish
+    below plus minus divided multiplied squared cubed factorial modulo mod
+    """
+)
+# Before a number that says for how much or how many the value is: "18 dollars for 3 nights".
+_PREPOSITIONS = _words("for in after within during per each every by from on at")
+_CARDINALS = _words(
+    """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety half
+    """
+)
+_SCALES = re.compile(
+    r"(?:hundred|thousand|milli(?:on|ard)|mill[oó]n|milh|miljo|miljard|billi|trilli|quadrilli|quintilli|tausend"
+    r"|hundert|dozen|dutzend|lakh|crore|score\b|gross\b|grand\b|mil\b|mille\b|mila\b|kilo\b|mega|giga|fold\b"
+    r"|тыс|миллион|миллиард|млн|млрд|half|halves|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh"
+    r"|twelfth|\w+teenth|\w+tieth|permil|basis\b|bps\b|sqrt|root|log\b|sin\b|cos\b|tan\b|exp\b|pi\b|theta|alpha)"
+)
+# Behind the end of the sentence: the value is taken back, or one of several.
+_TAKEN_BACK = re.compile(
+    r"[\s*_$)\]}]*(?:or|either|wait|no(?=,)|actually|correction|maybe|perhaps|alternatively|possibly|sorry|hmm)\b"
+    r"[^.\n0-9]{0,60}?(?P<other>[+-]?[0-9][0-9,]*(?:\.[0-9]+)?|(?<![\w'])[A-Z](?![\w']))",
+    re.IGNORECASE,
+)
+
 _CHOICE = re.compile(
     _DELIMITERS
     + r"(?:(?:option|choice|answer|letter)\b)?"
     + _DELIMITERS
-    + r"(?P<letter>[A-D](?![\w'’])|[a-d](?=\s*(?:[).,:;*}$\]]|$)))",
+    + r"(?P<letter>[A-D](?!\w|'\w)|[a-d](?=\s*(?:[).,:;*}$\]]|$)))",
 )
-_LONE_LETTER = re.compile(r"(?<![\w'’])(?P<letter>[B-D]|A(?!\s+[a-z]))(?![\w'’])")
+_LONE_LETTER = re.compile(r"(?<![\w'])(?P<letter>[B-D]|A(?!\s+[a-z]))(?![\w'])")
+_LETTER_BEFORE = re.compile(r"(?:\b(?:or|and|not|neither|nor)|[A-D][),.]?\s?[,/&+-])\W{0,3}\Z")
+# Behind a letter: the end of the sentence, the option's own words, or a reason; no other letter, no article's noun.
+_OTHER_LETTER = re.compile(
+    r"(?<![\w'])(?:[B-HJ-Z]|A(?!\s+[a-z]))(?![\w'])|\b(?:or|either|vs|versus|maybe|perhaps|possibly)\b"
+)
+_OTHER_SMALL_LETTER = re.compile(r"[\s)*_]*(?:,|/|&|-|\bor\b|\band\b)[\s(*_]*[a-d]\b")
+_GLUED = re.compile(r"[)\]}*_$]*\s?(?:[+&/]|-\s?[A-Za-z0-9]\b|[0-9²³])")
+_SENTENCE = re.compile(r"[^.!?\n<]*")
+_CLOSERS = re.compile(r"[\s*_\"'`)\]}$]*(?:[,;:—-]|\bis\b)?\s*")
 _WORDS = re.compile(r"\s*(?P<words>[^\s<](?:[^\n<]*[^\s<])?)")
 
 
+def _after(pattern: re.Pattern[str], text: str, start: int) -> int:
+    match = pattern.match(text, start)
+    return start if match is None else match.end()
+
+
+def _why_absent(window: str, begin: int, *, ends: bool) -> Absent:
+    if ends and _BLANK.match(window, begin):
+        return Absent.BLANK
+    return Absent.REMARK if _REMARK.match(window, begin) else Absent.UNREADABLE
+
+
+def _is_part_of_more(match: re.Match[str]) -> bool:
+    before = match.string[max(0, match.start() - 16) : match.start()]
+    return _PART_OF_MORE.search(before) is not None and _CURRENCY_BEFORE.search(before) is None
+
+
+def _understood(match: re.Match[str], *, ends: bool) -> _Read | None:
+    """The number of a match of `_NUMBER`, if it, and what stands around it, is understood."""
+    scaled = _scaled(match)
+    if scaled is None or _is_list_item(match):
+        return None
+    value, _, end = scaled
+    window = match.string[: end + WINDOW]
+    tail = _Tail(window, end, value, ends=ends and len(window) == len(match.string))
+    return scaled if tail.is_understood() else None
+
+
+def _is_list_item(match: re.Match[str]) -> bool:
+    """Whether the number counts the lines: "1. 18" or "1. Eggs" with "2." below it."""
+    text, begin, end = match.string, match.start(), match.end()
+    line = text[max(0, begin - 8) : begin].rpartition("\n")
+    if line[2].strip(" *_") or not (line[1] or begin < 8) or not match[0].isdecimal() or len(match[0]) > 2:
+        return False
+    if not _LIST_DOT.match(text, end):
+        return False
+    rest = text[end : end + WINDOW]
+    return re.search(rf"\n[ *_]*{int(match[0]) + 1}[.)][ ]", rest) is not None or (
+        int(match[0]) > 1
+        and re.search(rf"(?:\A|\n)[ *_]*{int(match[0]) - 1}[.)][ ]", text[max(0, begin - WINDOW) : begin]) is not None
+    )
+
+
+def _scaled(match: re.Match[str]) -> _Read | None:
+    """The number of a match of `_NUMBER` with a suffix such as k, and the span it takes; None if unreadable."""
+    value = _read_number(match)
+    if value is None:
+        return None
+    text, (begin, end) = match.string, match.span()
+    suffix = _SUFFIX.match(text, end)
+    if suffix is None or match["magnitude"] or match["integer"] is None or match["e"]:
+        return value, begin, end
+    if suffix["letter"] in ("mm", "MM"):
+        return (value, begin, end) if _has_currency(match) is None else None
+    letter, factor = suffix["letter"], _SUFFIXES[suffix["letter"][0].lower()]
+    if not suffix["gap"] and (letter[0] in "kKMBT" or letter in ("bn", "mn", "mln", "tn")):
+        return value * factor, begin, suffix.end()
+    if (start := _has_currency(match)) is not None:
+        return value * factor, start, suffix.end()
+    return value, begin, end
+
+
+def _has_currency(match: re.Match[str]) -> int | None:
+    """Where the currency before a number or behind its sign begins, or the sign; None without."""
+    if re.search(_CURRENCY, match[0]):
+        return match.start()
+    before = _CURRENCY_BEFORE.search(match.string, max(0, match.start() - 6), match.start())
+    return None if before is None else before.start()
+
+
 def _read_number(match: re.Match[str]) -> Fraction | None:
-    """The number a match of `_NUMBER` stands for; None for a zero denominator or too many digits."""
+    """The number a match of `_NUMBER` stands for; None for digits in no known groups, too many, or over zero."""
     if match.end() - match.start() > Numbers.MAX_DIGITS:
         return None
     part = match.groupdict()
     if part["vulgar"]:
         value = Fraction(unicodedata.numeric(part["vulgar"])).limit_denominator(10) + int(part["vulgar_whole"] or 0)
-    elif top := part["top"] or part["short_top"] or part["numerator"]:
-        bottom = _integer(part["bottom"] or part["short_bottom"] or part["denominator"])
-        if bottom == 0:
+    elif written := part["top"] or part["short_top"] or part["numerator"]:
+        top, bottom = _integer(written), _integer(part["bottom"] or part["short_bottom"] or part["denominator"])
+        if top is None or not bottom:
             return None
-        value = Fraction(_integer(top), bottom) + int(part["whole"] or part["mixed"] or 0)
+        value = Fraction(top, bottom) + int(part["whole"] or part["mixed"] or 0)
     else:
-        decimals = part["decimals"] or part["bare_decimals"] or ""
-        value = Fraction(f"{_integer(part['integer'] or '0')}{decimals}")
-        value *= Fraction(10) ** int((part["exponent"] or "0").replace("\u2212", "-"))
-        value *= _MAGNITUDES.get(part["magnitude"] or "", 1)
-    return value if (part["sign"] or "+").strip() == "+" else -value
+        whole = _integer(part["integer"] or "0")
+        if whole is None:
+            return None
+        value = Fraction(f"{whole}{part['decimals'] or part['bare_decimals'] or ''}")
+        power = part["e"] or part["braced"] or part["bare"] or (part["raised"] or "0").translate(_SUPERSCRIPTS)
+        value *= Fraction(10) ** int(power)
+        value *= _MAGNITUDES.get((part["magnitude"] or "").lower(), 1)
+    return -value if (part["sign"] or "").strip() == "-" else value
 
 
-def _integer(text: str) -> int:
-    digits = re.sub(r"[^0-9]", "", text)
-    return -int(digits) if text.startswith("-") else int(digits)
+def _integer(text: str) -> int | None:
+    """Digits in groups of three, or of two and at last three as in India, between equal separators; else None."""
+    digits = text.removeprefix("-")
+    first, *groups = _SEPARATORS.split(digits)
+    if groups:
+        three = len(first) <= 3 and all(len(group) == 3 for group in groups)
+        two = len(first) <= 2 and len(groups[-1]) == 3 and all(len(group) == 2 for group in groups[:-1])
+        if len(set(_SEPARATORS.findall(digits))) > 1 or not (three or two):
+            return None
+    value = int("".join((first, *groups)))
+    return value if digits == text else -value
+
+
+class _Tail:
+    """What follows a number up to the end of its sentence; understood where it adds nothing to the value."""
+
+    def __init__(self, window: str, start: int, value: Fraction, *, ends: bool) -> None:
+        self.window, self.start, self.value, self.ends = window, start, value, ends
+        self.words: list[str] = []
+
+    def is_understood(self) -> bool:
+        position = self.start
+        while position < len(self.window):
+            if end := _END.match(self.window, position):
+                # "18!" may be a factorial, "18..." a number that goes on.
+                shouted = self.window[position] == "!" and position == self.start
+                return not (shouted or self._goes_on(position) or self._taken_back(end.end()))
+            if comma := _COMMA.match(self.window, position):
+                if _EXPLANATION.match(self.window, comma.end()):
+                    return True
+                position = comma.end()
+            elif aside := _ASIDE.match(self.window, position):
+                if not self._repeats(aside[1]):
+                    return False
+                position = aside.end()
+            elif piece := self._piece(position):
+                position = piece
+            else:
+                return False
+        return self.ends
+
+    def _piece(self, position: int) -> int | None:
+        """Where the delimiter, unit or word at ``position`` ends; None if there is none that may stand there."""
+        for pattern in (_MILD, _JOINT):
+            if match := pattern.match(self.window, position):
+                return match.end()
+        if self.words and (match := _POWER_OF_UNIT.match(self.window, position)):
+            return match.end()
+        if match := _WORD.match(self.window, position):
+            if match[0] == "or" and (same := self._same_again(match.end())):
+                return same
+            if not self._word(match[0], attached=position == self.start):
+                return None
+            self.words.append(match[0].lower())
+            return match.end()
+        if (match := _LATER_NUMBER.match(self.window, position)) and self._counts_something_else():
+            return match.end()
+        return position + 1 if unicodedata.category(self.window[position]) == "So" else None
+
+    def _word(self, word: str, *, attached: bool) -> bool:
+        """Whether a word is a unit, or one that changes no number."""
+        lower = word.lower()
+        if lower in _HEDGES or any(unicodedata.numeric(character, None) is not None for character in word):
+            return False
+        if self.words:
+            return (lower not in _CARDINALS and not _SCALES.match(lower)) or self._counts_something_else()
+        if lower in _CARDINALS or _SCALES.match(lower):
+            return False
+        if word in _UNITS or word in _CODE_WORDS:
+            return True
+        if not word.isascii():
+            # π and its like multiply.
+            return len(word) > 1 or not "Ͱ" <= word <= "Ͽ"
+        if attached:
+            return len(word) > 3
+        return len(word) > 2 or lower in _SHORT_WORDS
+
+    def _counts_something_else(self) -> bool:
+        return len(self.words) > 1 and self.words[-1] in _PREPOSITIONS
+
+    def _repeats(self, aside: str) -> bool:
+        """Whether what stands in brackets gives no other value for the same: "(or 0.2)" behind 20%, "(26 weeks)"."""
+        number = _NUMBER.search(aside)
+        hedges = re.search(r"\b(?:or|maybe|perhaps|possibly)\b", aside, re.IGNORECASE) is not None
+        if number is None:
+            return not hedges
+        found = _read_number(number)
+        alone = not re.search(r"[^\W\d_]", aside[: number.start()] + aside[number.end() :])
+        return not (hedges or alone) or found in (self.value, self.value / 100, self.value * 100)
+
+    def _same_again(self, position: int) -> int | None:
+        """Where the number behind "or" ends, if it is the same: "3/4 or 0.75"."""
+        number = _NUMBER.match(self.window, _after(_DELIMITED, self.window, position))
+        scaled = None if number is None else _scaled(number)
+        return scaled[2] if scaled is not None and scaled[0] == self.value else None
+
+    def _goes_on(self, position: int) -> bool:
+        """Whether the full stop at ``position`` belongs to the number ("18. 5") or to a unit with more ("5 ft. 6")."""
+        short = position == self.start or (bool(self.words) and self.words[-1] in _ABBREVIATED)
+        return self.window[position] == "." and short and _MORE_DIGITS.match(self.window, position + 1) is not None
+
+    def _taken_back(self, position: int) -> bool:
+        match = _TAKEN_BACK.match(self.window, position)
+        number = None if match is None else _NUMBER.match(match["other"])
+        return number is not None and _read_number(number) != self.value
+
+
+def _stands_alone(text: str, begin: int, end: int) -> bool:
+    """Whether the letter at ``begin`` is the one choice of its sentence."""
+    letter = text[begin]
+    if _GLUED.match(text, end) or (letter.islower() and _OTHER_SMALL_LETTER.match(text, end)):
+        return False
+    sentence = text[end : end + WINDOW]
+    rest = _SENTENCE.match(sentence)
+    if rest is None or sentence[rest.end() : rest.end() + 1] == "?":
+        return False
+    if _EXPLANATION.match(rest[0], _after(_CLOSERS, rest[0], 0)):
+        return True
+    if letter == "A" and re.match(r"\s+(?!is\b|because\b|since\b)[a-z]", rest[0]):
+        return False
+    others = {match[0] for match in _OTHER_LETTER.finditer(rest[0])} - {letter.upper()}
+    taken_back = _TAKEN_BACK.match(sentence, rest.end() + 1)
+    return not others and (taken_back is None or taken_back["other"] not in set("ABCD") - {letter.upper()})

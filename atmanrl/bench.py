@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from atmanrl.config import Dtype, ModelConfig
+from atmanrl.evaluation.records import check_writable, write_text_atomically
 from atmanrl.models import load_model
-from atmanrl.recipe import Dtype, ModelConfig
 from atmanrl.saliency.throughput import (
     Measurement,
     check_arms,
@@ -60,6 +61,8 @@ def bench_command(
     check_arms(arms)
     if min(queries, rollouts, prompt, cot[0], answer, steps) < 1 or cot[1] < cot[0]:
         raise ValueError("queries, rollouts, prompt, cot, answer and steps must be at least 1, and cot least <= most")
+    if output is not None:
+        check_writable(output, "--output")
     console = console or Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policy = _policy(model, shape, dtype, device)
@@ -88,7 +91,8 @@ def bench_command(
         table.add_row(*_row(result, first, len(problem), rows, necessary, rate))
     console.print(table)
     if output is not None:
-        output.write_text(
+        write_text_atomically(
+            output,
             json.dumps(
                 {
                     "model": model or shape, "dtype": dtype, "device": _device_name(device), "torch": torch.__version__,
@@ -97,7 +101,7 @@ def bench_command(
                     "arms": [asdict(result) for result in results],
                 },
                 indent=1,
-            )
+            ),
         )  # fmt: skip
     return 0
 

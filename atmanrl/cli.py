@@ -9,13 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from atmanrl.config import DTYPES, ModelConfig
 from atmanrl.errors import InputError, RunError
-from atmanrl.recipe import DTYPES, ModelConfig, builtin_recipes, parse_overrides
+from atmanrl.recipe import builtin_recipes, parse_overrides
 
 TRAIN_HELP = """\
 Any key of a recipe can be overridden: --learning_rate 1e-6, --mask.steps 100, --data.path train.jsonl. Keys are the
-sections model.*, data.*, evaluation.*, mask.* and credit_assignment.*, and the fields of
-AtManGRPOConfig, which are those of TRL's GRPOConfig and of Hugging Face's TrainingArguments as well.
+sections model.*, data.*, evaluation.* and credit_assignment.*, a section of settings for each estimator (mask.*,
+sparse_mask.*, integrated.*, leave_one_out.*, ...), and the fields of AtManGRPOConfig, which are those of TRL's
+GRPOConfig and of Hugging Face's TrainingArguments as well. --print-config lists them all. Hyphens and underscores are
+the same.
 """
 
 
@@ -25,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 1 where a check failed or a run had to stop; 2 for input that cannot be used.
     """
     parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
+    known, rest = parser.parse_known_args(
+        [_hyphenated(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    )
     try:
         if known.command == "train":
             from atmanrl.training.run import train
@@ -36,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dry_run=known.dry_run,
                 overwrite=known.overwrite,
                 resume=known.resume,
+                print_config=known.print_config,
             )
         if known.command == "evaluate":
-            from atmanrl.evaluation.evaluate_command import evaluate_command
+            from atmanrl.evaluation.evaluate import evaluate_command
 
             return evaluate_command(
                 known.config,
@@ -53,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if known.command == "compare":
-            from atmanrl.evaluation.compare_command import compare_command
+            from atmanrl.evaluation.compare import compare_command
 
             return compare_command(known.before, known.after, output=known.output)
         if known.command == "bench":
@@ -72,8 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _hyphenated(argument: str) -> str:
+    """An option's name as the parsers know it: ``--dry_run`` is ``--dry-run``; keys of recipes take either."""
+    name, equals, value = argument.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if name.startswith("--") else argument
+
+
 def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from atmanrl.evaluation.explain_command import explain_command
+    from atmanrl.evaluation.explain import explain_command
 
     if known.statistics:
         return _statistics(known, overrides)
@@ -100,8 +112,8 @@ def _explain(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
 
 
 def _statistics(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    from atmanrl.evaluation.explain_command import examples_of, generation_of
-    from atmanrl.rhythm.statistics_command import statistics_command
+    from atmanrl.evaluation.explain import examples_of, generation_of
+    from atmanrl.rhythm.report import statistics_command
 
     for option in ("html", "csv", "deletion", "record_every", "estimator"):
         if getattr(known, option):
@@ -158,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", action="store_true", help="print the batch arithmetic and what an update costs, and stop"
     )
+    train.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
     again = train.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in output_dir from its last checkpoint")
     again.add_argument("--overwrite", action="store_true", help="delete the run that output_dir holds")
@@ -189,7 +202,7 @@ def _add_evaluate(commands: Any) -> None:
         help="accuracy, length and saliency of checkpoints on held-out prompts",
         description="Evaluate checkpoints on the same held-out prompts; several are compared with the first.",
         epilog="Any key of the recipe can be overridden: --evaluation.prompts 64, --evaluation.saliency false, "
-        "--mask.steps 100, --saliency_estimator best, --data.path test.jsonl.",
+        "--saliency_estimator best, --sparse-mask.sparsity 0.2, --data.path test.jsonl.",
         allow_abbrev=False,
     )
     evaluate.add_argument(
@@ -229,8 +242,8 @@ def _add_explain(commands: Any) -> None:
         "explain",
         help="show which tokens of a chain of thought its answer rests on",
         description="Show which tokens of a chain of thought its answer rests on.",
-        epilog="How masks are optimised can be set with --mask.steps, --mask.lr and the other fields of MaskConfig, or "
-        "with --mask.preset.",
+        epilog="Each estimator's own settings are a section of its name: --mask.steps 100 (or --mask.preset half), "
+        "--sparse-mask.sparsity 0.2, --integrated.steps 9, --fai.horizon [10,50].",
         allow_abbrev=False,
     )
     explain.add_argument("--model", required=True, help='directory, Hugging Face id, or "ledger" (built in)')

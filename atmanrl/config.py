@@ -11,6 +11,8 @@ AnswerLoss = Literal["value", "all"]
 Weights = Literal["model", "float8"]
 CreditStrategy = Literal["none", "local", "global", "coupled", "random", "entropy", "saliency"]
 CreditSign = Literal["both", "positive"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,6 @@ class MaskConfig:
         sparsity: nats that restoring one token completely costs: the loss gains
             ``sparsity * sum_v |min(H_v, upper) / init - 1|``, the L1 norm of what was restored. 0 in the paper.
         answer_loss: which tokens the loss averages over: "value", the answer's, or "all", the marker's as well.
-        early_stop: a rollout ends, and frees its tokens, once this share of the loss that the initial mask added is
-            gone, in (0, 1]; looked at every ten steps. None, as in the paper: no rollout ends before ``steps``.
         weights: "model" computes with the model's weights, "float8" with the decoder layers' weights and their inputs
             rounded to e4m3, one scale per row (models of the fast path only).
         capture: replay the steps from a CUDA graph, captured once per batch; models on a GPU only.
@@ -52,7 +52,6 @@ class MaskConfig:
     upper: float = 0.0
     sparsity: float = 0.0
     answer_loss: AnswerLoss = "value"
-    early_stop: float | None = None
     weights: Weights = "model"
     capture: bool = False
 
@@ -79,8 +78,6 @@ class MaskConfig:
             raise ValueError(f"sparsity must not be negative, got {self.sparsity}")
         if self.answer_loss not in get_args(AnswerLoss):
             raise ValueError(f"answer_loss must be one of {get_args(AnswerLoss)}, got {self.answer_loss!r}")
-        if self.early_stop is not None and not 0 < self.early_stop <= 1:
-            raise ValueError(f"early_stop must lie in (0, 1] or be None, got {self.early_stop}")
         if self.weights not in get_args(Weights):
             raise ValueError(f"weights must be one of {get_args(Weights)}, got {self.weights!r}")
 
@@ -260,13 +257,89 @@ class DataConfig:
                 raise ValueError(f"{name} must be positive or None, got {limit}")
 
 
-# Only "paper" is a default; docs/scaling.md has each preset's agreement with it and what it saves. Those with fewer
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters trained in place of the weights, through PEFT (the ``peft`` extra).
+
+    Attributes:
+        rank: of the update B A; alpha: its scale is alpha / rank; dropout: in front of A, during the update only.
+        targets: names of the adapted layers, or "all-linear".
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy.
+
+    Attributes:
+        name: Hugging Face id, local directory, or "ledger" for the built-in task's own checkpoint.
+        revision: branch, tag or commit of a Hugging Face id.
+        dtype: of the parameters.
+        attn_implementation: attention of the policy's own passes (generation and update); "auto" is
+            flash_attention_2 where flash-attn is installed and computes in ``dtype``, else sdpa.
+        lora: train adapters instead of the weights.
+
+    Raises:
+        ValueError: for an unknown dtype.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    attn_implementation: str = "auto"
+    lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation before and after training.
+
+    Attributes:
+        prompts: held-out prompts, 0 for no evaluation.
+        samples: completions per prompt.
+        temperature: of the sampling; 0 decodes greedily.
+        seed: of the sampling, the same before and after.
+        batch_size: prompts generated together.
+        saliency: also optimise masks, and report the saliency per token class.
+        before: evaluate the untrained policy too, on the same prompts.
+    """
+
+    prompts: int = 0
+    samples: int = 1
+    temperature: float = 1.0
+    seed: int = 1234
+    batch_size: int = 64
+    saliency: bool = True
+    before: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prompts < 0 or self.samples < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"prompts must not be negative, samples and batch_size at least 1; "
+                f"got {self.prompts}, {self.samples} and {self.batch_size}"
+            )
+        if self.temperature < 0 or (self.temperature == 0 and self.samples > 1):
+            raise ValueError(
+                f"temperature must not be negative, and is 0 for one sample alone; got {self.temperature} "
+                f"for {self.samples}"
+            )
+
+
+# Only "paper" is a default; docs/benchmarks.md has each preset's agreement with it and what it saves. Those with fewer
 # steps keep steps * lr, how far a token can move.
 MASK_PRESETS = {
     "paper": MaskConfig(),
     "half": MaskConfig(steps=100, lr=2e-3),
     "quarter": MaskConfig(steps=50, lr=4e-3),
     "tenth": MaskConfig(steps=20, lr=1e-2),
-    "early": MaskConfig(early_stop=0.8),
     "float8": MaskConfig(weights="float8"),
 }

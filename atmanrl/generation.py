@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.chat import end_of_turn_ids
+from atmanrl.models import end_of_turn_ids
+from atmanrl.progress import track
+
+logger = logging.getLogger(__name__)
+
+# What names the checkpoint's tokens, its file and its cache, and is no way of drawing the next token.
+_NO_SAMPLING = frozenset(
+    (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
+        *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -23,14 +35,12 @@ class GenerationSettings:
     Attributes:
         max_new_tokens: length limit; a completion that reaches it counts as truncated.
         temperature: of the sampling; 0 decodes greedily.
-        top_p: nucleus mass.
         samples: completions per prompt.
         batch_size: prompts per batch. The draws depend on it, as they do on the seed.
     """
 
     max_new_tokens: int = 1024
     temperature: float = 1.0
-    top_p: float = 1.0
     samples: int = 1
     batch_size: int = 64
 
@@ -38,10 +48,8 @@ class GenerationSettings:
         for name in ("max_new_tokens", "samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must not be negative, and finite, got {self.temperature}")
         if self.temperature == 0 and self.samples > 1:
             raise ValueError(f"{self.samples} samples at temperature 0 would all be the same completion")
 
@@ -58,8 +66,9 @@ def generate(
 ) -> list[list[list[int]]]:
     """Completions of token-id prompts, left padded in batches; end-of-turn tokens are kept, padding is not.
 
-    The model's own sampling settings are ignored, so that only ``settings`` and ``seed`` decide. The model's mode and
-    the global random state are as before on return.
+    The generation config of the model's checkpoint is ignored but for its EOS, so that only ``settings`` and ``seed``
+    decide; `recipe_alone` says once what it would have changed. The model's mode and the global random state are as
+    before on return.
 
     Returns:
         ``settings.samples`` lists of token ids per prompt.
@@ -70,9 +79,7 @@ def generate(
     _check_context(model, prompts, settings)
     ends = end_of_turn_ids(tokenizer, model.generation_config.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    sampling = (
-        {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
-    )
+    sampling = {"temperature": settings.temperature, "top_p": 1.0, "top_k": 0} if settings.temperature else {}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
@@ -82,11 +89,10 @@ def generate(
         **sampling,
     )
     completions: list[list[list[int]]] = []
-    bar: dict[str, Any] = {"console": Console(stderr=True), "disable": not progress, "transient": True}
     draw: Any = model.generate
-    with _evaluating(model), _seeded(model.device, seed):
+    with _evaluating(model), _seeded(model.device, seed), recipe_alone(model, config):
         starts = range(0, len(prompts), settings.batch_size)
-        for start in track(starts, "generating", **bar):
+        for start in track(starts, "generating", progress):
             batch = prompts[start : start + settings.batch_size]
             width = max(len(prompt) for prompt in batch)
             ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
@@ -97,6 +103,64 @@ def generate(
             rows = [_until_end(row, ends) for row in sequences[:, width:].tolist()]
             completions += [rows[i : i + settings.samples] for i in range(0, len(rows), settings.samples)]
     return completions
+
+
+@contextmanager
+def recipe_alone(model: Any, recipe: GenerationConfig | None) -> Iterator[None]:
+    """Within, ``generate`` finds no sampling setting of the checkpoint to fill ``recipe``'s gaps with.
+
+    transformers takes every field that a caller leaves unset from ``model.generation_config``: a repetition penalty,
+    forbidden tokens, a least length. A warning names those that would have changed ``recipe``, once per process and
+    set of values. The generation config is as before on exit, and is saved with the model as it was loaded.
+
+    Args:
+        model: with the method ``generate``; may be wrapped, by PEFT for one.
+        recipe: what will be passed to ``generate``; None: nothing, the tokens are drawn elsewhere.
+    """
+    if recipe is None:
+        yield
+        return
+    config = model.generation_config
+    if ignored := _ignored(config, recipe):
+        _say_once(ignored)
+    kept = dict(vars(config))
+    neutral = GenerationConfig(**{name: kept.get(name) for name in _NO_SAMPLING if name in kept})
+    # In place: wrappers and wrapped share the object.
+    vars(config).clear()
+    vars(config).update(vars(neutral))
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(kept)
+
+
+def _ignored(config: GenerationConfig, recipe: GenerationConfig) -> dict[str, Any]:
+    """The settings of ``config`` that differ from what ``recipe``, or else the defaults, say."""
+    defaults = {**GenerationConfig().to_dict(), **GenerationConfig._get_default_generation_params(), "top_k": 0}
+    decided = {**defaults, **{name: value for name, value in recipe.to_dict().items() if value is not None}}
+    return {
+        name: value
+        for name, value in sorted(config.to_dict().items())
+        if not name.startswith("_")
+        and name not in _NO_SAMPLING
+        and value is not None
+        and not (value is False and decided.get(name) is None)
+        and not (name == "max_length" and recipe.max_new_tokens is not None)
+        and value != decided.get(name)
+    }
+
+
+_said: set[str] = set()
+
+
+def _say_once(ignored: Mapping[str, Any]) -> None:
+    message = ", ".join(f"{name}={json.dumps(value, default=str)}" for name, value in ignored.items())
+    if message not in _said:
+        _said.add(message)
+        logger.warning(
+            "the checkpoint's generation config is ignored, only the recipe's sampling settings count: %s", message
+        )
 
 
 def context_length(model: PreTrainedModel) -> int:

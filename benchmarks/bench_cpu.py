@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.likelihood import frozen
 from atmanrl.saliency.throughput import ARMS, SHAPES, random_model, random_problem
 from benchmarks.cases import AttentionCase, make_inputs
 from benchmarks.peers import PEERS, inputs_with_gradients

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import triton
 
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, block_sizes_in_use, kernels_label
 from atman_kernels.processes import HUNG, PASSED, Check, run_checks
 from atman_kernels.smoke import smoke_checks
-from benchmarks.device import Device, block_sizes_in_use, device_of_command, kept_results, kernels_label, save
+from benchmarks.device import Device, device_of_command, kept_results, save
 from tests.atman_kernels.gpu_checks import CHECKS, REHEARSAL
 
 SECONDS_EACH = 150.0

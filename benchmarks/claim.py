@@ -21,11 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from atmanrl.config import ModelConfig
+from atmanrl.evaluation.faithfulness import with_deletion_effects
 from atmanrl.evaluation.records import DELETION, RESTORED, Run, write_text_atomically
-from atmanrl.evaluation.scoring import with_deletion_effects
 from atmanrl.evaluation.summary import summarize
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig, load_recipe
+from atmanrl.training.config import load_recipe
 from benchmarks.device import RESULTS, commit
 
 ARMS = {

@@ -22,8 +22,8 @@ from typing import Any
 
 from atmanrl.evaluation.records import Run, write_text_atomically
 from atmanrl.evaluation.summary import summarize
-from atmanrl.recipe import load_recipe
 from atmanrl.tasks import load_task
+from atmanrl.training.config import load_recipe
 from benchmarks.claim import train_and_measure
 from benchmarks.device import RESULTS, commit
 

@@ -16,7 +16,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atmanrl.report.figure_style import FIGURE_STYLE
+from atmanrl.report.plots import FIGURE_STYLE
 from benchmarks.claim_report import Interval, interval
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def arm_table(content: dict[str, Any], task: str) -> str:
     """Markdown: accuracy held out and while training, and paired differences from uniform credit."""
     lines = [
         "| credit | held-out accuracy (%) | - uniform | accuracy while training (%) | - uniform | CoT (tokens) |",
-        "| --- |" + " ---: |" * 5,
+        "|---|" + "---:|" * 5,
     ]
     for arm, title in NAMES.items():
         runs = runs_of(content, task, arm)
@@ -105,7 +105,7 @@ def coupling_table(content: dict[str, Any]) -> str:
         rows.setdefault("FAI of needed tokens, mean percentile", []).append(
             f"{100 * found['needed']['percentile']:.0f}"
         )
-    lines = ["| | " + " | ".join(tasks) + " |", "| --- |" + " ---: |" * len(tasks)]
+    lines = ["| | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
     lines += ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()]
     return "\n".join(lines) + "\n"
 
@@ -116,14 +116,17 @@ def statistics_table(content: dict[str, Any]) -> str:
         f"{content['device']}, {content['threads']} threads, {content['instruction_set']}, torch"
         f" {content['versions']['torch']}, commit {content['commit']}. Milliseconds, and in brackets shares of the"
         " attention's forward.\n",
-        "| dtype, length | attention forward | what the distance adds to it | WAAD and received | all, afterwards |"
+        "| float32, length | attention forward | what the distance adds to it | WAAD and received | all, afterwards |"
         " eager map | peak MiB: WAAD and received | all, afterwards | eager map |",
-        "| --- |" + " ---: |" * 8,
+        "|---|" + "---:|" * 8,
     ]
-    for row in content["results"]:
+    # Three lengths show the course; the file has more, and bfloat16.
+    for row in (
+        row for row in content["results"] if row["dtype"] == "float32" and row["length"] in (1024, 8192, 32768)
+    ):
         ms, peak = row["ms"], row["peak_mib"]
         forward = ms["attention forward"]
-        cells = [f"{row['dtype']}, {row['length']}", f"{forward:.1f}"]
+        cells = [str(row["length"]), f"{forward:.1f}"]
         cells.append(_share(ms["attention with distance"] - forward, forward))
         cells += [_share(ms[name], forward) for name in ("WAAD and received", "all from q, k, lse")]
         if "eager map" in ms:
@@ -141,11 +144,10 @@ def observed_table(content: dict[str, Any]) -> str:
     lines = [
         f"{content['device']}, {content['threads']} threads, {content['instruction_set']}, torch"
         f" {content['versions']['torch']}, commit {content['commit']}. Packed forwards of"
-        f" {content['results'][0]['layers']} layers and 30 M parameters, fp32: alone; while WAAD and FAI of the"
-        " responses are read off, head selection included; the time in the observer alone; and the series' own forward,"
-        " in which equal prompts run once. Milliseconds.\n",
+        f" {content['results'][0]['layers']} layers and 30 M parameters, fp32, in milliseconds. The series' own forward"
+        " runs equal prompts once.\n",
         "| rollouts x (prompt + response) | forward | observed | in the observer (of the forward) | own forward |",
-        "| --- |" + " ---: |" * 4,
+        "|---|" + "---:|" * 4,
     ]
     for row in content["results"]:
         forward, observed, own = (row["ms"][name] for name in ("forward", "observed", "own forward"))
@@ -166,29 +168,33 @@ def latest(kind: str) -> tuple[Path, dict[str, Any]] | None:
     return next(((path, json.loads(path.read_text())) for path in RESULTS.glob(f"{kind}_*.json")), None)
 
 
-def page() -> str:
-    """The generated part of docs/credit.md."""
-    found = latest("credit")
+def costs() -> str:
+    """The part of docs/benchmarks.md that shows what the statistics cost."""
     parts = []
     for title, kind, table in (
         ("one layer", "statistics", statistics_table),
         ("a whole model", "observed_forward", observed_table),
     ):
         timed = latest(kind)
-        parts += [f"### Cost of the statistics, {title}\n", "Not yet measured.\n" if timed is None else table(timed[1])]
-    parts.append("### Arms\n")
+        parts += [f"### {title.capitalize()}\n", "Not yet measured.\n" if timed is None else table(timed[1])]
+    return "\n".join(parts)
+
+
+def arms() -> str:
+    """The part of docs/ledger.md that shows the arms."""
+    found = latest("credit")
     if found is None:
-        return "\n".join([*parts, "Not yet measured.\n"])
+        return "Not yet measured.\n"
     path, content = found
-    parts.append(
+    parts = [
         f"`benchmarks/results/{path.name}`, made by `make credit`. Means over seeds; differences are paired by seed,"
         " with 95 % Student intervals.\n"
-    )
+    ]
     for task in content["tasks"]:
         start = content["start"][task]["accuracy"]
         seeds = len(runs_of(content, task, BASELINE))
         parts += [f"**{task}**, {seeds} seeds, start {100 * start:.1f} %\n", arm_table(content, task)]
-    parts += ["### What the starting checkpoint's attention says\n", coupling_table(content)]
+    parts += ["**The starting checkpoint's attention**\n", coupling_table(content)]
     return "\n".join(parts)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -23,7 +22,12 @@ from typing import Any, NamedTuple
 import torch
 
 from atman_kernels import backend
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, BLOCK_SIZES_VARIABLE
+from atman_kernels._triton.blocks import (
+    BLOCK_SIZES_FILE,
+    BLOCK_SIZES_VARIABLE,
+    block_sizes_in_use,
+    kernels_label,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -169,21 +173,6 @@ def commit() -> str:
     revision = _git("rev-parse", "--short", "HEAD")
     edited = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
     return f"{revision}-dirty" if revision and edited else revision or "unknown"
-
-
-def block_sizes_in_use() -> Path:
-    """The table that the kernels of this process take their block sizes from."""
-    return Path(os.environ.get(BLOCK_SIZES_VARIABLE) or BLOCK_SIZES_FILE)
-
-
-def kernels_label(block_sizes: Path) -> str:
-    """Eight hexadecimal digits that stand for the kernels' sources and a table of block sizes."""
-    content = hashlib.sha256()
-    package = BLOCK_SIZES_FILE.parent
-    for path in (*sorted(package.glob("*.py")), package.parent / "plan.py"):
-        content.update(path.read_bytes())
-    content.update(json.dumps(json.loads(block_sizes.read_text()), sort_keys=True).encode())
-    return content.hexdigest()[:8]
 
 
 def _git(*arguments: str) -> str:

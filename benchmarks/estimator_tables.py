@@ -25,70 +25,35 @@ REWARDS = (
     Measure("accuracy", "accuracy (%)", 100, 1),
     Measure("cot_tokens", "CoT length (tokens)"),
     Measure("filler_tokens", "filler per CoT (tokens)"),
-    Measure("needed_tokens", "needed per CoT (tokens)"),
-    Measure("other_tokens", "other per CoT (tokens)"),
     Measure("repeated", "chains that repeat needed values (%)", 100, 1),
     Measure("restored_auroc", "AUROC of `mask`"),
-    Measure("sparse-mask_auroc", "AUROC of `sparse-mask`"),
     Measure("deletion_auroc", "AUROC of leave-one-out"),
     Measure("deletion_mass", "summed deletion effects per CoT (nats)"),
     Measure("early_answering_aoc", "early answering AOC"),
-    Measure("initial_early_answering_aoc", "the same, starting checkpoint reads"),
     Measure("causal_influence", "causal influence (nats)", decimals=3),
-    Measure("initial_causal_influence", "the same, starting checkpoint reads", decimals=3),
     Measure("mistake_unchanged", "answers unchanged by a mistake (%)", 100, 1),
-    Measure("initial_mistake_unchanged", "the same, starting checkpoint reads", 100, 1),
-    Measure("no_cot_unchanged", "answers unchanged without a chain (%)", 100, 1),
-    Measure("initial_no_cot_unchanged", "the same, starting checkpoint reads", 100, 1),
     Measure("comprehensiveness", "comprehensiveness of leave-one-out", decimals=3),
     Measure("sufficiency", "sufficiency of leave-one-out", decimals=3),
 )
-# The grid around the default: its span says enough.
-GRID = "sparse, depth"
 
 
 def estimator_tables(files: list[dict[str, Any]]) -> str:
-    """Per results file and set: every estimator's measures and cost, and what the best one gains over the mask."""
+    """Per results file: every estimator's measures and cost on sampled chains; gains of `sparse-mask` on both sets."""
     if not files:
         return "Not yet measured.\n"
     parts = []
     for content in files:
-        parts.append(f"torch {content['versions']['torch']}, commit {content['commit']}, held-out prompts.\n")
-        for name, found in content["sets"].items():
-            parts.append(
-                f"**{SETS[name]}**, {found['rollouts']} of {found['tokens']:.1f} tokens on average\n\n"
-                f"{_measures(found['results'])}\n{_gains(found['results'])}"
-            )
-        parts.append(_reward_table(content["reward_falls"]))
-    return "\n".join(parts)
-
-
-def search_tables(files: list[dict[str, Any]]) -> str:
-    """Every variant that was tried, on training prompts: both sets side by side."""
-    if not files:
-        return "Not yet measured.\n"
-    parts = []
-    for content in files:
-        sets, falls = content["sets"], content["reward_falls"]
-        shown = ("auroc", "leave_one_out", "comprehensiveness", "sufficiency")
-        titles = [TITLES[key] for key in shown]
-        lines = [
-            f"Commit {content['commit']}, training prompts; sampled chains / busier reference chains.\n",
-            _row(["variant", *titles, "reward falls", "passes"]),
-            _rule(3 + len(shown)),
-        ]
-        results = [found["results"] for found in sets.values()]
-        single = [name for name in results[0] if not name.startswith(GRID)]
-        grid = [name for name in results[0] if name.startswith(GRID)]
-        for name in single:
-            cells = [" / ".join(_value(result[name], key) for result in results) for key in shown]
-            lines.append(_row([name, *cells, f"{falls[name]['value']:.2f}", _cost(results[0][name])]))
-        spans = [" / ".join(_span(result, grid, key) for result in results) for key in shown]
-        shares = [falls[name]["value"] for name in grid]
-        title = f"sparse, {len(grid)} settings of depth, price and lr"
-        span = f"{min(shares):.2f} to {max(shares):.2f}"
-        lines.append(_row([title, *spans, span, _cost(results[0][grid[0]])]))
-        parts.append("\n".join(lines) + "\n")
+        (first, found), *others = content["sets"].items()
+        parts.append(
+            f"torch {content['versions']['torch']}, commit {content['commit']}, held-out prompts."
+            f" **{SETS[first]}**, {found['rollouts']} of {found['tokens']:.1f} tokens on average; the last column is"
+            " the share of chains whose reward three filler words lower.\n"
+        )
+        parts.append(_measures(found["results"], content["reward_falls"]))
+        parts.append("`sparse-mask` minus `mask`, paired over prompts, 95 % intervals:\n")
+        parts.append(f"- {SETS[first]}: {_gains(found['results'])}")
+        for name, other in others:
+            parts[-1] += f"- {SETS[name]} ({other['tokens']:.1f} tokens): {_gains(other['results'])}"
     return "\n".join(parts)
 
 
@@ -98,7 +63,7 @@ def reward_tables(files: list[dict[str, Any]]) -> str:
         return "Not yet measured.\n"
     (content,) = files
     seeds = len({run["seed"] for run in content["runs"]})
-    pairs = [*((arm, "outcome") for arm in ARMS if arm != "outcome"), ("sparse-mask", "mask")]
+    pairs = [(arm, "outcome") for arm in ARMS if arm != "outcome"]
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     head = (
         f"{versions}, commit {content['commit']}; {seeds} seeds per arm. Means over seeds; differences are"
@@ -107,23 +72,12 @@ def reward_tables(files: list[dict[str, Any]]) -> str:
     return f"{head}\n{table(content, REWARDS, ARMS, pairs)}"
 
 
-def _measures(results: dict[str, Any]) -> str:
+def _measures(results: dict[str, Any], falls: dict[str, Any]) -> str:
     mask = _passes(results["mask"])
-    lines = [_row(["estimator", *TITLES.values(), "forwards", "backwards", "cost / mask's"]), _rule(4 + len(TITLES))]
+    lines = [_row(["estimator", *TITLES.values(), "cost / mask's", "filler lowers reward"]), _rule(3 + len(TITLES))]
     for name, row in results.items():
-        cost = [f"{row['forwards']:.1f}", f"{row['backwards']:.0f}", f"{_passes(row) / mask:.3f}"]
-        lines.append(_row([f"`{name}`", *(_value(row, key) for key in TITLES), *cost]))
-    return "\n".join(lines) + "\n"
-
-
-def _reward_table(falls: dict[str, Any]) -> str:
-    lines = [
-        "**As a reward**: chains of the asked pairs alone, and with three filler words put in\n",
-        _row(["estimator", "share of the chains whose reward the filler lowers, 95 % interval"]),
-        _rule(2),
-    ]
-    for name, found in falls.items():
-        lines.append(_row([f"`{name}`", f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"]))
+        cells = [f"{_passes(row) / mask:.3f}", f"{falls[name]['value']:.2f}"]
+        lines.append(_row([f"`{name}`", *(_value(row, key) for key in TITLES), *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -133,24 +87,15 @@ def _gains(results: dict[str, Any]) -> str:
         f"{title} {best[key]['value']:+.3f} [{best[key]['low']:+.3f}, {best[key]['high']:+.3f}]"
         for key, title in TITLES.items()
     )
-    return f"`sparse-mask` minus `mask`, paired over prompts, 95 % intervals: {gains}.\n".replace("-0.", "−0.")
+    return f"{gains}.\n".replace("-0.", "−0.")
 
 
 def _value(row: dict[str, Any], key: str) -> str:
     return f"{row['measures'][key]['value']:.3f}".replace("-", "−")
 
 
-def _span(results: dict[str, Any], names: list[str], key: str) -> str:
-    values = [results[name]["measures"][key]["value"] for name in names]
-    return f"{min(values):.3f} to {max(values):.3f}".replace("-", "−")
-
-
 def _passes(row: dict[str, Any]) -> float:
     return float(row["forwards"] + row["backwards"])
-
-
-def _cost(row: dict[str, Any]) -> str:
-    return f"{_passes(row):.0f}"
 
 
 def _row(cells: list[str]) -> str:
@@ -158,4 +103,4 @@ def _row(cells: list[str]) -> str:
 
 
 def _rule(columns: int) -> str:
-    return f"| --- |{' ---: |' * (columns - 1)}"
+    return f"|---|{'---:|' * (columns - 1)}"

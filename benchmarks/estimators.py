@@ -28,12 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, saliency_reward
 from atmanrl.config import MASK_PRESETS, DataConfig, LedgerConfig, SeriesConfig
-from atmanrl.evaluation.agreement import auroc, precision_at_k, spearman
 from atmanrl.evaluation.evaluate import evaluate
 from atmanrl.evaluation.faithfulness import score_curves
-from atmanrl.evaluation.intervals import bootstrap_ratios, estimates
+from atmanrl.evaluation.summary import auroc, bootstrap_ratios, estimates, precision_at_k, spearman
 from atmanrl.generation import GenerationSettings
-from atmanrl.saliency.estimators import (
+from atmanrl.saliency import (
     Estimator,
     FutureInfluence,
     Integrated,
@@ -205,7 +204,7 @@ def chosen() -> dict[str, Estimator]:
 
 
 def variants() -> Iterator[tuple[str, Estimator]]:
-    """What was tried: the paper's mask with other settings, paths and depths, starts, step rules, steps and prices."""
+    """What was tried: the paper's mask with other settings, depths, steps and prices."""
     yield "mask", Mask()
     for name in ("tenth", "quarter"):
         yield f"mask, {name}", Mask(MASK_PRESETS[name])
@@ -214,16 +213,10 @@ def variants() -> Iterator[tuple[str, Estimator]]:
             f"mask, scale {scale:g}, sparsity {sparsity:g}",
             Mask(replace(MaskConfig(), scale=scale, sparsity=sparsity)),
         )
-    for path, depth, steps in product(("bias", "weight"), (-4.0, -8.0, -15.0), (5, 10)):
-        yield f"integrated, {path}, depth {depth:g}, {steps} nodes", Integrated(depth, steps, path)
-    for depth, share in product((-8.0, -15.0), (0.3, 0.8)):
-        yield f"integrated, calibrated to {share:g} of depth {depth:g}", Integrated(depth, 5, calibrate=share)
-    for start, rule, steps, reading in product(
-        ("enabled", "suppressed"), ("adam", "normalized-sgd", "spectral"), (9, 19), ("last", "mean")
-    ):
-        lr = 0.1 if rule == "adam" else 0.3
-        estimator = SparseMask(start=start, rule=rule, steps=steps, lr=lr, reading=reading)
-        yield f"sparse, {start}, {rule}, {steps} steps, {reading}", estimator
+    for depth, steps in product((-4.0, -8.0, -15.0), (5, 10)):
+        yield f"integrated, depth {depth:g}, {steps} nodes", Integrated(depth, steps)
+    for steps in (9, 19):
+        yield f"sparse, {steps} steps", SparseMask(steps=steps)
     for depth, sparsity, lr in product((-6.0, -10.0, -15.0), (0.03, 0.1, 0.3), (0.2, 0.5)):
         yield (
             f"sparse, depth {depth:g}, price {sparsity:g}, lr {lr:g}",

@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from atmanrl.saliency.budget import saved_bytes
-from atmanrl.saliency.cost import DecoderShape, peak_bytes
+from atmanrl.saliency.cost import DecoderShape, peak_bytes, saved_bytes
 from atmanrl.saliency.decoder import FrozenDecoder
-from atmanrl.saliency.frozen import frozen
-from atmanrl.saliency.likelihood import ModelLikelihood
-from atmanrl.saliency.packing import pack
+from atmanrl.saliency.likelihood import ModelLikelihood, frozen
+from atmanrl.saliency.packing import pack, whole
 from atmanrl.saliency.throughput import (
     ARMS,
     Measurement,
@@ -72,7 +70,7 @@ def memory(shape: str, *, device: torch.device) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(shape, dtype=dtype, device=device)
     rollouts = random_problem(model.config.vocab_size, **PROBLEM)
-    few = pack(rollouts[:8], answer_loss="value", device=device)
+    few = pack([whole(rollout) for rollout in rollouts[:8]], device=device)
     layers_rows = model.config.num_hidden_layers * few.n_rows
     model.train()
     plain = partial(model.model, position_ids=few.positions[None], use_cache=False)
@@ -86,7 +84,7 @@ def memory(shape: str, *, device: torch.device) -> dict[str, Any]:
         likelihood = ModelLikelihood(model, few)
         kept["general path"] = saved_bytes(model, lambda: likelihood(bias)) / layers_rows
         kept["fast path"] = FrozenDecoder(model, few).kept_bytes / layers_rows
-    batch = pack(rollouts, answer_loss="value", device=device)
+    batch = pack([whole(rollout) for rollout in rollouts], device=device)
     sizes = (batch.n_rows, len(batch.loss_rows), len(batch.prompt_ids))
     predicted = peak_bytes(DecoderShape.of(model), dtype.itemsize, *sizes, on_cpu=device.type == "cpu")
     return {"kept_bytes": kept, "predicted_peak_bytes": predicted}

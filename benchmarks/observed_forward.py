@@ -23,7 +23,7 @@ from atman_kernels import AttentionPlan
 from atman_kernels.hf import AttentionCall, observing
 from atmanrl.config import SeriesConfig
 from atmanrl.rhythm.series import SeriesCollector, attention_series
-from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.likelihood import frozen
 from atmanrl.saliency.throughput import random_model
 from benchmarks.cpu import _seconds, provenance
 from benchmarks.device import results_file, save

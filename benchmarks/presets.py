@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atmanrl import MaskConfig, Rollout, optimize_masks, saliency_reward
 from atmanrl.config import MASK_PRESETS, LedgerConfig
-from atmanrl.evaluation.agreement import spearman
-from atmanrl.saliency import SaliencyResult
+from atmanrl.evaluation.summary import spearman
+from atmanrl.saliency import TokenScores
 from atmanrl.tasks.ledger import CHECKPOINT
 from atmanrl.tasks.ledger.generator import sample_chain, sample_examples
 from atmanrl.tasks.ledger.vocabulary import ANSWER
@@ -54,25 +54,24 @@ def chains(seed: int = 0) -> list[Rollout]:
     return found
 
 
-def learn(model: PreTrainedModel, rollouts: list[Rollout], config: MaskConfig) -> tuple[SaliencyResult, float]:
+def learn(model: PreTrainedModel, rollouts: list[Rollout], config: MaskConfig) -> tuple[list[TokenScores], float]:
     """The masks, and the processor seconds that they took."""
     start = time.process_time()
     result = optimize_masks(model, rollouts, config, progress=False)
     return result, time.process_time() - start
 
 
-def agreement(result: SaliencyResult, paper: SaliencyResult) -> dict[str, Any]:
-    """How closely masks and rewards follow the paper's, and the share of its row-steps."""
+def agreement(result: list[TokenScores], paper: list[TokenScores], row_steps: float) -> dict[str, Any]:
+    """How closely masks and rewards follow the paper's; ``row_steps``: the share of its rows x updates."""
     compared = [(a.mask, b.mask) for a, b in zip(result, paper, strict=True) if b.loss_initial > LEAST_LOSS]
     correlations = [c for a, b in compared if not math.isnan(c := spearman(a, b))]
-    row_steps = [sum(item.steps * len(item.rollout.completion_ids) for item in r) for r in (result, paper)]
     return {
         "chains": len(correlations),
         "mask_correlation_mean": statistics.mean(correlations),
         "mask_correlation_worst": min(correlations),
         "reward_correlation": spearman(saliency_reward(result), saliency_reward(paper)),
         "reward_mean": saliency_reward(result).mean().item(),
-        "row_steps": row_steps[0] / row_steps[1],
+        "row_steps": row_steps,
     }
 
 
@@ -95,7 +94,10 @@ def main() -> int:
         on_bfloat16 = name == "bfloat16" or config.weights == "float8"
         result, seconds = learn(rounded if on_bfloat16 else exact, rollouts, config)
         base = (rounded_paper, rounded_seconds) if config.weights == "float8" else (paper, paper_seconds)
-        content["results"][name] = {**agreement(result, base[0]), "seconds": seconds / base[1]}
+        content["results"][name] = {
+            **agreement(result, base[0], config.steps / MaskConfig().steps),
+            "seconds": seconds / base[1],
+        }
         save(path, content)
         print(name, json.dumps(content["results"][name]), flush=True)
     return 0

@@ -13,11 +13,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from atmanrl.config import ModelConfig
+from atmanrl.evaluation.faithfulness import with_faithfulness, with_scores
 from atmanrl.evaluation.records import DELETION, RESTORED, Run
-from atmanrl.evaluation.scoring import with_faithfulness, with_scores
 from atmanrl.evaluation.summary import summarize
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig
 from benchmarks.claim import SETTING as CLAIM
 from benchmarks.claim import Comparison, errors
 

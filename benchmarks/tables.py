@@ -92,8 +92,8 @@ def cpu_tables(files: list[dict[str, Any]]) -> str:
         for dtype in ("float32", "bfloat16"):
             if rows := [row for row in content["results"] if row["dtype"] == dtype]:
                 parts.append(_cpu_table(dtype, rows))
-        for case, ratio in content["peak_memory"].items():
-            parts.append(f"Peak memory of a forward + backward, {case}: {ratio:.2f} of its tensors.\n")
+        peaks = ", ".join(f"{ratio:.2f} ({case})" for case, ratio in content["peak_memory"].items())
+        parts.append(f"Peak memory of a forward + backward / its tensors: {peaks}.\n")
     return "\n".join(parts)
 
 
@@ -101,7 +101,9 @@ def _cpu_table(dtype: str, rows: list[dict[str, Any]]) -> str:
     others = [name for name in rows[0]["ms"] if name != "atman"]
     lines = [f"| {dtype} | forward, GFLOP/s (% of torch.mm) | forward + backward, ms | " + " | ".join(others) + " |"]
     lines.append("|---" * (3 + len(others)) + "|")
-    for row in rows:
+    # Every second length shows the course.
+    shown = (row for row in rows if row["dtype"] != "float32" or row["case"].split()[0] not in ("1x1024", "1x4096"))
+    for row in shown:
         ms = {name: times["forward+backward"] for name, times in row["ms"].items()}
         rate = row["gflop"]["forward"] / row["ms"]["atman"]["forward"] * 1e3
         cells = [f"{rate:.0f} ({100 * rate / row['matrix_gflops']:.0f})", f"{ms['atman']:.1f}"]
@@ -111,7 +113,7 @@ def _cpu_table(dtype: str, rows: list[dict[str, Any]]) -> str:
 
 
 def compiled_table(content: dict[str, Any]) -> str:
-    """Markdown of the static counts of the bf16 kernels at head_dim 64 to 256, without a bias and fused as well."""
+    """Markdown of the static counts of the bf16 kernels for Hopper at head_dim 128, also without a bias and fused."""
     lines = [
         "| kernel | registers | spills, B | shared, B | matrix instructions | main loop: others | loads waited for |",
         "|---" * 7 + "|",
@@ -119,10 +121,10 @@ def compiled_table(content: dict[str, Any]) -> str:
     for name, row in content["kernels"].items():
         target, dtype, *rest = name.split()
         shown = len(rest) == 3 or rest[2] in ("unbiased", "fused")
-        if dtype == "bfloat16" and shown and target in ("sm_80", "sm_90", "sm_100"):
+        if dtype == "bfloat16" and shown and target == "sm_90" and rest[0] == "d128":
             loop = [row[key][0] if row[key] else "-" for key in ("main_loops", "waited_loads")]
             cells = (row["registers"], row["spill_bytes"], row["shared_bytes"], row["matrix_instructions"], *loop)
-            lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+            lines.append(f"| {' '.join(rest[2:])} | " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -169,7 +171,7 @@ def _mask_table(shape: str, rows: list[dict[str, Any]]) -> str:
         fast, peer = row["arms"]["fast"], row["arms"][row["peer"]]
         for arm in ([fast] if not position else []) + [peer]:
             if arm["skipped"]:
-                lines.append(f"| {arm['arm']} | not run: {arm['skipped']} | | | | | |")
+                lines.append(f"| {arm['arm']} | not run: {arm['skipped']} |")
                 continue
             cells = [
                 f"{arm['seconds']:.2f}",
@@ -209,48 +211,54 @@ def _results(kind: str) -> list[dict[str, Any]]:
 def benchmarks_page() -> str:
     """The generated part of docs/benchmarks.md."""
     compiled = json.loads((RESULTS / "compiled_kernels.json").read_text())
-    static = f"### Compiled kernels, Triton {compiled['triton']}\n\n{compiled_table(compiled)}"
-    return f"{cpu_tables(_results('cpu'))}\n{attention_tables(_results('attention*'))}\n{static}"
-
-
-def scaling_page() -> str:
-    """The generated part of docs/scaling.md."""
+    title = f"### Compiled kernels, Triton {compiled['triton']}, Hopper, bfloat16, 24/8 heads of 128"
+    static = f"{title}\n\n{compiled_table(compiled)}"
     presets = "\n".join(preset_table(content) for content in _results("presets"))
-    return f"{mask_tables(_results('masks'))}\n### Presets\n\n{presets}"
+    masks = f"## Mask optimisation, one step\n\n{mask_tables(_results('masks'))}\n### Presets\n\n{presets}"
+    return f"{cpu_tables(_results('cpu'))}\n{attention_tables(_results('attention*'))}\n{static}\n{masks}"
+
+
+def statistics_part() -> str:
+    """The other generated part of docs/benchmarks.md."""
+    # It draws as well, with packages that a machine which only measures may lack.
+    from benchmarks import credit_report
+
+    return credit_report.costs()
 
 
 def estimators_page() -> str:
     """The generated part of docs/estimators.md."""
-    # It draws as well, with packages that a machine which only measures may lack.
-    from benchmarks.estimator_tables import estimator_tables, reward_tables, search_tables
+    # It draws as well; see statistics_part.
+    from benchmarks.estimator_tables import estimator_tables, reward_tables
 
-    rated, trained, searched = (_results(kind) for kind in ("estimators", "reward_estimators", "estimator_search"))
-    rewards = f"### Trained on\n\n{reward_tables(trained)}"
-    return f"{estimator_tables(rated)}\n{rewards}\n### What was tried\n\n{search_tables(searched)}"
+    rated, trained = (_results(kind) for kind in ("estimators", "reward_estimators"))
+    return f"{estimator_tables(rated)}\n### As a training reward\n\n{reward_tables(trained)}"
 
 
-def credit_page() -> str:
-    """The generated part of docs/credit.md."""
-    # It draws as well; see estimators_page.
+def ledger_page() -> str:
+    """The part of docs/ledger.md that shows seven ways of credit."""
+    # It draws as well; see statistics_part.
     from benchmarks import credit_report
 
-    return credit_report.page()
+    return credit_report.arms()
 
 
+# A part of a page has markers of its own.
 PAGES = {
     "benchmarks.md": benchmarks_page,
-    "scaling.md": scaling_page,
-    "credit.md": credit_page,
+    "benchmarks.md#statistics": statistics_part,
+    "ledger.md": ledger_page,
     "estimators.md": estimators_page,
 }
 
 
-def _regenerated(page: str, name: str, *more: Path) -> str:
-    """The page with its generated part made anew from the committed results and those of other directories."""
+def _regenerated(page: str, name: str, part: str, *more: Path) -> str:
+    """The page with a generated part made anew from the committed results and those of other directories."""
     _directories[1:] = more
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{PAGES[name]()}\n{END}{after}"
+    begin, end = (mark.replace("tables", f"tables, {part}") if part else mark for mark in (BEGIN, END))
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{PAGES[name]()}\n{end}{after}"
 
 
 def main() -> int:
@@ -261,13 +269,14 @@ def main() -> int:
     arguments = parser.parse_args()
     outdated = False
     for name in arguments.pages:
-        page = (DOCS / name).read_text()
-        updated = _regenerated(page, name)
+        file, _, part = name.partition("#")
+        page = (DOCS / file).read_text()
+        updated = _regenerated(page, name, part)
         outdated |= updated != page
         if arguments.results.resolve() != RESULTS:
-            updated = _regenerated(page, name, arguments.results)
+            updated = _regenerated(page, name, part, arguments.results)
         if not arguments.check:
-            (DOCS / name).write_text(updated)
+            (DOCS / file).write_text(updated)
     return 1 if arguments.check and outdated else 0
 
 

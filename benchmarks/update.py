@@ -24,11 +24,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atmanrl.answers import GSM8K_ANSWER
-from atmanrl.completions import CompletionSplit
-from atmanrl.config import MaskConfig
+from atmanrl.answers import GSM8K_ANSWER, CompletionSplit
+from atmanrl.config import LoraSettings, MaskConfig, ModelConfig
 from atmanrl.models import attention_of
-from atmanrl.recipe import LoraSettings, ModelConfig
 from atmanrl.saliency.throughput import SHAPES
 from atmanrl.tasks import Task
 from atmanrl.training.run import lora_config

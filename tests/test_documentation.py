@@ -20,13 +20,6 @@ ROOT = Path(__file__).parents[1]
 ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in ALL_PAGES if "```python" in page.read_text()]
 
-# Rows of the README's table that are titled in more words than in the results.
-LABELS = {
-    "restored, needed tokens": "restored, needed",
-    "restored, filler tokens": "restored, filler",
-    "AUROC of restored for needed tokens": "AUROC of restored",
-}
-
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_run(page, tmp_path, monkeypatch):
@@ -50,22 +43,6 @@ def test_no_block_of_code_is_wider_than_its_column(page):
     indented = re.findall(r"^    (.*)$", page.read_text(), flags=re.MULTILINE)
     lines = [*indented, *chain.from_iterable(block.splitlines() for block in blocks)]
     assert not [line for line in lines if len(line) > 92]
-
-
-def test_the_readmes_results_are_those_of_the_committed_run():
-    text = (ROOT / "README.md").read_text()
-    (results,) = (ROOT / "benchmarks" / "results").glob("ledger_demo_*.json")
-    assert f"benchmarks/results/{results.name}" in text
-    rows = {row["label"]: row for row in json.loads(results.read_text())["rows"]}
-    shown = re.findall(r"^\| ([^|]+?) \| (\S+) \| (\S+) \| (\S+) \[(\S+), (\S+)\] \|$", text, flags=re.MULTILINE)
-    assert len(shown) == 6
-    for title, *numbers in shown:
-        row = rows[LABELS.get(title, title.removesuffix(" (%)").removesuffix(" (tokens)"))]
-        scale = 100 if row["unit"] == "%" else 1
-        values = [run["value"] for run in row["runs"]] + [row["difference"][key] for key in ("value", "low", "high")]
-        for number, value in zip(numbers, values, strict=True):
-            decimals = len(number.partition(".")[2])
-            assert float(number) == pytest.approx(scale * value, abs=0.501 * 10**-decimals), title
 
 
 def test_the_readmes_speeds_are_those_of_the_committed_measurements():
@@ -118,7 +95,7 @@ def test_an_interval_over_seeds_holds_95_percent_of_students_distribution(runs):
 
 def test_every_promise_of_reliability_names_a_test_that_exists():
     rows = re.findall(
-        r"^\| (?!---|what |input )(.+) \|$", (ROOT / "docs" / "reliability.md").read_text(), flags=re.MULTILINE
+        r"^\| (?!event |input )(.+) \|$", (ROOT / "docs" / "reliability.md").read_text(), flags=re.MULTILINE
     )
     assert len(rows) > 20
     files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
@@ -132,10 +109,8 @@ def test_every_promise_of_reliability_names_a_test_that_exists():
 
 
 def test_every_file_that_the_architecture_sends_to_exists():
-    rows = re.findall(
-        r"^\| (?!---|to change)(.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE
-    )
-    assert len(rows) > 30
+    rows = re.findall(r"^\| (?!to change)(.+) \|$", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) > 10
     for row in rows:
         folder = ROOT
         # A name without a folder lies beside the one named before it.
@@ -159,7 +134,6 @@ DOCUMENTED = [
         "atman_kernels.hf",
         "atmanrl",
         "atmanrl.saliency",
-        "atmanrl.saliency.estimators",
         "atmanrl.report",
     ],
 )

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import pytest
 
-from atmanrl.cli import _parser, main
-from atmanrl.evaluation.explain_command import mask_config
-from atmanrl.recipe import build, builtin_recipes, load_recipe, parse_overrides
-from atmanrl.rhythm.statistics_command import series_config
+from atmanrl.cli import _hyphenated, _parser, main
+from atmanrl.recipe import builtin_recipes, parse_overrides
+from atmanrl.rhythm.report import series_config
+from atmanrl.settings import estimators_from
 from atmanrl.tasks.ledger import CHECKPOINT
-from atmanrl.training.trainer import AtManGRPOConfig
+from atmanrl.training.config import load_recipe, training_config
 from tests.atmanrl.saliency_runs import rollout, run
 from tests.atmanrl.test_commands import COMPLETION, PROMPT
 
@@ -97,17 +97,18 @@ def check_atmanrl(arguments: list[str], inline: bool, tmp_path: Path) -> None:
     if inline:
         require_nothing(parser)
     try:
-        known, rest = parser.parse_known_args(arguments)
+        known, rest = parser.parse_known_args([_hyphenated(each) for each in arguments])
     except SystemExit:
         pytest.fail("the command line is refused")
     overrides = parse_overrides(rest)
     if known.command == "explain":
-        (series_config if known.statistics else mask_config)(overrides)
+        if known.statistics:
+            series_config(overrides)
+        else:
+            estimators_from(known.estimator or ["mask"], overrides)
     elif known.command in ("train", "evaluate"):
         config = known.config if known.config in builtin_recipes() else "ledger"
-        recipe = load_recipe(config, overrides)
-        training = {**recipe.training, "output_dir": str(tmp_path), "bf16": False}
-        build(AtManGRPOConfig, training, source=recipe.source)
+        training_config(load_recipe(config, overrides), output_dir=str(tmp_path), bf16=False)
     else:
         assert not rest
 

@@ -50,5 +50,5 @@ def test_atman_kernels_loads_little_beyond_torch() -> None:
 
 def test_what_was_recorded_is_read_without_torch() -> None:
     assert "torch" not in loaded(
-        "import atmanrl.evaluation.records, atmanrl.evaluation.summary, atmanrl.report, atmanrl.evaluation.comparison"
+        "import atmanrl.evaluation.records, atmanrl.evaluation.summary, atmanrl.report, atmanrl.evaluation.compare"
     )

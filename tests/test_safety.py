@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from atmanrl.cli import main
-from atmanrl.config import DataConfig
+from atmanrl.config import DataConfig, ModelConfig
 from atmanrl.models import load_model, load_policy
-from atmanrl.recipe import ModelConfig, RecipeError, load_recipe
+from atmanrl.recipe import RecipeError
 from atmanrl.tasks import load_task
 from atmanrl.training import checkpoints
+from atmanrl.training.config import load_recipe
 from tests.atmanrl.test_resume import COMMAND
 from tests.atmanrl.tiny import byte_level_tokenizer, llama
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from functools import lru_cache
@@ -42,4 +43,19 @@ def block_sizes(family: str, kernel: str, head_dim: int, dtype: torch.dtype) -> 
 @lru_cache(maxsize=1)
 def block_size_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
     """The table in use, read once; the tuner tries other shapes by writing into it."""
-    return json.loads(Path(os.environ.get(BLOCK_SIZES_VARIABLE) or BLOCK_SIZES_FILE).read_text())
+    return json.loads(block_sizes_in_use().read_text())
+
+
+def block_sizes_in_use() -> Path:
+    """The table that the kernels of this process take their block sizes from."""
+    return Path(os.environ.get(BLOCK_SIZES_VARIABLE) or BLOCK_SIZES_FILE)
+
+
+def kernels_label(block_sizes: Path) -> str:
+    """Eight hexadecimal digits that stand for the kernels' sources and a table of block sizes."""
+    content = hashlib.sha256()
+    package = BLOCK_SIZES_FILE.parent
+    for path in (*sorted(package.glob("*.py")), package.parent / "plan.py"):
+        content.update(path.read_bytes())
+    content.update(json.dumps(json.loads(block_sizes.read_text()), sort_keys=True).encode())
+    return content.hexdigest()[:8]

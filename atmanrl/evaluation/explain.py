@@ -1,121 +1,53 @@
-"""Saliency of given prompts and completions, or of completions that the model writes."""
+"""Saliency of given prompts and completions, or of completions that the model writes; ``atmanrl explain``."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+import yaml
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER, AnswerFormat, ParsedAnswer
-from atmanrl.chat import encode_prompt
-from atmanrl.config import MaskConfig
-from atmanrl.evaluation.recording import Completion, record, score_name
-from atmanrl.evaluation.records import Run
+from atmanrl.answers import AnswerFormat
+from atmanrl.config import MaskConfig, ModelConfig
+from atmanrl.errors import explained_without_training
+from atmanrl.evaluation.evaluate import UNREADABLE, check_name, fault_of, faults_of, say_skipped
+from atmanrl.evaluation.examples import AnnouncedAnswer, Example, LiteralAnswer, is_unicode, read_examples
+from atmanrl.evaluation.faithfulness import with_deletion_effects, with_scores
+from atmanrl.evaluation.recording import Completion, check_support, record, score_name, unusable
+from atmanrl.evaluation.records import RolloutRecord, Run, check_writable, write_text_atomically
 from atmanrl.generation import GenerationSettings, context_length, generate
-from atmanrl.saliency.estimators import make_estimator
-from atmanrl.tasks.files import Row, json_rows
+from atmanrl.models import encode_completion, encode_prompt, load_policy
+from atmanrl.recipe import RecipeError
+from atmanrl.report import print_run, write_page
+from atmanrl.saliency import Estimator, Mask, make_estimator
+from atmanrl.settings import estimators_from
 
-_KEYS = ("prompt", "completion", "answer", "expected", "id")
-# Tried in this order: the announcements that cannot be mistaken first, a lone number last.
-_FORMATS = (LEDGER_ANSWER, MMLU_ANSWER, GSM8K_ANSWER.with_mode("flexible"))
+__all__ = ["Completed", "Example", "completed", "explain", "explain_command", "read_examples"]
+
+_TEMPLATE = "chat_template_kwargs"
 
 
 @dataclass(frozen=True)
-class Example:
-    """A prompt and its completion.
+class Completed:
+    """Prompts and completions as token ids.
 
     Attributes:
-        prompt: text that is tokenised as it stands, or chat messages for the model's template.
-        completion: the completion's text; the model writes one where None.
-        answer: the answer as it stands in the completion (its last occurrence counts); found by its announcement
-            ("The final answer is", "####", "\\\\boxed{", "<ans>", "The best answer is") where None.
-        expected: the ground truth, where there is one.
-        name: identifies the example.
-        place: file and line for messages.
+        prompts, completions: (N,) lists of token ids, empty where ``faults`` has a reason.
+        faults: why an example could not be used, with its place; None for the others.
+        generation: how missing completions were written; None where there were none.
     """
 
-    prompt: str | Sequence[Mapping[str, str]]
-    completion: str | None = None
-    answer: str | None = None
-    expected: str | None = None
-    name: str = "prompt"
-    place: str = "the prompt"
-
-
-@dataclass(frozen=True)
-class LiteralAnswer(AnswerFormat):
-    """An answer given word for word: its last occurrence, behind its announcement where it has one."""
-
-    literal: str = ""
-
-    def parse(self, text: str) -> ParsedAnswer | None:
-        """The last occurrence of the literal."""
-        start = text.rfind(self.literal)
-        if start < 0:
-            return None
-        span = (start, start + len(self.literal))
-        announced = (answer_format.parse(text) for answer_format in _FORMATS)
-        marker = next((found.marker_span for found in announced if found and found.value_span[0] == start), span)
-        return ParsedAnswer(self.literal, span, (marker[0], start))
-
-    def matches(self, predicted: str, gold: str) -> bool:
-        """Whether the two are the same text, up to white space."""
-        return predicted.split() == gold.split()
-
-
-def read_examples(path: str | Path) -> Iterator[Example]:
-    """Examples of a JSONL file: "prompt" (text or messages); "completion", "answer", "expected" and "id" if given.
-
-    Raises:
-        ValueError: for a line that is no such object, has a misspelt key or the id of an earlier one, with file and
-            line.
-    """
-    places: dict[str, str] = {}
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    for number, row in enumerate(json_rows(Path(path)), start=1):
-        values = row.values
-        _check_keys(row)
-        name = str(values.get("id", number))
-        if name in places:
-            raise ValueError(f"{row.place}: the id {name!r} is that of {places[name]}")
-        places[name] = row.place
-        yield Example(
-            prompt=values["prompt"],
-            completion=values.get("completion"),
-            answer=values.get("answer"),
-            expected=values.get("expected"),
-            name=name,
-            place=row.place,
-        )
-
-
-def _check_keys(row: Row) -> None:
-    values = row.values
-    for key in values:
-        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
-        # Other columns may stand beside these, but not one that is a slip of the pen.
-        if key not in _KEYS and near and near[0] not in values:
-            raise ValueError(f'{row.place}: unknown key "{key}"; did you mean "{near[0]}"?')
-    prompt = values.get("prompt")
-    if not (isinstance(prompt, str) and prompt) and not (isinstance(prompt, list) and prompt):
-        raise ValueError(f'{row.place}: "prompt" must be a text or a list of messages, got {prompt!r}')
-    for message in prompt if isinstance(prompt, list) else ():
-        parts = [message.get(part) for part in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError(
-                f'{row.place}: a message of "prompt" needs the texts "role" and "content", got {message!r}'
-            )
-    for key in ("completion", "answer", "expected"):
-        if not isinstance(values.get(key), str | None):
-            raise ValueError(f'{row.place}: "{key}" must be a text, got {values[key]!r}')
-    if values.get("answer") == "":
-        raise ValueError(f'{row.place}: "answer" is empty; leave it out to have the answer found')
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    faults: list[str | None]
+    generation: GenerationSettings | None
 
 
 def explain(
@@ -127,13 +59,18 @@ def explain(
     generation: GenerationSettings | None = None,
     temperature: float = 0.0,
     mask: MaskConfig | None = None,
-    estimator: str = "mask",
+    estimator: str | Estimator = "mask",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     record_every: int | None = None,
     progress: bool = False,
+    rescue: Callable[[Run], object] | None = None,
 ) -> Run:
     """The saliency of each example's chain of thought for the answer that follows it.
+
+    An example that cannot be used (it exceeds the model's context, its answer is not in its completion, its prompt
+    cannot be rendered) becomes a record without tokens whose ``skipped`` says why; summaries leave it out.
 
     Args:
         model: any Hugging Face causal model.
@@ -143,35 +80,61 @@ def explain(
         generation: how missing completions are drawn, one per prompt; None: at ``temperature``, to the context's end.
         temperature: of the sampling where ``generation`` is None; 0 is greedy.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens, one of `atmanrl.ESTIMATORS` or "best".
+        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
+        chat_template_kwargs: see `encode_prompt`, for prompts that are messages.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
         record_every: keep each mask and its loss every so many steps (`RolloutRecord.trajectory`).
         progress: show progress bars on stderr.
+        rescue: called with what was recorded where an error ends the scoring; see `record`.
 
     Raises:
-        ValueError: for an example whose answer is not in its completion or that exceeds the model's context, with its
-            place; for no examples.
+        ValueError: for no examples, none that can be used (with the first one's place and reason), or a model that the
+            estimator cannot read; before anything is generated.
     """
-    scorer = make_estimator(estimator, mask=mask, record_every=record_every)
-    prompts, completion_ids, generation = completed(
-        model, tokenizer, examples, generation=generation, temperature=temperature, seed=seed, progress=progress
+    scorer = (
+        make_estimator(estimator, mask=mask, record_every=record_every) if isinstance(estimator, str) else estimator
     )
+    done = completed(
+        model,
+        tokenizer,
+        examples,
+        generation=generation,
+        temperature=temperature,
+        chat_template_kwargs=chat_template_kwargs,
+        seed=seed,
+        progress=progress,
+        before=lambda prompts: check_support(model, scorer, prompts[0][-1]),
+    )
+    texts = [str(tokenizer.decode(ids)) for ids in done.completions]
+    usable = [i for i, fault in enumerate(done.faults) if fault is None]
     completions = [
         Completion(
-            example.name,
-            prompt,
-            ids,
-            _answer_format(example, str(tokenizer.decode(ids))),
-            example.expected,
-            given=example.completion is not None,
+            examples[i].name,
+            done.prompts[i],
+            done.completions[i],
+            _answer_format(examples[i], texts[i]),
+            examples[i].expected,
+            given=examples[i].completion is not None,
         )
-        for example, prompt, ids in zip(examples, prompts, completion_ids, strict=True)
+        for i in usable
     ]
-    records = record(model, tokenizer, completions, estimator=scorer, progress=progress)
-    generated = {"generation": asdict(generation), "seed": seed} if generation else {}
-    masked = {"mask": asdict(mask or MaskConfig())} if scorer.name == "mask" else {}
-    return Run(label, tuple(records), score_name(scorer.name), {**(settings or {}), **generated, **masked})
+    generated = {"generation": asdict(done.generation), "seed": seed} if done.generation else {}
+    masked = {"mask": asdict(scorer.config)} if isinstance(scorer, Mask) else {}
+    rendered = {_TEMPLATE: dict(chat_template_kwargs)} if chat_template_kwargs else {}
+
+    def run_of(records: Sequence[RolloutRecord]) -> Run:
+        found = dict(zip(usable, records, strict=True))
+        rollouts = (
+            found[i] if fault is None else unusable(examples[i].name, fault, examples[i].expected)
+            for i, fault in enumerate(done.faults)
+        )
+        return Run(
+            label, tuple(rollouts), score_name(scorer.name), {**(settings or {}), **generated, **masked, **rendered}
+        )
+
+    rescued = None if rescue is None else lambda records: rescue(run_of(records))
+    return run_of(record(model, tokenizer, completions, estimator=scorer, progress=progress, rescue=rescued))
 
 
 def completed(
@@ -181,64 +144,289 @@ def completed(
     *,
     generation: GenerationSettings | None = None,
     temperature: float = 0.0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> tuple[list[list[int]], list[list[int]], GenerationSettings | None]:
-    """Token ids of the examples' prompts and completions, and how those that were missing were written.
+    before: Callable[[list[list[int]]], None] | None = None,
+) -> Completed:
+    """Token ids of the examples' prompts and completions; the model writes those that are missing.
 
     Args:
-        generation: how missing completions are drawn; where None at ``temperature``, up to the context's end.
+        generation: how missing completions are drawn; where None at ``temperature``, each up to the context's end.
+        before: called with the usable prompts before anything is generated.
 
     Raises:
-        ValueError: for no examples; for one that is empty or exceeds the model's context, with its place.
+        ValueError: for no examples, or none that can be used, with the first one's place and reason.
     """
     if not examples:
         raise ValueError("no prompts to explain")
-    prompts = [_prompt_ids(tokenizer, example) for example in examples]
-    completion_ids = [
-        None if example.completion is None else tokenizer.encode(example.completion, add_special_tokens=False)
-        for example in examples
+    given = [_ids_of(model, tokenizer, example, generation, chat_template_kwargs) for example in examples]
+    faults = [
+        f"{each.place}: {ids}" if isinstance(ids, str) else None for each, ids in zip(examples, given, strict=True)
     ]
-    _check_context(model, examples, prompts, completion_ids)
-    missing = [i for i, ids in enumerate(completion_ids) if ids is None]
-    if missing:
-        generation = generation or _up_to_the_end(model, [prompts[i] for i in missing], temperature)
-        written = generate(model, tokenizer, [prompts[i] for i in missing], generation, seed=seed, progress=progress)
-        for i, samples in zip(missing, written, strict=True):
-            completion_ids[i] = samples[0]
-    return prompts, [ids or [] for ids in completion_ids], generation
+    usable = {i: ids for i, ids in enumerate(given) if not isinstance(ids, str)}
+    if not usable:
+        raise ValueError(next(fault for fault in faults if fault is not None))
+    if before is not None:
+        before([prompt for prompt, _ in usable.values()])
+    completions = {i: completion for i, (_, completion) in usable.items() if completion is not None}
+    missing = [i for i in usable if i not in completions]
+    for limited in _by_limit(model, {i: usable[i][0] for i in missing}, generation, temperature):
+        members, generation = limited
+        written = generate(model, tokenizer, [usable[i][0] for i in members], generation, seed=seed, progress=progress)
+        completions.update({i: samples[0] for i, samples in zip(members, written, strict=True)})
+    return Completed(
+        [usable[i][0] if i in usable else [] for i in range(len(examples))],
+        [completions.get(i, []) for i in range(len(examples))],
+        faults,
+        generation if missing else None,
+    )
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+def _ids_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    generation: GenerationSettings | None,
+    template_kwargs: Mapping[str, Any] | None,
+) -> tuple[list[int], list[int] | None] | str:
+    """Token ids of the prompt and of the given completion, or why they cannot be used."""
+    if example.fault is not None:
+        return example.fault
     try:
-        return encode_prompt(tokenizer, example.prompt)
-    except (ValueError, TemplateError) as error:
-        raise ValueError(f"{example.place}: {error}") from error
+        prompt = encode_prompt(tokenizer, example.prompt, template_kwargs)
+    except UNREADABLE as error:
+        return str(error)
+    if example.completion is None:
+        fault = fault_of(model, prompt, (), 1 if generation is None else generation.max_new_tokens)
+        return (prompt, None) if fault is None else f"the prompt {fault}"
+    try:
+        completion = encode_completion(tokenizer, prompt, example.completion)
+        _answer_format(example, str(tokenizer.decode(completion)))
+    except UNREADABLE as error:
+        return str(error)
+    fault = fault_of(model, prompt, completion)
+    return (prompt, completion) if fault is None else f"the example {fault}" if prompt else f"the prompt {fault}"
 
 
-def _up_to_the_end(model: PreTrainedModel, prompts: Sequence[Sequence[int]], temperature: float) -> GenerationSettings:
-    room = context_length(model) - max(len(prompt) for prompt in prompts)
-    return GenerationSettings(max(1, min(GenerationSettings.max_new_tokens, room)), temperature)
+def _by_limit(
+    model: PreTrainedModel,
+    prompts: Mapping[int, Sequence[int]],
+    generation: GenerationSettings | None,
+    temperature: float,
+) -> Iterator[tuple[list[int], GenerationSettings]]:
+    """Prompts that may be completed together, with how; a long prompt leaves the others their room."""
+    if generation is not None:
+        if prompts:
+            yield list(prompts), generation
+        return
+    context, most = context_length(model), GenerationSettings.max_new_tokens
+    limits = {i: min(most, context - len(prompt)) for i, prompt in prompts.items()}
+    # The largest comes last: it is the one that is written down.
+    for limit in sorted(set(limits.values())):
+        yield [i for i in prompts if limits[i] == limit], GenerationSettings(limit, temperature)
 
 
 def _answer_format(example: Example, completion: str) -> AnswerFormat:
-    if example.answer is not None:
-        if example.answer not in completion:
-            raise ValueError(f"{example.place}: the completion does not contain the answer {example.answer!r}")
-        return LiteralAnswer(kind="words", markers=(), literal=example.answer)
-    return next((each for each in _FORMATS if each.parse(completion) is not None), _FORMATS[-1])
+    """How the example's answer is found.
+
+    Raises:
+        ValueError: where a given answer does not stand in a given completion.
+    """
+    if example.answer is None:
+        return AnnouncedAnswer.of(completion)
+    literal = LiteralAnswer(kind="words", markers=(), literal=example.answer)
+    if example.completion is not None and literal.parse(completion) is None:
+        inside = ", except inside another number or word" if example.answer in completion else ""
+        raise ValueError(f"the completion does not contain the answer {example.answer!r}{inside}")
+    return literal
 
 
-def _check_context(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int] | None],
-) -> None:
-    context = context_length(model)
-    for example, prompt, completion in zip(examples, prompts, completions, strict=True):
-        if not prompt:
-            raise ValueError(f"{example.place}: the prompt is empty")
-        length = len(prompt) + len(completion or ())
-        if length > context:
-            raise ValueError(f"{example.place}: {length} tokens, more than the model's context of {context}")
+@explained_without_training("explanation", "files written before this one are whole")
+def explain_command(
+    model: ModelConfig,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    examples: Path | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    answer: str | None = None,
+    html: Path | None = None,
+    json: Path | None = None,
+    csv: Path | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    color: bool = True,
+    estimators: Sequence[str] = ("mask",),
+    deletion: bool = False,
+    record_every: int | None = None,
+) -> int:
+    """Explain the examples of a JSONL file, or one prompt, and return the exit status: 1 where a line was skipped.
+
+    Args:
+        model: what explains its own answers.
+        overrides: keys of the estimators' sections (``mask.*``, ``sparse_mask.*``), as on ``train``'s command
+            line, and ``chat_template_kwargs.*``.
+        examples: JSONL file, see `read_examples`.
+        prompt, completion, answer: one example, see `Example`; the model writes a completion that is not given.
+        html, json, csv: files to write.
+        max_new_tokens, temperature, seed: of completions that the model writes.
+        color: whether the terminal's colours may be used.
+        estimators: what scores the tokens, of `atmanrl.ESTIMATORS` and "best"; the first one's scores are summarised
+            and shown first.
+        deletion: also hide each token in turn and record how much the answer's loss rises.
+        record_every: also record the masks' and losses' course, every so many optimiser steps.
+
+    Raises:
+        ValueError: for examples or options that cannot be used, before anything is computed.
+    """
+    template_kwargs, overrides = split_template_kwargs(overrides)
+    named = estimators_from(estimators, overrides, record_every=record_every)
+    names = [each.name for each in named]
+    masks = [each.config for each in named if isinstance(each, Mask)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"an estimator is named twice: {', '.join(estimators)}")
+    if record_every is not None and record_every < 1:
+        raise ValueError(f"--record-every must be at least 1, got {record_every}")
+    if record_every is not None and names[0] not in ("mask", "sparse-mask"):
+        raise ValueError(f"--record-every belongs to a mask as the first estimator, not to {estimators[0]!r}")
+    check_outputs(html=html, json=json, csv=csv)
+    check_name(model.name)
+    items = examples_of(examples, prompt, completion, answer)
+    generation = generation_of(max_new_tokens, temperature)
+    policy, tokenizer = load_policy(model)
+    console = Console(no_color=not color, highlight=False)
+
+    def show(run: Run) -> None:
+        print_run(run, console)
+        _write(run, console, html=html, json=json, csv=csv)
+
+    run = explain(
+        policy,
+        tokenizer,
+        items,
+        label=Path(model.name).name,
+        generation=generation,
+        temperature=temperature,
+        estimator=named[0],
+        chat_template_kwargs=template_kwargs,
+        seed=seed,
+        settings={"model": model.name} | ({"mask": asdict(masks[0])} if masks else {}),
+        record_every=record_every,
+        progress=sys.stderr.isatty(),
+        rescue=show,
+    )
+    try:
+        for each in named[1:]:
+            run = with_scores(policy, run, each, score_name(each.name))
+        if deletion:
+            run = with_deletion_effects(policy, run)
+    finally:
+        # What an error leaves unscored is no reason to lose what was scored.
+        show(run)
+    return say_skipped(faults_of([run]))
+
+
+def split_template_kwargs(
+    overrides: Sequence[tuple[str, str]],
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The arguments of the chat template among the overrides, and the other overrides.
+
+    They are written ``--chat_template_kwargs.enable_thinking false`` or as one YAML mapping.
+
+    Raises:
+        RecipeError: for a value that is no YAML, or a whole that is no mapping.
+    """
+    given: dict[str, Any] = {}
+    for key, text in overrides:
+        section, _, name = key.partition(".")
+        if section != _TEMPLATE:
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--{key}: not a YAML value: {text!r}") from error
+        if not name and not isinstance(value, dict):
+            raise RecipeError(f"--{key} must be a mapping, got {text!r}")
+        given |= {name: value} if name else value
+    return given, [(key, text) for key, text in overrides if key.partition(".")[0] != _TEMPLATE]
+
+
+def generation_of(max_new_tokens: int | None, temperature: float) -> GenerationSettings | None:
+    """How completions are written; None without a limit of their length, which is then the context's end.
+
+    Raises:
+        ValueError: for a limit below 1, or a temperature that is negative.
+    """
+    settings = GenerationSettings(
+        GenerationSettings.max_new_tokens if max_new_tokens is None else max_new_tokens, temperature
+    )
+    return None if max_new_tokens is None else settings
+
+
+def examples_of(path: Path | None, prompt: str | None, completion: str | None, answer: str | None) -> list[Example]:
+    """The examples of a file, or the one given.
+
+    Raises:
+        ValueError: for both, neither, or parts of an example beside a file.
+    """
+    if (path is None) == (prompt is None):
+        raise ValueError("give either a file of examples or one prompt")
+    if path is None:
+        for option, text in (("--prompt", prompt), ("--completion", completion), ("--answer", answer)):
+            if not is_unicode(text):
+                raise ValueError(f"{option} is not valid UTF-8")
+        if answer == "":
+            raise ValueError("--answer is empty; leave it out to have the answer found")
+        return [Example(prompt or "", completion, answer)]
+    if completion is not None or answer is not None:
+        raise ValueError("the completion and the answer of a file's examples stand in the file")
+    examples = list(read_examples(path))
+    if all(example.fault is not None for example in examples):
+        raise ValueError(f"{examples[0].place}: {examples[0].fault}" if examples else f"{path}: holds no rows")
+    return examples
+
+
+def check_outputs(**paths: Path | None) -> None:
+    """Refuse files that cannot be written, or one that is named twice; the keywords are the options' names.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise ValueError(f"--{option} {path}: there is no directory {path.parent}")
+        check_writable(path, f"--{option}")
+        twin = seen.setdefault(path.resolve(), option)
+        if twin != option and not (path.exists() and not path.is_file()):
+            raise ValueError(f"--{option} and --{twin} name one file, {path}")
+
+
+def _write(run: Run, console: Console, *, html: Path | None, json: Path | None, csv: Path | None) -> None:
+    """Write the files asked for; one that fails does not keep the others from being written."""
+    failed: list[OSError] = []
+    for path, write in ((json, run.save), (csv, partial(_write_csv, run)), (html, partial(_write_html, run))):
+        if path is None:
+            continue
+        try:
+            write(path)
+        except OSError as error:
+            failed.append(error)
+        else:
+            console.print(f"written: {path}", markup=False)
+    if failed:
+        raise failed[0]
+
+
+def _write_html(run: Run, path: Path) -> None:
+    write_page(path, run, shown=len(run.rollouts))
+
+
+def _write_csv(run: Run, path: Path) -> None:
+    text = io.StringIO(newline="")
+    run.write_csv(text)
+    write_text_atomically(path, text.getvalue())

@@ -13,12 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.budget import halving_on_out_of_memory, rows_that_fit, within
-from atmanrl.saliency.decoder import why_unsupported
-from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.batches import Batch, in_batches, prepared
 from atmanrl.saliency.likelihood import ModelLikelihood
-from atmanrl.saliency.packing import pack
-from atmanrl.saliency.working_copy import working_copy
+from atmanrl.saliency.packing import whole
 
 Mask = NDArray[np.bool_]
 
@@ -60,14 +57,13 @@ def answer_log_probabilities(
 ) -> Iterator[Tensor]:
     """Log-probabilities of the next token at each position of the answer, (N, V) fp32, one tensor per variant.
 
-    Variants of one rollout share their prompt's forward where they stand in the same batch.
+    Variants of one rollout share their prompt's forward where they stand next to each other.
 
     Args:
-        model: a causal LM on transformers' AttentionInterface, adapted or sharded as :func:`working_copy` allows (then
-            every rank must call); borrowed frozen while a batch runs.
+        model: see :func:`atmanrl.saliency.batches.prepared` (where it is sharded every rank must call); borrowed frozen
+            while a batch runs.
         variants: in the order of what is returned.
-        rows: packed rows per forward, prompts not counted; a longer variant runs alone. None: see `rows_that_fit`. If
-            memory runs out, half of it is tried once and kept.
+        rows: packed rows per batch, see ``token_budget`` of :func:`atmanrl.saliency.batches.in_batches`.
 
     Raises:
         ValueError: for a rollout without an answer, or a ``hidden`` of another length than its chain of thought.
@@ -75,36 +71,26 @@ def answer_log_probabilities(
     for variant in variants:
         _check(variant)
     # At the call, not at the first variant: a rank without any takes part in gathering a sharded model.
-    model = working_copy(model)
-    if rows is None and variants:
-        with frozen(model):
-            packed = [_with_a_row(variant.rollout) for variant in variants]
-            rows = rows_that_fit(model, packed, fast=why_unsupported(model) is None)
-    return _in_batches(model, variants, rows or 1)
+    model = prepared(model, [variant.rollout for variant in variants])
+    segments = [whole(_with_a_row(variant.rollout)) for variant in variants]
 
+    def compute(batch: Batch) -> Sequence[Tensor]:
+        bias = torch.cat([_bias(variants[number]) for number in batch.numbers]).to(model.device)
+        assert isinstance(batch.likelihood, ModelLikelihood)
+        with torch.no_grad():
+            logits = batch.likelihood.logits(batch.packed.key_bias(bias))
+        return list(logits.split([len(segment.targets) for segment in batch.packed.segments]))
 
-def _in_batches(model: PreTrainedModel, variants: Sequence[Variant], rows: int) -> Iterator[Tensor]:
-    sizes = [len(variant.rollout.completion_ids) for variant in variants]
-    start = 0
-    while start < len(variants):
-        batch = next(within(rows, variants[start:], sizes[start:]))
-
-        def run(budget: int, batch: Sequence[Variant] = batch) -> list[Tensor]:
-            nonlocal rows
-            rows = budget
-            parts = within(budget, batch, [len(variant.rollout.completion_ids) for variant in batch])
-            return [logits for part in parts for logits in _forward(model, part)]
-
-        for logits in halving_on_out_of_memory(run, rows):
-            # One variant's at a time: in float32 a vocabulary is large.
-            yield logits.float().log_softmax(-1)
-        start += len(batch)
+    found = in_batches(model, segments, compute, token_budget=rows, forward_only=True)
+    # One variant's at a time: in float32 a vocabulary is large.
+    return (logits.float().log_softmax(-1) for logits in found)
 
 
 def outcomes(model: PreTrainedModel, variants: Sequence[Variant], *, rows: int | None = None) -> list[Outcome]:
     """The `Outcome` of each variant; arguments as for `answer_log_probabilities`."""
     results = []
-    for variant, log_probabilities in zip(variants, answer_log_probabilities(model, variants, rows=rows), strict=True):
+    found = answer_log_probabilities(model, variants, rows=rows)
+    for variant, log_probabilities in zip(variants, found, strict=True):
         targets = torch.tensor(variant.rollout.answer_ids, device=log_probabilities.device)
         own = log_probabilities.gather(1, targets[:, None])
         unchanged = bool((log_probabilities.argmax(1) == targets).all())
@@ -118,17 +104,6 @@ def _check(variant: Variant) -> None:
         raise ValueError("a rollout without an answer has no outcome")
     if variant.hidden is not None and variant.hidden.shape != (length,):
         raise ValueError(f"hidden has shape {variant.hidden.shape}, the chain of thought {length} tokens")
-
-
-@torch.no_grad()
-def _forward(model: PreTrainedModel, variants: Sequence[Variant]) -> list[Tensor]:
-    """(N, V) logits of each variant's answer, in the model's dtype."""
-    with frozen(model), torch.no_grad():
-        batch = pack([_with_a_row(variant.rollout) for variant in variants], answer_loss="value", device=model.device)
-        bias = torch.cat([_bias(variant) for variant in variants]).to(model.device)
-        logits = ModelLikelihood(model, batch).logits(batch.key_bias(bias))
-        lengths = [len(variant.rollout.answer_ids) for variant in variants]
-        return list(logits.split(lengths))
 
 
 def _with_a_row(rollout: Rollout) -> Rollout:

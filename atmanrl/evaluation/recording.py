@@ -1,22 +1,29 @@
-"""From generated or given token ids to records: split, masks, token texts and classes."""
+"""From generated or given token ids to the records of a run: split, scores, token texts and classes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atmanrl.answers import AnswerFormat
-from atmanrl.chat import end_of_turn_ids
-from atmanrl.completions import CompletionSplit, split_completion
-from atmanrl.evaluation.records import RESTORED, MaskLoss, RolloutRecord, TokenSpan, Trajectory
+from atmanrl.answers import AnswerFormat, CompletionSplit, split_completion
+from atmanrl.evaluation.records import (
+    RESTORED,
+    MaskLoss,
+    RolloutRecord,
+    TokenSpan,
+    Trajectory,
+    decimals,
+)
+from atmanrl.models import end_of_turn_ids
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.estimators import Estimator, TokenScores, estimate_saliency
+from atmanrl.saliency import Estimator, Mask, NonFiniteLossError, TokenScores, estimate_saliency
 
 # A character takes at most four bytes, and so at most four tokens.
 _LONGEST_CHARACTER = 4
@@ -52,6 +59,7 @@ def record(
     estimator: Estimator | None,
     batch: int = 64,
     progress: bool = False,
+    rescue: Callable[[list[RolloutRecord]], object] | None = None,
 ) -> list[RolloutRecord]:
     """Split completions into chain of thought, marker and answer, and score their tokens.
 
@@ -62,6 +70,8 @@ def record(
         estimator: scores the tokens; None records no saliency.
         batch: rollouts per call of `estimate_saliency`; scores do not depend on the companions.
         progress: show progress bars on stderr.
+        rescue: called with the records so far where an error ends the scoring, before the error is raised again. Those
+            that were not scored say so in ``skipped``.
     """
     ends = end_of_turn_ids(tokenizer, model.generation_config.eos_token_id)
     splits = [
@@ -74,15 +84,55 @@ def record(
         if reasons[i] is None
     }
     saliency: dict[int, TokenScores] = {}
+
+    def records(unscored: str | None = None) -> list[RolloutRecord]:
+        return [
+            record_one(
+                tokenizer,
+                item,
+                splits[i],
+                saliency.get(i),
+                unscored if i in rollouts and i not in saliency else reasons[i],
+                ends,
+            )
+            for i, item in enumerate(completions)
+        ]
+
     order = list(rollouts)
-    for start in range(0, len(order), batch):
-        assert estimator is not None
-        members = order[start : start + batch]
-        result = estimate_saliency(model, [rollouts[i] for i in members], estimator, progress=progress)
-        saliency.update(zip(members, result, strict=True))
-    return [
-        record_one(tokenizer, item, splits[i], saliency.get(i), reasons[i], ends) for i, item in enumerate(completions)
-    ]
+    try:
+        for start in range(0, len(order), batch):
+            assert estimator is not None
+            members = order[start : start + batch]
+            result = estimate_saliency(model, [rollouts[i] for i in members], estimator, progress=progress)
+            saliency.update(zip(members, result, strict=True))
+    except BaseException as error:
+        if rescue is not None:
+            rescue(records(f"not scored: {type(error).__name__} ended the run"))
+        raise
+    return records()
+
+
+def check_support(model: PreTrainedModel, estimator: Estimator, token: int) -> None:
+    """Score a rollout of three tokens, so that a model that the estimator cannot read is refused before any other work.
+
+    Args:
+        model: the model to be explained.
+        estimator: what will score its rollouts; a mask takes no step here.
+        token: any token id of the model.
+
+    Raises:
+        ValueError: as `estimate_saliency`.
+    """
+    if isinstance(estimator, Mask):
+        estimator = replace(estimator, config=replace(estimator.config, steps=0), record_every=None)
+    # A loss that is not finite is a matter of the three tokens.
+    with suppress(NonFiniteLossError):
+        estimate_saliency(model, [Rollout((token,), (token,), (token,))], estimator, progress=False)
+
+
+def unusable(prompt_id: str, reason: str, expected: str | None = None) -> RolloutRecord:
+    """The record of a row that could not be used: no tokens, and the reason in ``skipped``."""
+    return RolloutRecord(prompt_id, TokenSpan(), TokenSpan(), expected=expected, skipped=reason)
 
 
 def score_name(estimator: str) -> str:
@@ -135,9 +185,7 @@ def record_one(
         TokenSpan(tuple(item.completion_ids[start:stop]), texts[start:stop]) for start, stop in pairwise(borders)
     )
     predicted = None if split.answer is None else split.answer.value
-    correct = None
-    if item.expected is not None:
-        correct = predicted is not None and item.answer_format.matches(predicted, item.expected)
+    measured = {} if saliency is None else _measured(saliency)
     return RolloutRecord(
         prompt_id=item.prompt_id,
         sample=item.sample,
@@ -147,57 +195,54 @@ def record_one(
         answer=answer,
         rest=rest,
         classes=() if item.classify is None else tuple(item.classify(texts)[: len(cot)]),
-        scores=_scores(saliency),
         predicted=predicted,
         expected=item.expected,
-        correct=correct,
+        correct=None if item.expected is None else predicted is not None and _same(item, predicted),
         truncated=not (split.finished or item.given),
         skipped=skipped,
-        loss=_loss(saliency),
         measures=_other_parser(item, split),
-        trajectory=_trajectory(saliency),
+        **measured,
     )
+
+
+def _same(item: Completion, predicted: str) -> bool:
+    assert item.expected is not None
+    # A truth that the answer's format cannot read ("Paris" behind a number) is another text, and no error.
+    if item.answer_format.canonical(item.expected) is None:
+        return predicted.split() == item.expected.split()
+    return item.answer_format.matches(predicted, item.expected)
+
+
+def _measured(saliency: TokenScores) -> dict[str, Any]:
+    """The fields of a record that an estimator fills."""
+    losses = saliency.loss_initial, saliency.loss_final, saliency.loss_unmasked
+    course = saliency.trajectory
+    return {
+        "scores": {score_name(saliency.estimator): _decimals(saliency.scores)},
+        "loss": MaskLoss(*losses) if all(map(math.isfinite, losses)) else None,
+        "trajectory": course
+        and Trajectory(
+            steps=tuple(course.steps.tolist()),
+            loss=_decimals(course.losses),
+            restored=tuple(_decimals(row) for row in course.scores),
+        ),
+    }
+
+
+def _decimals(values: Tensor) -> tuple[float, ...]:
+    return decimals(values.float().numpy())
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> TokenSpan:
     return TokenSpan(tuple(ids), token_texts(tokenizer, ids))
 
 
-def _scores(saliency: TokenScores | None) -> Mapping[str, tuple[float, ...]]:
-    if saliency is None:
-        return {}
-    return {score_name(saliency.estimator): decimals(saliency.scores)}
-
-
-def _loss(saliency: TokenScores | None) -> MaskLoss | None:
-    if saliency is None:
-        return None
-    losses = saliency.loss_initial, saliency.loss_final, saliency.loss_unmasked
-    return MaskLoss(*losses) if all(map(math.isfinite, losses)) else None
-
-
 def _other_parser(item: Completion, split: CompletionSplit) -> dict[str, float]:
     # Published accuracies differ in how strictly an answer must be announced: both are reported.
     flexible = item.answer_format.flexible
-    if item.expected is None or flexible is None:
+    if item.expected is None or flexible is None or flexible.canonical(item.expected) is None:
         return {}
     return {"accuracy_flexible": float(flexible.accepts(split.text, item.expected))}
-
-
-def _trajectory(saliency: TokenScores | None) -> Trajectory | None:
-    if saliency is None or saliency.course is None:
-        return None
-    course = saliency.course
-    return Trajectory(
-        steps=tuple(course.steps.tolist()),
-        loss=decimals(course.losses),
-        restored=tuple(decimals(row) for row in course.scores),
-    )
-
-
-def decimals(values: Tensor) -> tuple[float, ...]:
-    """The shortest decimals that still tell float32 values apart: files stay small and lose nothing."""
-    return tuple(float(str(value)) for value in values.float().numpy())
 
 
 def _reason_to_skip(split: CompletionSplit) -> str | None:

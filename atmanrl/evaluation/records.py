@@ -25,6 +25,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from atmanrl.errors import InputError
+
 FORMAT = "atmanrl.run"
 VERSION = 1
 RESTORED = "restored"
@@ -33,6 +38,12 @@ DELETION = "deletion"
 """Name of the score: rise of the answer's mean negative log-likelihood (nats) when the token is hidden."""
 DELETIONS = frozenset({DELETION, "leave-one-out"})
 """Scores that are these effects, whichever name they were asked for by."""
+
+
+CLASSES = ("needed", "filler", "other")
+"""Classes of tokens that have a meaning of their own in summaries and pictures, in reading order: a score should find
+the needed ones. A task may name others, which follow alphabetically."""
+NEEDED, FILLER, OTHER = CLASSES
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ class RolloutRecord:
         skipped: why no saliency was computed ("no answer found"), or None.
         loss: the mask's losses where a mask was optimised.
         measures: named numbers of the whole completion, such as the faithfulness measures of
-            `atmanrl.evaluation.scoring`.
+            `atmanrl.evaluation.faithfulness`.
         trajectory: the optimisation's course where it was recorded.
     """
 
@@ -147,13 +158,13 @@ class RolloutRecord:
         return self.scores.get(RESTORED)
 
     @property
-    def normalized(self) -> tuple[float, ...] | None:
-        """The normalised mask H_v / c = 1 - restored_v."""
-        return None if self.restored is None else tuple(1.0 - value for value in self.restored)
+    def unusable(self) -> bool:
+        """Whether its row could not be used at all; ``skipped`` says why, and summaries leave it out."""
+        return not self.prompt.ids
 
     def token_class(self, index: int) -> str:
         """Class of chain-of-thought token ``index``, "other" where the task names none."""
-        return self.classes[index] if self.classes else "other"
+        return self.classes[index] if self.classes else OTHER
 
 
 @dataclass(frozen=True)
@@ -223,6 +234,8 @@ class Run:
 def paired_rollouts(before: Run, after: Run) -> list[tuple[RolloutRecord, RolloutRecord]]:
     """Rollouts of two runs with equal prompt and sample index, in the order of ``before``.
 
+    Rows that could not be used are left out.
+
     Raises:
         ValueError: if the runs share no prompt, or one prompt_id stands for two different prompts.
     """
@@ -230,7 +243,7 @@ def paired_rollouts(before: Run, after: Run) -> list[tuple[RolloutRecord, Rollou
     pairs = []
     for rollout in before.rollouts:
         partner = partners.get((rollout.prompt_id, rollout.sample))
-        if partner is None:
+        if partner is None or rollout.unusable or partner.unusable:
             continue
         if partner.prompt.ids != rollout.prompt.ids:
             raise ValueError(
@@ -241,6 +254,33 @@ def paired_rollouts(before: Run, after: Run) -> list[tuple[RolloutRecord, Rollou
     if not pairs:
         raise ValueError(f"{before.label!r} and {after.label!r} share no prompt: the runs cannot be paired")
     return pairs
+
+
+def check_writable(path: str | Path, option: str = "") -> None:
+    """Refuse a file that cannot be written, before anything is computed for it.
+
+    Args:
+        path: a file that may be there already; missing directories above it count as ones that will be made.
+        option: how the command line names it, for the message.
+
+    Raises:
+        InputError: for a directory, a parent that is none, or a place that the process may not write to.
+    """
+    path = Path(path)
+    named = f"{option} {path}".lstrip()
+    if path.is_dir():
+        raise InputError(f"{named}: is a directory")
+    if path.exists() and not path.is_file():
+        return
+    parent = next((each for each in path.resolve().parents if each.exists()), Path("/"))
+    if not parent.is_dir():
+        raise InputError(f"{named}: {parent} is not a directory")
+    try:
+        # Permissions alone do not tell: a file system may be read-only, or full.
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise InputError(f"{named}: cannot be written ({(error.strerror or str(error)).lower()})") from error
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -266,6 +306,11 @@ def write_text_atomically(path: str | Path, text: str) -> None:
         # A full disk needs the room.
         os.unlink(name)
         raise
+
+
+def decimals(values: ArrayLike) -> tuple[float, ...]:
+    """The shortest decimals that still tell float32 values apart: files stay small and lose nothing."""
+    return tuple(float(str(value)) for value in np.asarray(values, dtype=np.float32))
 
 
 def _to_json(value: Any) -> str:

@@ -12,11 +12,168 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
-from atmanrl.evaluation.agreement import auroc, precision_at_k
-from atmanrl.evaluation.intervals import CONFIDENCE, RESAMPLES, Estimate, bootstrap_ratios, divide, estimates
-from atmanrl.evaluation.records import RESTORED, RolloutRecord, Run, paired_rollouts, write_text_atomically
+from atmanrl.evaluation.records import (
+    CLASSES,
+    NEEDED,
+    RESTORED,
+    RolloutRecord,
+    Run,
+    paired_rollouts,
+    write_text_atomically,
+)
+
+Floats = NDArray[np.float64]
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN where either side is constant or has one value.
+
+    Args:
+        a, b: (n,) numbers; of each only the order counts.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    x, y = _pair(a, b)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def auroc(scores: ArrayLike, truth: ArrayLike) -> float:
+    """Probability that a true token scores above a false one, ties counted half; NaN where one kind is missing.
+
+    Args:
+        scores: (n,) numbers.
+        truth: (n,) booleans, or numbers that are true above 0.
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    values, labels = _pair(scores, truth)
+    true, false = values[labels > 0], values[labels <= 0]
+    if not len(true) or not len(false):
+        return float("nan")
+    return float(stats.mannwhitneyu(true, false, method="asymptotic").statistic / (len(true) * len(false)))
+
+
+def precision_at_k(scores: ArrayLike, truth: ArrayLike, k: int | None = None) -> float:
+    """Share of true tokens among the k highest scores; k is the number of true tokens where None.
+
+    Tokens tied at the border count with the share of them that fits. NaN where k is 0.
+
+    Args:
+        scores, truth: as of `auroc`.
+        k: how many of the highest scores are looked at.
+
+    Raises:
+        ValueError: if the lengths differ or k exceeds them.
+    """
+    values, labels = _pair(scores, truth)
+    positive = labels > 0
+    k = int(positive.sum()) if k is None else k
+    if k > len(values):
+        raise ValueError(f"k is {k}, but there are {len(values)} tokens")
+    if k == 0:
+        return float("nan")
+    border = np.sort(values)[-k]
+    above, tied = values > border, values == border
+    share = (k - above.sum()) / tied.sum()
+    return float(((positive & above).sum() + share * (positive & tied).sum()) / k)
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 1:
+        raise ValueError(f"need two sequences of one length, got shapes {x.shape} and {y.shape}")
+    return x, y
+
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+# Replicates drawn at once: bounds the memory of the (block, prompts) table of draw counts.
+_BLOCK = 500
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval.
+
+    ``value`` is None where nothing was counted; ``low`` and ``high`` are None where no interval can be formed, which
+    takes at least two prompts.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def bootstrap_ratios(
+    numerators: NDArray[np.float64],
+    denominators: NDArray[np.float64],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Replicates of sum(numerators) / sum(denominators), prompts drawn with replacement.
+
+    All columns share each replicate's draw of prompts, so the difference of two columns' replicates is the paired
+    bootstrap of the difference (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+
+    Args:
+        numerators: (n, m) float64, summed over a prompt's completions.
+        denominators: (n, m) float64, likewise.
+        resamples: number of replicates.
+        seed: of the draws; equal seeds and n give equal draws.
+
+    Returns:
+        (resamples, m) float64; NaN where a replicate's denominator is 0.
+
+    Raises:
+        ValueError: if the shapes differ or there is no prompt.
+    """
+    if numerators.shape != denominators.shape or numerators.ndim != 2:
+        raise ValueError(f"need two (n, m) arrays, got {numerators.shape} and {denominators.shape}")
+    n = len(numerators)
+    if n == 0:
+        raise ValueError("the bootstrap needs at least one prompt")
+    rng = np.random.default_rng(seed)
+    replicates = []
+    for start in range(0, resamples, _BLOCK):
+        counts = rng.multinomial(n, np.full(n, 1.0 / n), size=min(_BLOCK, resamples - start)).astype(np.float64)
+        replicates.append(divide(counts @ numerators, counts @ denominators))
+    return np.concatenate(replicates)
+
+
+def estimates(
+    values: NDArray[np.float64], replicates: NDArray[np.float64], *, n: int, confidence: float = CONFIDENCE
+) -> list[Estimate]:
+    """Values (m,) with the central ``confidence`` interval of their replicates (resamples, m).
+
+    With fewer than two prompts (``n``) every replicate is the sample itself, and there is no interval. A replicate
+    without anything to count is left out.
+    """
+    tail = 100 * (1 - confidence) / 2
+    result = []
+    for value, column in zip(values, replicates.T, strict=True):
+        defined = column[~np.isnan(column)]
+        if np.isnan(value) or n < 2 or not len(defined):
+            result.append(Estimate(None if np.isnan(value) else float(value)))
+            continue
+        low, high = np.percentile(defined, [tail, 100 - tail])
+        result.append(Estimate(float(value), float(low), float(high)))
+    return result
+
+
+def divide(numerators: NDArray[np.float64], denominators: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Elementwise quotient, NaN where the denominator is 0."""
+    quotients = np.full(numerators.shape, np.nan)
+    np.divide(numerators, denominators, out=quotients, where=denominators != 0)
+    return quotients
+
 
 SATURATED_LOSS = 0.01
 """Answer loss under the initial mask, in nats per token, below which a mask has nothing to restore: its values are then
@@ -25,13 +182,10 @@ decided by rounding (fp32 and fp64 give different masks), not by the answer."""
 AGREEMENT = "deletion_spearman"
 """Name of the measure: rank correlation of a run's score with the deletion effects, within a completion."""
 
-# The built-in task's classes in reading order; classes of other tasks follow alphabetically.
-_NEEDED = "needed"
 _WORTH_A_WARNING = 0.25
 
 _LABELS = {AGREEMENT: "rank correlation with deletion"}
 _Count = Callable[..., tuple[float, float]]
-_CLASS_ORDER = (_NEEDED, "filler", "other")
 
 
 @dataclass(frozen=True)
@@ -100,7 +254,7 @@ class Summary:
 
     def save(self, path: str | Path) -> None:
         """Write the summary as JSON, atomically."""
-        data = {"format": "atmanrl.evaluation.summary", "version": 1, **asdict(self)}
+        data = {"format": "atmanrl.summary", "version": 1, **asdict(self)}
         write_text_atomically(path, json.dumps(data, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
@@ -138,9 +292,9 @@ def compare(
 
 
 def token_classes(rollouts: Iterable[RolloutRecord]) -> list[str]:
-    """The token classes that occur, the built-in task's first."""
+    """The token classes that occur, in the order of `CLASSES`."""
     found = {name for rollout in rollouts for name in rollout.classes}
-    known = [name for name in _CLASS_ORDER if name in found]
+    known = [name for name in CLASSES if name in found]
     return known + sorted(found.difference(known))
 
 
@@ -181,7 +335,7 @@ def metrics(
         rows = [metric("accuracy", "accuracy", "%", _accuracy), *passed, *rows]
     if score == RESTORED:
         rows.append(metric("saturated", "masks with nothing to restore", "%", _saturated))
-    if _NEEDED in classes:
+    if NEEDED in classes:
         rows += [
             metric(f"{score}_auroc", f"AUROC of {score}", "", _recovery, score=score, measure=auroc),
             metric(f"{score}_precision", f"precision@k of {score}", "", _recovery, score=score, measure=precision_at_k),
@@ -239,7 +393,7 @@ def _recovery(
     values = rollout.scores.get(score)
     if not values or not rollout.classes:
         return 0, 0
-    found = measure(values, [name == _NEEDED for name in rollout.classes])
+    found = measure(values, [name == NEEDED for name in rollout.classes])
     return (0, 0) if math.isnan(found) else (found, 1)
 
 
@@ -255,6 +409,7 @@ def _summary(
     resamples: int,
     confidence: float,
 ) -> Summary:
+    sides = [[rollout for rollout in side if not rollout.unusable] for side in sides]
     everything = [rollout for side in sides for rollout in side]
     if not everything:
         raise ValueError(f"{labels[0]!r} holds no rollouts: nothing to summarise")

@@ -14,13 +14,20 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
-from atmanrl.evaluation.agreement import spearman
-from atmanrl.evaluation.records import DELETION, DELETIONS, RolloutRecord, Run, paired_rollouts, write_text_atomically
-from atmanrl.evaluation.summary import AGREEMENT, Summary, compare, summarize, token_classes
-from atmanrl.report.meaning import meaning_of
-from atmanrl.report.numbers import counted, interval, loss, number, tick
-from atmanrl.report.scale import LEVELS, Scale, fitted_scale, fixed_scale, scale_for
-from atmanrl.report.tokens import scored_html, span_html
+from atmanrl.evaluation.records import (
+    DELETION,
+    DELETIONS,
+    FILLER,
+    NEEDED,
+    RolloutRecord,
+    Run,
+    paired_rollouts,
+    write_text_atomically,
+)
+from atmanrl.evaluation.summary import AGREEMENT, Summary, compare, spearman, summarize, token_classes
+from atmanrl.report.html import scored_html, span_html
+from atmanrl.report.scale import LEVELS, Scale, fitted_scale, fixed_scale, meaning_of, scale_for
+from atmanrl.report.text import counted, interval, loss, number, tick
 
 _SHOWN = 40
 
@@ -105,8 +112,8 @@ def render_page(
 
 
 def _headline(summary: Summary) -> Iterator[Any]:
-    wanted = ["accuracy", "cot_tokens", "filler_tokens", AGREEMENT]
-    by_class = [row.name for row in summary.rows if row.name.endswith(("_needed", "_filler"))]
+    wanted = ["accuracy", "cot_tokens", f"{FILLER}_tokens", AGREEMENT]
+    by_class = [row.name for row in summary.rows if row.name.endswith((f"_{NEEDED}", f"_{FILLER}"))]
     wanted += by_class or [row.name for row in summary.rows if row.name.endswith(("_mean", "_mass"))]
     for row in summary.rows:
         if row.name in wanted:
@@ -195,3 +202,33 @@ def _environment() -> Environment:
     environment.filters.update(number=number, interval=interval, loss=loss, tick=tick)
     environment.globals.update(counted=counted, zip=zip)
     return environment
+
+
+@dataclass(frozen=True)
+class PageView:
+    """A rendered page that notebooks display in a frame of its own, so that neither side's styles reach the other.
+
+    Attributes:
+        page: the HTML document.
+        height: of the frame, in pixels.
+    """
+
+    page: str
+    height: int = 640
+
+    def _repr_html_(self) -> str:
+        frame = (
+            '<iframe srcdoc="{}" sandbox="allow-scripts" style="width:100%;height:{}px;border:1px solid #8884;'
+            'border-radius:6px;resize:vertical" title="saliency"></iframe>'
+        )
+        return str(Markup(frame).format(self.page, self.height))
+
+
+def show(before: Run, after: Run | None = None, *, height: int = 640, **options: Any) -> PageView:
+    """One run, or two side by side, for the last line of a notebook cell.
+
+    Args:
+        before, after: see `render_page`, as are ``options``.
+        height: of the frame, in pixels.
+    """
+    return PageView(render_page(before, after, **options), height)

@@ -16,14 +16,32 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from atmanrl.evaluation.records import RESTORED
+from atmanrl.evaluation.records import FILLER, NEEDED, OTHER, RESTORED
 from atmanrl.evaluation.summary import Row, Summary
 from atmanrl.report import Plot
-from atmanrl.report.figure_style import FIGURE_STYLE, GRID_COLOUR, TITLE_STYLE
+
+GRID_COLOUR = "#e4e6e9"
+# matplotlib types its parameters by their names, of which a mapping of strings is none.
+FIGURE_STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": GRID_COLOUR,
+    "grid.color": GRID_COLOUR,
+}
+TITLE_STYLE: Any = {
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
 
 # Okabe and Ito's palette, told apart under every common colour blindness.
 _BLUE, _VERMILLION, _GREEN, _SKY, _ORANGE = "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#e69f00"
-_CLASS_COLOURS = {"needed": _VERMILLION, "filler": _BLUE, "other": _GREEN}
+_CLASS_COLOURS = {NEEDED: _VERMILLION, FILLER: _BLUE, OTHER: _GREEN}
 _SMOOTHING_SHARE = 0.1
 
 

@@ -6,27 +6,22 @@ token s later on. Source: arXiv 2510.13554 (v2), equations 7 to 10.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from atman_kernels import AttentionPlan
-from atman_kernels.hf import AttentionCall, KeyValueRecord, observing
+from atman_kernels.hf import AttentionCall, observing
 from atmanrl.config import SeriesConfig
-from atmanrl.saliency.budget import halving_on_out_of_memory, within
-from atmanrl.saliency.frozen import frozen
-from atmanrl.saliency.heads import Heads, layers_of, sampled_layers, select_heads
+from atmanrl.rollout import Rollout
+from atmanrl.saliency.attention import Heads, layers_of, sampled_layers, select_heads
+from atmanrl.saliency.batches import Batch, in_batches, prepared
+from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.packing import Segment
 
 Reduce = Callable[[Tensor], Tensor]
-
-# Logits of one batch, 1 GiB in float32.
-_MOST_LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -37,13 +32,11 @@ class RolloutSeries:
         waad: (T,) windowed average attention distance.
         fai: (T,) future attention influence, 0 where no row of the horizon exists.
         entropy: (T,) of the model's distribution (temperature 1) in each token's place, nats; None unless asked for.
-        loss: mean negative log-likelihood of the answer's tokens, nats; NaN unless asked for.
     """
 
     waad: Tensor
     fai: Tensor
     entropy: Tensor | None = None
-    loss: float = math.nan
 
 
 class SeriesCollector:
@@ -78,6 +71,12 @@ class SeriesCollector:
         self._distances[call.layer_idx].append(torch.cat([counts.sum()[None], counts @ found.distance]))
         self._series[call.layer_idx].append((found.windowed_distance[rows], found.received[rows]))
 
+    def extend(self, other: SeriesCollector) -> None:
+        """Add what ``other``, of the same layers and windows, has seen behind what this one has."""
+        for layer in self._series:
+            self._distances[layer] += other._distances[layer]
+            self._series[layer] += other._series[layer]
+
     def reads_distance(self, layer_idx: int) -> bool:
         """In the sampled layers."""
         return layer_idx in self._series
@@ -106,7 +105,6 @@ def _response_rows(sequences: Tensor, rows: Tensor) -> Tensor:
     return before[batch, start + length] - before[batch, start]
 
 
-@torch.no_grad()
 def attention_series(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -114,8 +112,7 @@ def attention_series(
     config: SeriesConfig | None = None,
     *,
     entropy: bool = False,
-    answers: Sequence[range] | None = None,
-    token_budget: int = 16384,
+    token_budget: int | None = None,
     reduce: Reduce | None = None,
 ) -> list[RolloutSeries]:
     """WAAD and FAI of every response token, from one packed forward of the responses behind their prompts.
@@ -123,138 +120,58 @@ def attention_series(
     Equal prompts run once: the responses see their keys and values as a shared prefix.
 
     Args:
-        model: a causal LM whose attention goes through transformers' AttentionInterface; restored on return.
+        model: see :func:`atmanrl.saliency.batches.prepared`; restored on return.
         prompts, responses: token ids; prompts are not empty, an empty response gives empty series.
         config: heads and windows; default: the paper's.
         entropy: also compute the entropies, which takes the logits of all response tokens, in batches as small as
             those need.
-        answers: of each response the places of the tokens whose ``loss`` is wanted, or an empty range; takes the logits
-            of those tokens.
-        token_budget: tokens of one packed batch, prompts included; a longer rollout goes alone. If memory runs out,
-            half of it is tried once.
+        token_budget: see :func:`atmanrl.saliency.batches.in_batches`.
         reduce: see `SeriesCollector`; then every process must call.
+
+    Raises:
+        ValueError: a rollout exceeds the model's context or vocabulary.
     """
     config = SeriesConfig() if config is None else config
-    answers = [range(0)] * len(responses) if answers is None else answers
-    if entropy:
-        token_budget = min(token_budget, _MOST_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
-    sizes = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    rollouts = [
+        Rollout(tuple(prompt), tuple(response), ()) for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    model = prepared(model, rollouts)
+    n_layers = layers_of(model)
+    collector = SeriesCollector(n_layers, [], config, reduce)
 
-    def run(budget: int) -> tuple[SeriesCollector, list[tuple[Tensor | None, float]]]:
-        parts = list(within(budget, range(len(sizes)), sizes))
-        batches = [_pack([prompts[i] for i in part], [responses[i] for i in part], model.device) for part in parts]
-        collector = SeriesCollector(layers_of(model), [batch.is_response for batch in batches], config, reduce)
-        read = []
-        for part, batch in zip(parts, batches, strict=True):
-            lengths, spans = [len(responses[i]) for i in part], [answers[i] for i in part]
-            logits = _logits(model, batch, collector, _wanted(batch, lengths, spans, entropy))
-            read += _read(logits, batch, lengths, spans, entropy)
-        return collector, read
+    def compute(batch: Batch) -> list[Tensor | None]:
+        # Each response stands behind its prompt's last token, whose row draws the first.
+        is_response = [row > 0 for segment in batch.packed.segments for row in range(segment.n_rows)]
+        own = SeriesCollector(n_layers, [torch.tensor([is_response], device=model.device)], config)
+        assert isinstance(batch.likelihood, ModelLikelihood)
+        with torch.no_grad(), observing(own):
+            logits = batch.likelihood.logits()
+        lengths = [len(segment.targets) for segment in batch.packed.segments]
+        entropies = [_entropies(rows) if entropy else None for rows in logits.split(lengths)]
+        # Last: a batch for which memory runs out is computed again.
+        collector.extend(own)
+        return entropies
 
-    with frozen(model), torch.no_grad():
-        collector, read = halving_on_out_of_memory(run, min(token_budget, sum(sizes)))
+    segments = [_behind_its_prompt(rollout, read=entropy) for rollout in rollouts]
+    entropies = list(in_batches(model, segments, compute, token_budget=token_budget, forward_only=True))
     found = collector.series([len(response) for response in responses])
-    return [replace(one, entropy=own, loss=loss) for one, (own, loss) in zip(found, read, strict=True)]
+    return [replace(one, entropy=own) for one, own in zip(found, entropies, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """Responses, each behind its prompt's last token, whose logits draw the first; the rest of each prompt, once.
-
-    Attributes:
-        prefix_ids, prefix_positions: (P_total,) int64, the distinct prompts without their last tokens.
-        prefix_plan: one sequence per distinct prompt.
-        ids, positions: (R_total,) int64; plan: one sequence per response, behind its part of the prefix.
-        is_response: (1, R_total) bool, not the prompts' last tokens.
-    """
-
-    prefix_ids: Tensor
-    prefix_positions: Tensor
-    prefix_plan: AttentionPlan
-    ids: Tensor
-    positions: Tensor
-    plan: AttentionPlan
-    is_response: Tensor
-
-
-def _pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device) -> _Packed:
-    starts: dict[tuple[int, ...], int] = {}
-    end = 0
-    for prompt in prompts:
-        prefix = tuple(prompt[:-1])
-        if prefix not in starts:
-            starts[prefix] = end
-            end += len(prefix)
-    own = [[*prompt[-1:], *response] for prompt, response in zip(prompts, responses, strict=True)]
-    before = [len(prompt) - 1 for prompt in prompts]
-
-    def on_device(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=device)
-
-    lengths = [len(ids) for ids in own]
-    return _Packed(
-        prefix_ids=on_device(chain.from_iterable(starts)),
-        prefix_positions=on_device(chain.from_iterable(range(len(prefix)) for prefix in starts)),
-        prefix_plan=AttentionPlan([len(prefix) for prefix in starts], device=device),
-        ids=on_device(chain.from_iterable(own)),
-        positions=on_device(chain.from_iterable(range(b, b + n) for b, n in zip(before, lengths, strict=True))),
-        plan=AttentionPlan(lengths, lengths, [starts[tuple(prompt[:-1])] for prompt in prompts], before, device=device),
-        is_response=on_device(i > 0 for n in lengths for i in range(n)).bool()[None],
+def _behind_its_prompt(rollout: Rollout, *, read: bool) -> Segment:
+    """A response and the prompt's last token before it; the rest of the prompt runs once for all its responses."""
+    prompt, response = rollout.prompt_ids, rollout.completion_ids
+    return Segment(
+        rollout,
+        before=prompt[:-1],
+        sequence=prompt + response,
+        seen=len(prompt) - 1,
+        targets=response if read else (),
+        behind=1,
     )
 
 
-def _wanted(batch: _Packed, lengths: Sequence[int], answers: Sequence[range], entropy: bool) -> Tensor:
-    """The rows that draw the tokens whose logits are read: all of the responses, or those of the answers."""
-    # Each response stands behind its prompt's last token.
-    first = [0, *accumulate(length + 1 for length in lengths)][: len(lengths)]
-    places = [range(n) if entropy else answer for n, answer in zip(lengths, answers, strict=True)]
-    rows = [start + place for start, own in zip(first, places, strict=True) for place in own]
-    return torch.tensor(rows, dtype=torch.int64, device=batch.ids.device)
-
-
-def _logits(model: PreTrainedModel, batch: _Packed, collector: SeriesCollector, rows: Tensor) -> Tensor:
-    """(len(rows), V) float32, while the collector looks on at the responses' rows."""
-    # The plan says what each row sees; a 4-D mask, unused, keeps transformers from reading that off the positions.
-    fixed: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 0, 0, device=batch.ids.device), "use_cache": False}
-    prefix = None
-    if len(batch.prefix_ids):
-        prefix = KeyValueRecord()
-        model(
-            input_ids=batch.prefix_ids[None],
-            position_ids=batch.prefix_positions[None],
-            attention_plan=batch.prefix_plan,
-            logits_to_keep=1,
-            capture=prefix,
-            **fixed,
-        )
-    with observing(collector):
-        output: Any = model(
-            input_ids=batch.ids[None],
-            position_ids=batch.positions[None],
-            attention_plan=batch.plan,
-            shared_prefix=prefix,
-            logits_to_keep=rows,
-            **fixed,
-        )
-    logits: Tensor = output.logits[0].float()
-    return logits
-
-
-def _read(
-    logits: Tensor, batch: _Packed, lengths: Sequence[int], answers: Sequence[range], entropy: bool
-) -> list[tuple[Tensor | None, float]]:
-    """Entropies and mean loss of the answer of each response, from the logits of the rows of :func:`_wanted`."""
-    tokens = batch.ids[batch.is_response[0]].split(list(lengths))
-    own = logits.split(list(lengths) if entropy else [len(answer) for answer in answers])
-    found = []
-    for ids, rows, answer in zip(tokens, own, answers, strict=True):
-        entropies = _entropies(rows) if entropy else None
-        of_answer = rows[answer.start : answer.stop] if entropy else rows
-        loss = nn.functional.cross_entropy(of_answer, ids[answer.start : answer.stop]).item() if answer else math.nan
-        found.append((entropies, loss))
-    return found
-
-
 def _entropies(logits: Tensor) -> Tensor:
-    # Some rows at a time: normalised logits and probabilities are as large as the logits.
-    return torch.cat([torch.distributions.Categorical(logits=rows).entropy() for rows in logits.split(1024)])
+    # Some rows at a time: float32 logits, normalised ones and probabilities are each as large as the logits.
+    parts = [torch.distributions.Categorical(logits=rows.float()).entropy() for rows in logits.split(1024)]
+    return torch.cat(parts)

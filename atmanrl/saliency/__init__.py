@@ -1,16 +1,35 @@
-"""Which tokens of a chain of thought the answer rests on."""
+"""Which tokens of a chain of thought the answer rests on: estimators of token saliency behind one front door."""
 
+from atmanrl.models import working_copy
+from atmanrl.saliency.attention import FutureInfluence, ReceivedAttention
 from atmanrl.saliency.decoder import why_unsupported
-from atmanrl.saliency.engine import optimize_masks
-from atmanrl.saliency.result import NonFiniteLossError, RolloutSaliency, SaliencyResult, Trajectory
-from atmanrl.saliency.working_copy import working_copy
+from atmanrl.saliency.estimate import BEST, ESTIMATORS, Random, estimate_saliency, make_estimator, optimize_masks
+from atmanrl.saliency.gradients import Gradient, Integrated
+from atmanrl.saliency.leave_one_out import Suppression, substitution_effects
+from atmanrl.saliency.mask import Mask
+from atmanrl.saliency.scores import Estimator, NonFiniteLossError, Passes, TokenScores, Trajectory
+from atmanrl.saliency.sparse_mask import SparseMask
 
 __all__ = [
+    "BEST",
+    "ESTIMATORS",
+    "Estimator",
+    "FutureInfluence",
+    "Gradient",
+    "Integrated",
+    "Mask",
     "NonFiniteLossError",
-    "RolloutSaliency",
-    "SaliencyResult",
+    "Passes",
+    "Random",
+    "ReceivedAttention",
+    "SparseMask",
+    "Suppression",
+    "TokenScores",
     "Trajectory",
+    "estimate_saliency",
+    "make_estimator",
     "optimize_masks",
+    "substitution_effects",
     "why_unsupported",
     "working_copy",
 ]

@@ -1,9 +1,13 @@
-"""What mask optimisation must cost, counted from shapes: operations of a step, bytes that a packed row keeps alive."""
+"""What a step must cost, counted from shapes: operations, and bytes at the peak; and the memory that is free."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.flops import attention_backward_flops, attention_forward_flops, visible_pairs
@@ -33,8 +37,8 @@ class DecoderShape(NamedTuple):
             ValueError: if its layers have no gated MLP.
         """
         config = model.config.get_text_config(decoder=True)
-        names = {name.rpartition("layers.0.")[2] for name, _ in model.named_modules() if "layers.0." in name}
-        if "mlp.gate_proj" not in names:
+        names = _names_in_a_layer(model)
+        if not cls.known(model):
             raise ValueError(f"{type(model).__name__} has no gated MLP, whose operations and bytes are counted here")
         heads_q = config.num_attention_heads
         return cls(
@@ -48,6 +52,11 @@ class DecoderShape(NamedTuple):
             head_norms="self_attn.q_norm" in names,
         )
 
+    @staticmethod
+    def known(model: PreTrainedModel) -> bool:
+        """Whether the model's layers have a gated MLP."""
+        return "mlp.gate_proj" in _names_in_a_layer(model)
+
     @property
     def width_q(self) -> int:
         """Columns of q."""
@@ -57,6 +66,10 @@ class DecoderShape(NamedTuple):
     def width_kv(self) -> int:
         """Columns of k, and of v."""
         return self.heads_kv * self.head_dim
+
+
+def _names_in_a_layer(model: PreTrainedModel) -> set[str]:
+    return {name.rpartition("layers.0.")[2] for name, _ in model.named_modules() if "layers.0." in name}
 
 
 def necessary_flops(shape: DecoderShape, batch: PackedRollouts, windows: list[int | None]) -> int:
@@ -122,3 +135,50 @@ def peak_bytes(
     # A block of logits and its softmax in float32.
     loss = (item + 4) * shape.vocabulary * min(loss_rows, loss_rows_at_a_time(shape.vocabulary))
     return (shape.layers - 1) * layer + last + outside + max(attention_backward, mlp_backward, loss)
+
+
+def saved_bytes(model: PreTrainedModel, forward: Callable[[], object]) -> int:
+    """Bytes of what autograd saves in ``forward()``: storages count once, the weights of ``model`` never."""
+    saved: dict[int, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        # Held until the hooks have run, so that no address is given out twice.
+        alive = forward()
+    del alive
+    return sum(size for pointer, size in saved.items() if pointer not in weights)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a computation on the device may still take; None where that is unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the allocator holds without using it is free for us as well.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    return min((free for free in (free_in_machine(), free_in_cgroup()) if free is not None), default=None)
+
+
+def free_in_machine(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def free_in_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container (cgroup v2) may still take; None without a limit. Cached files count as free."""
+    limit, used, statistics = (root / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.exists() or (most := limit.read_text().strip()) == "max":
+        return None
+    cached = next(
+        int(line.split()[1]) for line in statistics.read_text().splitlines() if line.startswith("inactive_file ")
+    )
+    return max(0, int(most) - int(used.read_text()) + cached)

@@ -8,6 +8,9 @@ vocabulary in float32. All buffers are made once, so a step allocates only what 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +26,13 @@ from transformers import (
 from atman_kernels.hf import AtManAttention
 from atmanrl.config import Weights
 from atmanrl.saliency.cost import loss_rows_at_a_time
-from atmanrl.saliency.decoder_layer import FrozenLayer, Geometry
-from atmanrl.saliency.likelihood import prompt_keys_and_values
+from atmanrl.saliency.layers import FrozenLayer, Geometry, Pointwise, Projection, projection, why_not_a_projection
+from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood, prompt_keys_and_values
 from atmanrl.saliency.packing import PackedRollouts
-from atmanrl.saliency.pointwise import Pointwise
-from atmanrl.saliency.projection import Projection, projection, why_not_a_projection
+
+MakeLikelihood = Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood]
+
+_log = logging.getLogger(__name__)
 
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 # Embeddings that depend on nothing but the position; the others look at the longest sequence of the call.
@@ -44,7 +49,7 @@ class FrozenDecoder:
     run before the next call.
 
     Args:
-        model: one for which :func:`why_unsupported` returns None, inside :func:`atmanrl.saliency.frozen.frozen`.
+        model: one for which :func:`why_unsupported` returns None, inside :func:`atmanrl.saliency.likelihood.frozen`.
         batch: packed rollouts on the model's device.
         weights: see :class:`atmanrl.MaskConfig`.
     """
@@ -67,6 +72,7 @@ class FrozenDecoder:
         )
         self._geometry = geometry
         prefixes = prompt_keys_and_values(model, batch)
+        assert prefixes is not None, "a chain of thought follows a prompt"
         self.windows = [_window(module.self_attn) for module in decoder.layers]
         self.layers: list[FrozenLayer] = []
         x = embedded
@@ -176,6 +182,21 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError("the decoder was called again before this call's backward, which lost its activations")
         with torch.no_grad():
             return ctx.decoder.backward(gradients[0]), None
+
+
+def fastest_likelihood(model: PreTrainedModel, weights: Weights = "model") -> MakeLikelihood:
+    """:class:`FrozenDecoder` where it supports the model, else :class:`ModelLikelihood`, with a message why in the log.
+
+    Raises:
+        ValueError: if ``weights``, see :class:`atmanrl.MaskConfig`, needs the fast path and the model is not covered.
+    """
+    reason = why_unsupported(model)
+    if reason is None:
+        return partial(FrozenDecoder, weights=weights)
+    if weights != "model":
+        raise ValueError(f"weights={weights!r} needs the fast path, which does not cover this model: {reason}")
+    _log.info("masks take the general path: %s", reason)
+    return ModelLikelihood
 
 
 def why_unsupported(model: PreTrainedModel) -> str | None:

@@ -1,9 +1,10 @@
-"""Rollouts packed one after another, their prompts beside them: what every step of every estimator shares."""
+"""Rows of many rollouts packed one after another, what they look back to beside them: one batch of every estimator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,27 +15,91 @@ from atmanrl.rollout import Rollout
 
 
 @dataclass(frozen=True)
-class PackedRollouts:
-    """The rows that exist, in order, and where each rollout's tokens lie among them.
+class Segment:
+    """The rows of one rollout that a batch computes, behind tokens that run once beforehand.
 
-    Row i of a rollout holds its completion token i at position ``len(prompt_ids) + i``. The last answer token has no
-    row, because nothing follows it, so a rollout has T + K + N - 1 rows (CoT, marker, answer). Prompts are packed
-    separately, each distinct one once.
+    Row i holds token ``sequence[seen + i]`` at position ``seen + i``. It sees the first ``seen`` tokens of ``before``
+    and its own rows up to itself.
 
     Attributes:
-        prompt_ids, prompt_positions: (P_total,) int64.
-        prompt_plan: one sequence per distinct prompt.
-        ids, positions: (R_total,) int64, rows of all rollouts.
-        plan: one sequence per rollout; its prefix range is its prompt among the packed prompts.
-        cot_columns: (C_total,) int64, the packed column of each CoT token, rollout after rollout.
-        cot_lengths: CoT tokens of each rollout.
-        loss_rows: (L_total,) int64, the rows that predict the tokens of the loss: the last ones of each rollout.
-        loss_plan: as ``plan``, with only those rows as queries.
-        loss_targets: (L_total,) int64, those tokens.
-        loss_rollout: (L_total,) int64, the rollout each belongs to.
-        loss_lengths: (n,) int64, tokens of the loss per rollout.
+        rollout: whose rows these are.
+        before: token ids that run once, without a bias; segments of a batch with equal ones share keys and values.
+        sequence: token ids of prompt and completion; those from ``seen`` on have rows.
+        seen: how many of the tokens of ``before`` the rows see.
+        biased: the rows, counted from 0, whose key columns get a bias.
+        targets: token ids whose likelihood is read, in order.
+        behind: rows behind the one that predicts the last target.
+        first: token id of the first row in place of the sequence's; None: the sequence's.
     """
 
+    rollout: Rollout
+    before: tuple[int, ...]
+    sequence: tuple[int, ...]
+    seen: int
+    biased: Sequence[int] = ()
+    targets: tuple[int, ...] = ()
+    behind: int = 0
+    first: int | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.sequence) - self.seen
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Token ids of the rows."""
+        own = self.sequence[self.seen :]
+        return own if self.first is None else (self.first, *own[1:])
+
+    @property
+    def reading(self) -> range:
+        """The rows that predict the targets."""
+        stop = self.n_rows - self.behind
+        return range(stop - len(self.targets), stop)
+
+
+def whole(rollout: Rollout, answer_loss: AnswerLoss = "value") -> Segment:
+    """The completion behind its prompt, with a bias on every chain-of-thought column.
+
+    The last answer token has no row, because nothing follows it: T + K + N - 1 rows (CoT, marker, answer).
+
+    Args:
+        rollout: with a chain of thought and an answer.
+        answer_loss: "value": the answer's tokens are read; "all": the marker's as well.
+    """
+    prompt, completion = rollout.prompt_ids, rollout.completion_ids
+    unread = len(rollout.cot_ids) + (len(rollout.marker_ids) if answer_loss == "value" else 0)
+    return Segment(
+        rollout,
+        before=prompt,
+        sequence=prompt + completion[:-1],
+        seen=len(prompt),
+        biased=range(len(rollout.cot_ids)),
+        targets=completion[unread:],
+    )
+
+
+@dataclass(frozen=True)
+class PackedRollouts:
+    """The rows of segments, in order, and where each segment's tokens lie among them.
+
+    Attributes:
+        segments: what was packed.
+        prompts: the distinct ``before`` of the segments: each runs once.
+        prompt_ids, prompt_positions: (P_total,) int64, their tokens.
+        prompt_plan: one sequence per entry of ``prompts``.
+        ids, positions: (R_total,) int64, rows of all segments.
+        plan: one sequence per segment; its prefix range is what it sees of its ``before``.
+        cot_columns: (C_total,) int64, the packed column of each biased token, segment after segment.
+        loss_rows: (L_total,) int64, the rows that predict the targets.
+        loss_targets: (L_total,) int64, those tokens.
+        loss_rollout: (L_total,) int64, the segment each belongs to.
+        loss_lengths: (n,) int64, targets per segment.
+    """
+
+    segments: tuple[Segment, ...]
+    prompts: tuple[tuple[int, ...], ...]
     prompt_ids: Tensor
     prompt_positions: Tensor
     prompt_plan: AttentionPlan
@@ -42,96 +107,94 @@ class PackedRollouts:
     positions: Tensor
     plan: AttentionPlan
     cot_columns: Tensor
-    cot_lengths: tuple[int, ...]
     loss_rows: Tensor
-    loss_plan: AttentionPlan
     loss_targets: Tensor
     loss_rollout: Tensor
     loss_lengths: Tensor
 
     @property
     def n_rollouts(self) -> int:
-        """Number of rollouts."""
-        return len(self.cot_lengths)
+        """Number of segments."""
+        return len(self.segments)
 
     @property
     def n_rows(self) -> int:
-        """Packed rows of all rollouts together."""
+        """Packed rows of all segments together."""
         return int(self.ids.shape[0])
+
+    @cached_property
+    def cot_lengths(self) -> tuple[int, ...]:
+        """Biased columns of each segment."""
+        return tuple(len(segment.biased) for segment in self.segments)
+
+    @cached_property
+    def loss_plan(self) -> AttentionPlan:
+        """As ``plan``, with only the loss rows as queries.
+
+        Raises:
+            ValueError: where rows stand behind them.
+        """
+        if any(segment.behind for segment in self.segments):
+            raise ValueError("rows stand behind those that predict the targets: their keys would be seen")
+        return _plan(self.segments, self.prompts, [len(s.targets) for s in self.segments], self.ids.device)
 
     def key_bias(self, cot_bias: Tensor) -> Tensor:
         """The bias of every packed column, (R_total,): ``cot_bias`` (C_total,) on CoT columns, 0 elsewhere."""
         return cot_bias.new_zeros(self.n_rows).index_copy(0, self.cot_columns, cot_bias)
 
     def mean_per_rollout(self, nll: Tensor) -> Tensor:
-        """(n,) means of ``nll`` (L_total,) over each rollout's own tokens."""
+        """(n,) means of ``nll`` (L_total,) over each segment's own targets."""
         sums = nll.new_zeros(self.n_rollouts).index_add(0, self.loss_rollout, nll)
         return sums / self.loss_lengths.to(nll.dtype)
 
 
-def pack(rollouts: Sequence[Rollout], *, answer_loss: AnswerLoss, device: torch.device) -> PackedRollouts:
-    """Lay out rollouts, each with a chain of thought and an answer, as one batch.
-
-    Args:
-        rollouts: at least one; equal ``prompt_ids`` share their rows.
-        answer_loss: see :class:`atmanrl.MaskConfig`.
-        device: where the tensors go.
-    """
-    prompts: dict[tuple[int, ...], int] = {}
-    prompt_end = 0
-    for rollout in rollouts:
-        if rollout.prompt_ids not in prompts:
-            prompts[rollout.prompt_ids] = prompt_end
-            prompt_end += len(rollout.prompt_ids)
-
+def pack(segments: Sequence[Segment], *, device: torch.device) -> PackedRollouts:
+    """Lay out segments, at least one, as one batch whose tensors lie on ``device``."""
+    prompts = tuple(dict.fromkeys(segment.before for segment in segments))
     ids: list[int] = []
     positions: list[int] = []
     cot_columns: list[int] = []
     loss_rows: list[int] = []
-    loss_targets: list[int] = []
-    loss_rollout: list[int] = []
-    for index, rollout in enumerate(rollouts):
-        start, prompt, completion = len(ids), len(rollout.prompt_ids), rollout.completion_ids
-        ids += completion[:-1]
-        positions += range(prompt, prompt + len(completion) - 1)
-        cot_columns += range(start, start + len(rollout.cot_ids))
-        targets = [completion[place] for place in loss_tokens(rollout, answer_loss)]
-        # The row before a token predicts it; the CoT is not empty, so that row exists.
-        loss_rows += range(start + len(completion) - len(targets) - 1, start + len(completion) - 1)
-        loss_targets += targets
-        loss_rollout += [index] * len(targets)
+    for segment in segments:
+        start = len(ids)
+        ids += segment.ids
+        positions += range(segment.seen, len(segment.sequence))
+        cot_columns += [start + row for row in segment.biased]
+        loss_rows += [start + row for row in segment.reading]
 
     def on_device(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    def plan(lengths_q: list[int]) -> AttentionPlan:
-        return AttentionPlan(
-            lengths_q,
-            [len(rollout.completion_ids) - 1 for rollout in rollouts],
-            [prompts[rollout.prompt_ids] for rollout in rollouts],
-            [len(rollout.prompt_ids) for rollout in rollouts],
-            device=device,
-        )
-
-    loss_lengths = [len(loss_tokens(rollout, answer_loss)) for rollout in rollouts]
     return PackedRollouts(
-        prompt_ids=on_device([i for prompt in prompts for i in prompt]),
-        prompt_positions=on_device([i for prompt in prompts for i in range(len(prompt))]),
+        segments=tuple(segments),
+        prompts=prompts,
+        prompt_ids=on_device([token for prompt in prompts for token in prompt]),
+        prompt_positions=on_device([place for prompt in prompts for place in range(len(prompt))]),
         prompt_plan=AttentionPlan([len(prompt) for prompt in prompts], device=device),
         ids=on_device(ids),
         positions=on_device(positions),
-        plan=plan([len(rollout.completion_ids) - 1 for rollout in rollouts]),
+        plan=_plan(segments, prompts, [segment.n_rows for segment in segments], device),
         cot_columns=on_device(cot_columns),
-        cot_lengths=tuple(len(rollout.cot_ids) for rollout in rollouts),
         loss_rows=on_device(loss_rows),
-        loss_plan=plan(loss_lengths),
-        loss_targets=on_device(loss_targets),
-        loss_rollout=on_device(loss_rollout),
-        loss_lengths=on_device(loss_lengths),
+        loss_targets=on_device([token for segment in segments for token in segment.targets]),
+        loss_rollout=on_device([i for i, segment in enumerate(segments) for _ in segment.targets]),
+        loss_lengths=on_device([len(segment.targets) for segment in segments]),
     )
 
 
-def loss_tokens(rollout: Rollout, answer_loss: AnswerLoss) -> range:
-    """Places in the completion of the tokens of the loss: the answer's, for "all" the marker's as well."""
-    behind = len(rollout.cot_ids) + (len(rollout.marker_ids) if answer_loss == "value" else 0)
-    return range(behind, len(rollout.completion_ids))
+def _plan(
+    segments: Sequence[Segment], prompts: Sequence[tuple[int, ...]], queries: list[int], device: torch.device
+) -> AttentionPlan:
+    """The last ``queries`` rows of each segment against its rows and what it sees of its prompt."""
+    starts: dict[tuple[int, ...], int] = {}
+    end = 0
+    for prompt in prompts:
+        starts[prompt] = end
+        end += len(prompt)
+    return AttentionPlan(
+        queries,
+        [segment.n_rows for segment in segments],
+        [starts[segment.before] for segment in segments],
+        [segment.seen for segment in segments],
+        device=device,
+    )

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.likelihood import AnswerLikelihood
-from atmanrl.saliency.packing import PackedRollouts, pack
-from atmanrl.saliency.replay import WARM_UP, Replayed
+from atmanrl.saliency.mask import WARM_UP, Replayed
+from atmanrl.saliency.packing import PackedRollouts, pack, whole
 
 LossesAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 PeerArm = Callable[[PreTrainedModel, Sequence[Rollout]], LossesAndGradient]
@@ -29,7 +29,7 @@ def packed_engine(
     make: Callable[[PreTrainedModel, PackedRollouts], AnswerLikelihood],
 ) -> LossesAndGradient:
     """This package's step, on the fast or the general path."""
-    batch = pack(rollouts, answer_loss="value", device=model.device)
+    batch = pack([whole(rollout) for rollout in rollouts], device=model.device)
     likelihood = make(model, batch)
 
     def arm(cot_bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from atmanrl.rollout import Rollout
 from atmanrl.saliency.cost import DecoderShape, necessary_flops
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
-from atmanrl.saliency.frozen import frozen
-from atmanrl.saliency.likelihood import ModelLikelihood
-from atmanrl.saliency.packing import pack
+from atmanrl.saliency.likelihood import ModelLikelihood, frozen
+from atmanrl.saliency.packing import pack, whole
 from atmanrl.saliency.peers import (
     LossesAndGradient,
     PeerArm,
@@ -132,7 +131,9 @@ def necessary_per_step(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> i
         shape = DecoderShape.of(model)
     except ValueError:
         return None
-    return necessary_flops(shape, pack(rollouts, answer_loss="value", device=torch.device("cpu")), _windows(model))
+    return necessary_flops(
+        shape, pack([whole(rollout) for rollout in rollouts], device=torch.device("cpu")), _windows(model)
+    )
 
 
 def _windows(model: PreTrainedModel) -> list[int | None]:

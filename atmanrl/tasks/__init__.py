@@ -12,14 +12,15 @@ __all__ = ["DataConfig", "DataError", "Task", "load_task"]
 _LOADERS = {"ledger": ledger.load, "gsm8k": gsm8k.load, "mmlu": mmlu.load}
 
 
-def load_task(config: DataConfig) -> Task:
+def load_task(config: DataConfig, *, leave_out: bool = False) -> Task:
     """The task named by ``config``, its rows loaded and its gold answers checked.
 
     Args:
         config: which task, and where its rows are.
+        leave_out: leave a row out that cannot be used, instead of raising; `Task.left_out` says which and why.
 
     Raises:
         DataError: for a file that is missing, not UTF-8, malformed, lacks a column or has a gold answer that cannot be
             read (with file and line), and for a hub that cannot be reached (with how to pass a local file).
     """
-    return _LOADERS[config.name](config)
+    return _LOADERS[config.name](config, [] if leave_out else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,16 @@ class Source:
 
 
 def load_splits(
-    config: DataConfig, source: Source, convert: Callable[[Mapping[str, Any]], dict[str, Any]]
+    config: DataConfig,
+    source: Source,
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]],
+    left_out: list[str] | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Train and test rows of ``config``, each passed through ``convert``.
 
-    ``convert`` raises ValueError for a row it cannot use; the message is reported with the row's file and line.
+    ``convert`` raises ValueError for a row it cannot use; the message is reported with the row's file and line. Given
+    ``left_out``, such rows are left out instead, and the messages about rows to test on are appended to it; the others
+    get a column "place", their file and line.
 
     Raises:
         DataError: see `atmanrl.tasks.load_task`.
@@ -47,12 +52,15 @@ def load_splits(
     train_split = config.train_split or source.train_split
     test_split = config.test_split or source.test_split
     if _is_local(path):
-        train, test = _local_splits(Path(path), config, train_split, test_split)
+        train, test = _local_splits(Path(path), config, train_split, test_split, left_out)
     else:
         subset = config.subset or source.subset
         train = _hub_rows(path, subset, train_split, source.columns)
         test = _hub_rows(path, subset, test_split, source.columns)
-    converted = [[_convert(row, source.columns, convert) for row in rows] for rows in (train, test)]
+    converted = [
+        list(_converted(rows, source.columns, convert, faults))
+        for rows, faults in ((train, _ignoring(left_out)), (test, left_out))
+    ]
     limits = (config.train_limit, config.test_limit)
     chosen = [_limit(rows, limit, config.seed) for rows, limit in zip(converted, limits, strict=True)]
     return datasets.Dataset.from_list(chosen[0]), datasets.Dataset.from_list(chosen[1])
@@ -70,28 +78,38 @@ def _is_local(path: str) -> bool:
     return Path(path).exists() or path.endswith(SUFFIXES) or path.startswith((".", "/", "~"))
 
 
-def _local_splits(path: Path, config: DataConfig, train_split: str, test_split: str) -> tuple[list[Row], list[Row]]:
+def _ignoring(left_out: list[str] | None) -> list[str] | None:
+    """Faults of rows to train on go nowhere where those of rows to test on are collected."""
+    return None if left_out is None else []
+
+
+def _local_splits(
+    path: Path, config: DataConfig, train_split: str, test_split: str, left_out: list[str] | None
+) -> tuple[list[Row], list[Row]]:
     path = path.expanduser()
     if not path.exists():
         raise DataError(f"{path}: no such file or directory")
     if path.is_dir():
-        train, test = _split_rows(path, train_split), _split_rows(path, test_split, optional=True)
+        train = _split_rows(path, train_split, _ignoring(left_out))
+        test = _split_rows(path, test_split, left_out, optional=True)
     else:
-        train, test = list(_file_rows(path)), []
+        # Its lines are held out later, where no second file is given.
+        faults = left_out if config.test_path is None else _ignoring(left_out)
+        train, test = list(_file_rows(path, faults)), []
     if config.test_path is not None:
-        test = list(_file_rows(Path(config.test_path).expanduser()))
+        test = list(_file_rows(Path(config.test_path).expanduser(), left_out))
     if not test:
         train, test = _hold_out(path, train, config)
     return train, test
 
 
-def _split_rows(directory: Path, split: str, *, optional: bool = False) -> list[Row]:
+def _split_rows(directory: Path, split: str, left_out: list[str] | None, *, optional: bool = False) -> list[Row]:
     names = [f"{split}{middle}{suffix}" for middle in ("", "-*") for suffix in SUFFIXES]
     files = sorted(file for name in names for file in directory.glob(name))
     if not files and not optional:
         found = ", ".join(sorted(file.name for file in directory.iterdir())) or "nothing"
         raise DataError(f"{directory}: no file {split}.jsonl, {split}.json or {split}.parquet; found {found}")
-    return [row for file in files for row in _file_rows(file)]
+    return [row for file in files for row in _file_rows(file, left_out)]
 
 
 def _hold_out(path: Path, rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]:
@@ -103,43 +121,56 @@ def _hold_out(path: Path, rows: list[Row], config: DataConfig) -> tuple[list[Row
     return [rows[i] for i in train], [rows[i] for i in test]
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(path: Path, left_out: list[str] | None = None) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.suffix in (".jsonl", ".json"):
-        yield from json_rows(path)
+        yield from json_rows(path, left_out)
     else:
         raise DataError(f"{path}: unknown file type {path.suffix!r}; known are {', '.join(SUFFIXES)}")
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path, left_out: list[str] | None = None) -> Iterator[Row]:
     """The objects of a JSONL file, one per line; blank lines are skipped.
+
+    Given ``left_out``, a line that is no object is left out, and the message about it is appended there.
 
     Raises:
         DataError: for a line that is not UTF-8 or no JSON object, with file and line, and for a file without rows.
     """
     empty = True
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            byte = line[error.start]
-            raise DataError(f"{place}: not UTF-8 (byte 0x{byte:02x} at position {error.start})") from error
-        if not text.strip():
+        if not line.strip():
             continue
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}); one object per line") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{place}: expected a JSON object, got {type(values).__name__}")
         empty = False
-        yield Row(place, values)
+        try:
+            row = _json_row(f"{path}, line {number}", line, first=number == 1)
+        except DataError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+            continue
+        yield row
     if empty:
         raise DataError(f"{path}: holds no rows")
+
+
+def _json_row(place: str, line: bytes, *, first: bool) -> Row:
+    try:
+        values = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        raise DataError(f"{place}: not UTF-8 (byte 0x{byte:02x} at position {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno}); one object per line") from error
+    except (ValueError, RecursionError) as error:
+        # An integer of thousands of digits, or lists nested as deep.
+        raise DataError(f"{place}: JSON that cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{place}: expected a JSON object, got {type(values).__name__}")
+    return Row(place, values)
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -166,6 +197,24 @@ def _hub_rows(path: str, subset: str, split: str, columns: Sequence[str]) -> lis
             f"with the columns {', '.join(columns)}"
         ) from error
     return [Row(f"{path} ({subset}, {split}), row {i}", values) for i, values in enumerate(rows, start=1)]
+
+
+def _converted(
+    rows: Iterable[Row],
+    columns: Sequence[str],
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]],
+    left_out: list[str] | None,
+) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        try:
+            values = _convert(row, columns, convert)
+        except DataError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+            continue
+        # A row may still turn out not to fit a model; then it has to be found again.
+        yield values if left_out is None else {**values, "place": row.place}
 
 
 def _convert(

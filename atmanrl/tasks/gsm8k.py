@@ -23,7 +23,7 @@ INSTRUCTION = (
 )
 
 
-def load(config: DataConfig) -> Task:
+def load(config: DataConfig, left_out: list[str] | None = None) -> Task:
     """GSM8K, or any file in its columns; the gold answer loses its thousands separators and keeps its sign."""
 
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def load(config: DataConfig) -> Task:
         prompt = as_prompt(INSTRUCTION.format(question=question), config)
         return {"prompt": prompt, "answer": gold_answer(str(row["answer"])), "question": question}
 
-    train, test = load_splits(config, SOURCE, convert)
-    return Task("gsm8k", train, test, GSM8K_ANSWER.with_mode(config.answers))
+    train, test = load_splits(config, SOURCE, convert, left_out)
+    return Task("gsm8k", train, test, GSM8K_ANSWER.with_mode(config.answers), left_out=tuple(left_out or ()))
 
 
 def gold_answer(solution: str) -> str:

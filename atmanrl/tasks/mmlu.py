@@ -30,7 +30,7 @@ INSTRUCTION = (
 )
 
 
-def load(config: DataConfig) -> Task:
+def load(config: DataConfig, left_out: list[str] | None = None) -> Task:
     """MMLU, or any file in its columns; the gold answer is a letter."""
 
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def load(config: DataConfig) -> Task:
         answer = gold_letter(row["answer"])
         return {"prompt": prompt, "answer": answer, "question": question, "subject": str(row["subject"])}
 
-    train, test = load_splits(config, SOURCE, convert)
-    return Task("mmlu", train, test, MMLU_ANSWER.with_mode(config.answers))
+    train, test = load_splits(config, SOURCE, convert, left_out)
+    return Task("mmlu", train, test, MMLU_ANSWER.with_mode(config.answers), left_out=tuple(left_out or ()))
 
 
 def gold_letter(answer: object) -> str:

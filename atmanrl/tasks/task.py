@@ -26,6 +26,7 @@ class Task:
         classify_tokens: for tasks whose truth is known, ``classify_tokens(row, token_strings)`` names the class of each
             token of a completion; None elsewhere.
         token_classes: the names ``classify_tokens`` may return, in the order reports show them.
+        left_out: place and reason of every test row that could not be used, where the loading was told to go on.
     """
 
     name: str
@@ -34,3 +35,4 @@ class Task:
     answer_format: AnswerFormat
     classify_tokens: TokenClassifier | None = None
     token_classes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()

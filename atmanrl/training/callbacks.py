@@ -11,10 +11,10 @@ from types import FrameType
 from typing import Any
 
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atmanrl.evaluation.records import Run, write_text_atomically
+from atmanrl.progress import StepsBar
 from atmanrl.report import write_page
 
 METRICS = "metrics.jsonl"
@@ -71,22 +71,22 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, seconds: Mapping[str, float]) -> None:
         self.seconds = seconds
-        self._bar: tqdm[Any] | None = None
+        self._bar: StepsBar | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and sys.stderr.isatty():
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            self._bar = StepsBar(state.max_steps, state.global_step)
 
     def show_part(self, part: str) -> None:
         """Say in front of the bar what is going on; a generation batch may take minutes."""
         if self._bar is not None:
-            self._bar.set_description_str(f"{part:<10}")
+            self._bar.show(word=part)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+            self._bar.show(done=state.global_step)
 
     def on_log(
         self,
@@ -101,7 +101,7 @@ class ProgressLine(TrainerCallback):
             return
         text = self._describe(logs)
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
+            self._bar.show(text=text)
         else:
             print(f"step {state.global_step}/{state.max_steps}  {text}", file=sys.stderr, flush=True)
 
@@ -136,15 +136,23 @@ class RolloutPages(TrainerCallback):
     def __init__(self, sampled: Callable[[], Run | None], every: int) -> None:
         self.sampled = sampled
         self.every = every
+        self._tried = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.every or state.global_step % self.every or not state.is_world_process_zero:
+        if not self.every or not state.is_world_process_zero:
+            return
+        due = state.global_step % self.every == 0
+        if self._tried and not due:
             return
         run = self.sampled()
         if run is not None:
+            # The first batch's page is a trial: a page that cannot be made or written is found at once.
+            self._tried = True
             path = _directory(args) / ROLLOUTS / f"step-{state.global_step}.html"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_page(path, run, title=f"Rollouts sampled before step {state.global_step}")
+            if not due:
+                path.unlink()
 
 
 class StopOnSigterm(TrainerCallback):

@@ -2,7 +2,7 @@
 
 TRL samples, forms groups and advantages, weighs, logs and optimises. What is added: the rollouts' exact token ids reach
 the saliency computation together with the live policy (`AtManGRPOTrainer.saliency` is an ordinary TRL reward function);
-NaN stops the run with its rollout on disk. That a run can be resumed exactly is `atmanrl.training.resumable`'s part.
+NaN stops the run with its rollout on disk. That a run can be resumed exactly is `atmanrl.training.checkpoints`'s part.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
-from atmanrl.chat import end_of_turn_ids
-from atmanrl.completions import CompletionSplit, rollout_from_completion, split_completion
+from atmanrl.answers import CompletionSplit, rollout_from_completion, split_completion
 from atmanrl.evaluation.recording import Completion, record_one, score_name
 from atmanrl.evaluation.records import Run
-from atmanrl.plain_copy import is_whole
-from atmanrl.rhythm.assignment import CreditAssignment, weighted_advantages
+from atmanrl.generation import recipe_alone
+from atmanrl.models import encode_prompt, end_of_turn_ids, is_whole
+from atmanrl.rhythm.credit import CreditAssignment, weighted_advantages
 from atmanrl.rollout import Rollout
-from atmanrl.saliency import NonFiniteLossError, working_copy
-from atmanrl.saliency.estimators import Estimator, Mask, TokenScores, estimate_saliency
-from atmanrl.saliency.packing import loss_tokens
+from atmanrl.saliency import NonFiniteLossError, TokenScores, estimate_saliency, working_copy
 from atmanrl.tasks import Task
-from atmanrl.training.grpo_config import AtManGRPOConfig
-from atmanrl.training.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
-from atmanrl.training.resumable import ResumableGRPOTrainer
-from atmanrl.training.rewards import saliency_reward
+from atmanrl.training.checkpoints import ResumableGRPOTrainer
+from atmanrl.training.config import AtManGRPOConfig
+from atmanrl.training.rewards import (
+    log_values,
+    mask_metrics,
+    restored_per_class,
+    saliency_reward,
+    tokens_per_class,
+)
 
 __all__ = ["AtManGRPOConfig", "AtManGRPOTrainer", "NonFiniteError"]
 
@@ -154,10 +157,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         # TRL leaves a rollout whose rewards are all NaN out of its group; one whose mask failed must get there.
         rewards[active] = torch.nan
         with self._clock("saliency"):
-            model = self._policy()
-        estimator = self._reading_credit(model, rollouts, active)
-        with self._clock("saliency"):
-            active, masks = self._scores(model, rollouts, active, estimator)
+            active, masks = self._scores(self._policy(), rollouts, active)
         self._batch.masks = dict(zip(active, masks, strict=True))
         rewards[active] = saliency_reward(masks, self.args.direction, self.args.reduction)
         classes = self._classes()
@@ -197,12 +197,21 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
     # The seams in TRL's trainer.
 
     def _generate(self, prompts: list[Any]) -> Any:
-        with self._clock("generation"):
+        # vLLM is told every setting, and has no generation config of its own to fill gaps from.
+        alone = recipe_alone(self.accelerator.unwrap_model(self.model), getattr(self, "generation_config", None))
+        with self._clock("generation"), alone:
             generated = super()._generate(prompts)
         if generated[2] is not None:
             raise ValueError(f"env_mask: {_FOREIGN_TOKENS}")
         self._batch.prompt_ids = generated[0]
         return generated
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        if isinstance(self.processing_class, ProcessorMixin):
+            return super()._tokenize_prompts(prompts)
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        kwargs = {**template, **self.chat_template_kwargs}
+        return [encode_prompt(self.processing_class, prompt, kwargs) for prompt in prompts], None, {}
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids: list[list[int]]
@@ -309,24 +318,11 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
         with self.accelerator.autocast():
             return working_copy(self.accelerator.unwrap_model(self.model))
 
-    def _reading_credit(self, model: PreTrainedModel, rollouts: Sequence[Rollout], active: Sequence[int]) -> Estimator:
-        """What scores the tokens. A forward that the credit needs runs now, and gives it the losses without a mask."""
-        estimator: Estimator = self.args.estimator()
-        if not self._credit.needs_forward:
-            return estimator
-        answers = {}
-        if isinstance(estimator, Mask) and self.args.target == "predicted" and estimator.config.weights == "model":
-            answers = {i: loss_tokens(rollouts[i], estimator.config.answer_loss) for i in active}
-        with self._clock("credit"):
-            losses = self._credit.forward(model, self._batch.prompt_ids, self._batch.completion_ids, answers)
-        if isinstance(estimator, Mask) and answers:
-            estimator = replace(estimator, loss_unmasked={rollouts[i]: losses[i] for i in answers})
-        return estimator
-
     def _scores(
-        self, model: PreTrainedModel, rollouts: Sequence[Rollout], active: list[int], estimator: Estimator
+        self, model: PreTrainedModel, rollouts: Sequence[Rollout], active: list[int]
     ) -> tuple[list[int], list[TokenScores]]:
         """Scores of the ``active`` rollouts, in one call; those left out as non-finite are missing from both."""
+        estimator = self.args.estimator()
         while True:
             try:
                 return active, estimate_saliency(model, [rollouts[i] for i in active], estimator, progress=False)

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, BLOCK_SIZES_VARIABLE
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, BLOCK_SIZES_VARIABLE, kernels_label
 from atman_kernels.processes import HUNG, run_checks
 from benchmarks import checks, device, gpu, timing, tune
 from benchmarks.cases import TARGET_CASES, AttentionCase, attention_cases
@@ -74,7 +74,7 @@ def test_every_stage_passes_and_leaves_its_results(tmp_path: Path, monkeypatch: 
     assert content["commit"] == "abc1234"
     assert set(content["stages"].values()) == {"passed"}
     assert [stage.name for stage in gpu.stages(Device(results))] == list(content["stages"])
-    tuned_label = device.kernels_label(Device(results).tuned_block_sizes())
+    tuned_label = kernels_label(Device(results).tuned_block_sizes())
     for section, names in (("smoke", None), ("checks", set(REHEARSAL))):
         for label, outcomes in content[section].items():
             assert set(outcomes.values()) == {"passed"}
@@ -230,12 +230,12 @@ def test_results_of_other_kernels_or_block_sizes_have_another_name(tmp_path: Pat
     (tmp_path / "same.json").write_text(json.dumps(table, indent=1))
     table["sm_90"]["forward"]["2"]["128"] = [64, 64, 4, 2]
     (tmp_path / "other.json").write_text(json.dumps(table))
-    committed = device.kernels_label(BLOCK_SIZES_FILE)
-    assert device.kernels_label(tmp_path / "same.json") == committed
-    assert device.kernels_label(tmp_path / "other.json") != committed
+    committed = kernels_label(BLOCK_SIZES_FILE)
+    assert kernels_label(tmp_path / "same.json") == committed
+    assert kernels_label(tmp_path / "other.json") != committed
     paths = {
         device.results_file("checks", {"device": "a b", "commit": "c", "kernels": label}, tmp_path)
-        for label in (committed, device.kernels_label(tmp_path / "other.json"))
+        for label in (committed, kernels_label(tmp_path / "other.json"))
     }
     assert len(paths) == 2
 

@@ -1,21 +1,18 @@
-"""A headless Chromium spoken to through chromedriver's own protocol (W3C WebDriver), without a client package."""
+"""A headless Chromium for the tests of the page, driven by Selenium."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Without the environment's proxy, which does not know this machine's ports.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-_ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.proxy import Proxy, ProxyType
+
 _FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -40,94 +37,52 @@ def missing() -> str | None:
 class Browser:
     """One page at a time."""
 
-    def __init__(self, address: str, profile: Path) -> None:
-        self._address = address
-        options = {"args": [*_FLAGS, f"--user-data-dir={profile}"], "binary": shutil.which("chromium")}
-        capabilities = {
-            "browserName": "chrome",
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL"},
-        }
-        session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
-        self._session = f"/session/{session['sessionId']}"
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self._driver = driver
 
     def open(self, path: Path) -> None:
-        self._call("POST", f"{self._session}/url", {"url": path.as_uri()})
+        self._driver.get(path.as_uri())
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value of a function body run in the page."""
-        return self._call("POST", f"{self._session}/execute/sync", {"script": script, "args": list(arguments)})
+        return self._driver.execute_script(script, *arguments)
 
     def hover(self, selector: str) -> None:
-        self._pointer(selector, [])
+        self._pointer(selector).perform()
 
     def click(self, selector: str) -> None:
-        self._pointer(selector, [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}])
+        self._pointer(selector).click().perform()
 
     def press(self, *keys: str) -> None:
-        """Keys by their WebDriver code points."""
-        strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self._act({"type": "key", "id": "keyboard", "actions": strokes})
+        ActionChains(self._driver).send_keys(*keys).perform()
 
     def emulate(self, media: str = "", scheme: str = "light") -> None:
         """Show the page as on that medium ("print"; "" for a screen) and under that colour scheme."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        command = {"cmd": "Emulation.setEmulatedMedia", "params": {"media": media, "features": features}}
-        self._call("POST", f"{self._session}/goog/cdp/execute", command)
+        self._driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
 
     def messages(self) -> list[str]:
         """What the console was told since the last call."""
-        return [entry["message"] for entry in self._call("POST", f"{self._session}/se/log", {"type": "browser"})]
+        return [entry["message"] for entry in self._driver.get_log("browser")]
 
-    def close(self) -> None:
-        self._call("DELETE", self._session, None)
-
-    def _pointer(self, selector: str, buttons: list[dict[str, Any]]) -> None:
-        found = self._call("POST", f"{self._session}/element", {"using": "css selector", "value": selector})
+    def _pointer(self, selector: str) -> ActionChains:
+        found = self._driver.find_element(By.CSS_SELECTOR, selector)
         self.run("arguments[0].scrollIntoView({block: 'center'})", found)
-        move = {"type": "pointerMove", "origin": {_ELEMENT: found[_ELEMENT]}, "x": 0, "y": 0, "duration": 0}
-        self._act({"type": "pointer", "id": "mouse", "actions": [move, *buttons]})
-
-    def _act(self, source: dict[str, Any]) -> None:
-        self._call("POST", f"{self._session}/actions", {"actions": [source]})
-
-    def _call(self, method: str, path: str, body: Any) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self._address + path, data, {"Content-Type": "application/json"}, method=method
-        )
-        try:
-            with _DIRECT.open(request, timeout=60) as response:
-                return json.load(response)["value"]
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(json.load(error)["value"]["message"]) from error
+        return ActionChains(self._driver, duration=0).move_to_element(found)
 
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """Start chromedriver and Chromium; both end with the block."""
-    with subprocess.Popen(
-        ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as driver:
-        try:
-            page = Browser(f"http://127.0.0.1:{_port(driver)}", profile)
-            try:
-                yield page
-            finally:
-                page.close()
-        finally:
-            driver.terminate()
-
-
-def _port(driver: subprocess.Popen[str]) -> int:
-    assert driver.stdout is not None
-    # Its end is that of the lines below.
-    overdue = threading.Timer(60, driver.kill)
-    overdue.start()
+    """Start chromedriver and Chromium with an empty profile; both end with the block."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (*_FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    # It does not know this machine's ports.
+    options.proxy = Proxy({"proxyType": ProxyType.DIRECT})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        for line in driver.stdout:
-            if "started successfully on port" in line:
-                return int(line.rstrip(".\n ").rsplit(" ", 1)[1])
+        yield Browser(driver)
     finally:
-        overdue.cancel()
-    raise RuntimeError("chromedriver did not start")
+        driver.quit()

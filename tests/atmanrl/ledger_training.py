@@ -8,9 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from atmanrl import MaskConfig
-from atmanrl.config import DataConfig, LedgerConfig
+from atmanrl.config import DataConfig, LedgerConfig, ModelConfig
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig
 from atmanrl.tasks import Task, load_task
 from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 

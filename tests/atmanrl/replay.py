@@ -13,13 +13,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from trl import GRPOTrainer
 
 from atmanrl import MaskConfig
-from atmanrl.chat import encode_prompt
-from atmanrl.config import CreditConfig, DataConfig, LedgerConfig
-from atmanrl.models import load_policy
-from atmanrl.plain_copy import plain_copy
-from atmanrl.recipe import ModelConfig
+from atmanrl.config import CreditConfig, DataConfig, LedgerConfig, ModelConfig
+from atmanrl.models import encode_prompt, load_policy, plain_copy
 from atmanrl.tasks import load_task
-from atmanrl.training.processes import part_from_others
+from atmanrl.training.run import part_from_others
 from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 GROUP, QUERIES, PASSES, BATCHES = 4, 3, 2, 2

@@ -6,13 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atmanrl.evaluation.agreement import auroc, precision_at_k, ranks, spearman
+from atmanrl.evaluation.summary import auroc, precision_at_k, spearman
 
 scores = st.lists(st.integers(-3, 3), min_size=2, max_size=12)
-
-
-def test_ties_share_their_mean_rank():
-    assert ranks([10, 20, 10, 30]).tolist() == [1.5, 3, 1.5, 4]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atmanrl.training.batches import BatchArithmetic, BatchArithmeticError
+from atmanrl.training.config import BatchArithmetic, BatchArithmeticError
 
 PAPER = {
     "num_generations": 8,

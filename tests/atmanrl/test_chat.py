@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from atmanrl.chat import encode_prompt, end_of_turn_ids
 from atmanrl.config import DataConfig
+from atmanrl.models import encode_prompt, end_of_turn_ids
 from atmanrl.tasks import load_task
 from atmanrl.tasks.ledger.vocabulary import build_tokenizer
 from tests.atmanrl.tiny import BOS, CHAT_TEMPLATE, END_OF_TEXT, EOT, PAD, byte_level_tokenizer, write_gsm8k

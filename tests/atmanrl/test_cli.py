@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import doctor
 from atmanrl.cli import main
+from atmanrl.config import ModelConfig
 from atmanrl.models import load_model, source_of
-from atmanrl.recipe import ModelConfig
 from tests.atmanrl.tiny import byte_level_tokenizer, llama, write_gsm8k
 
 QUICK = [

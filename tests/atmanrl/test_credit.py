@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from atmanrl.config import CreditConfig, SeriesConfig
 from atmanrl.rhythm import credit
-from atmanrl.rhythm.assignment import gammas, weighted_advantages
+from atmanrl.rhythm.credit import gammas, weighted_advantages
 from atmanrl.rhythm.series import RolloutSeries
 
 WAAD = torch.tensor([1.0, 4.0, 0.5, 0.6, 3.0])

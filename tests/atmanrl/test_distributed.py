@@ -16,11 +16,10 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from atmanrl.chat import encode_prompt
-from atmanrl.config import DataConfig, LedgerConfig
+from atmanrl.config import DataConfig, LedgerConfig, ModelConfig
 from atmanrl.generation import GenerationSettings, generate
-from atmanrl.models import load_policy
-from atmanrl.recipe import RECIPES, ModelConfig
+from atmanrl.models import encode_prompt, load_policy
+from atmanrl.recipe import RECIPES
 from atmanrl.tasks import load_task
 from tests.atmanrl.launch import TWO, run_to_its_end
 from tests.atmanrl.replay import BATCHES, GROUP, QUERIES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -13,22 +14,22 @@ from atmanrl import ESTIMATORS, MaskConfig, Rollout, estimate_saliency, optimize
 from atmanrl.config import SeriesConfig
 from atmanrl.evaluation.interventions import Variant, outcomes
 from atmanrl.rhythm.series import attention_series
-from atmanrl.saliency import NonFiniteLossError, budget
-from atmanrl.saliency.estimators import (
+from atmanrl.saliency import (
     FutureInfluence,
     Gradient,
     Integrated,
     Mask,
+    NonFiniteLossError,
     Random,
     ReceivedAttention,
     SparseMask,
     Suppression,
+    batches,
     make_estimator,
     substitution_effects,
 )
-from atmanrl.saliency.estimators.suffixes import Suffix, suffix_losses
-from atmanrl.saliency.estimators.suppression import similar_tokens
-from atmanrl.saliency.packing import PackedRollouts
+from atmanrl.saliency.leave_one_out import Suffix, similar_tokens, suffix_losses
+from atmanrl.saliency.packing import PackedRollouts, whole
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 # transformers' norms round to float32, whatever the model's dtype.
@@ -124,18 +125,10 @@ def test_gradient_is_the_slope_of_the_loss_in_each_column():
         assert float(item.scores[token]) == pytest.approx(-slope, rel=2e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("path", ["bias", "weight"])
-def test_integrated_scores_sum_to_what_suppression_adds_to_the_loss(path):
+def test_integrated_scores_sum_to_what_suppression_adds_to_the_loss():
     model, rollouts = tiny_model(dtype=torch.float64), random_rollouts(LENGTHS)
-    for item in estimate_saliency(model, rollouts, Integrated(depth=-3.0, steps=20, path=path)):
+    for item in estimate_saliency(model, rollouts, Integrated(depth=-3.0, steps=20)):
         assert float(item.scores.sum()) == pytest.approx(item.loss_initial - item.loss_unmasked, rel=1e-2)
-
-
-def test_calibration_starts_where_the_loss_has_risen_by_the_share_asked_for():
-    model, (rollout, *_) = tiny_model(dtype=torch.float64), random_rollouts([(9, 1, 2)])
-    deep, free = (dense_loss(model, rollout, torch.full((9,), bias)) for bias in (-8.0, 0.0))
-    (item,) = estimate_saliency(model, [rollout], Integrated(steps=20, calibrate=0.5, bisections=20))
-    assert float(item.scores.sum()) == pytest.approx(0.5 * (deep - free), abs=1e-5)
 
 
 def test_mask_is_optimize_masks():
@@ -148,29 +141,25 @@ def test_mask_is_optimize_masks():
         assert (item.loss_initial, item.loss_final) == pytest.approx((expected.loss_initial, expected.loss_final))
 
 
-# In these an idle token ends at 0, and the score is m itself.
-@pytest.mark.parametrize(
-    ("start", "rule"),
-    [("enabled", "adam"), ("suppressed", "adam"), ("suppressed", "normalized-sgd"), ("suppressed", "spectral")],
-)
-def test_sparse_mask_keeps_to_its_box_and_lowers_its_objective(start, rule):
+def test_sparse_mask_keeps_to_its_box_and_lowers_its_objective():
     model, rollouts = tiny_model(), random_rollouts(LENGTHS)
-    estimator = SparseMask(start=start, rule=rule, depth=-4.0, sparsity=0.01, steps=25, lr=0.05, reading="last")
-    first = 1.0 if start == "enabled" else 0.0
+    estimator = SparseMask(depth=-4.0, sparsity=0.01, steps=25, lr=0.05, record_every=10)
     for rollout, item in zip(rollouts, estimate_saliency(model, rollouts, estimator), strict=True):
-        assert ((item.scores >= 0) & (item.scores <= 1)).all()
-        loss = dense_loss(model, rollout, -4.0 * (1 - item.scores))
+        masks = item.trajectory.scores
+        assert item.trajectory.steps.tolist() == [0, 10, 20, 25]
+        assert ((masks >= 0) & (masks <= 1)).all()
+        assert masks[0].tolist() == [1.0] * len(rollout.cot_ids)
+        loss = dense_loss(model, rollout, -4.0 * (1 - masks[-1]))
         assert loss == pytest.approx(item.loss_final, abs=1e-4)
-        assert torch.equal(item.restored, item.scores)
-        before = item.loss_initial + 0.01 * first * len(rollout.cot_ids)
-        assert item.loss_final + 0.01 * float(item.scores.sum()) <= before + 1e-6
+        before = item.loss_initial + 0.01 * len(rollout.cot_ids)
+        assert item.loss_final + 0.01 * float(masks[-1].sum()) <= before + 1e-6
 
 
-def test_spectral_steps_are_as_long_as_the_curvature_along_the_last_one_allows():
+def test_a_step_of_the_sparse_mask_goes_down_the_gradient_over_its_largest_magnitude():
     model, (rollout, *_) = tiny_model(dtype=torch.float64), random_rollouts([(9, 1, 2)])
-    estimator = SparseMask(rule="spectral", depth=-4.0, sparsity=0.01, steps=4, lr=0.3, record_every=1)
-    (item,) = estimate_saliency(model, [rollout], estimator)
-    masks = item.course.scores
+    (item,) = estimate_saliency(
+        model, [rollout], SparseMask(depth=-4.0, sparsity=0.01, steps=3, lr=0.3, record_every=1)
+    )
 
     def gradient(mask):
         step = 3e-3 * torch.eye(9, dtype=torch.float64)
@@ -180,22 +169,17 @@ def test_spectral_steps_are_as_long_as_the_curvature_along_the_last_one_allows()
         ]
         return torch.tensor(slopes, dtype=torch.float64) / 6e-3 + 0.01
 
-    lengths = []
-    for before, now, after in zip(masks, masks[1:], masks[2:], strict=False):
-        moved, slope = now - before, gradient(now)
-        curvature = float(moved @ (slope - gradient(before)) / (moved @ moved))
-        steepest = float(slope.abs().max().clamp(min=0.01))
-        length = min(max(1 / max(curvature, 1e-9), 0.03 / steepest), 1 / steepest)
-        lengths.append((length, steepest))
-        torch.testing.assert_close(after, (now - length * slope).clamp(0, 1), atol=1e-3, rtol=0)
-    assert any(0.031 < length * steepest < 0.99 for length, steepest in lengths), "every length was cut to a bound"
+    for now, after in itertools.pairwise(item.trajectory.scores):
+        slope = gradient(now)
+        # The idle token's gradient is the price.
+        steepest = slope.abs().max().clamp(min=0.01)
+        torch.testing.assert_close(after, (now - 0.3 * slope / steepest).clamp(0, 1), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("rule", ["adam", "normalized-sgd"])
-def test_sparse_mask_scores_tokens_that_the_answer_cannot_see_at_zero(rule):
+def test_sparse_mask_scores_tokens_that_the_answer_cannot_see_at_zero():
     # Three layers with a window of 7 reach 18 tokens back from the row that predicts the answer, the chain's last.
     model, rollouts = tiny_model("mistral window"), random_rollouts([(40, 0, 1), (4, 0, 1)])
-    far, near = estimate_saliency(model, rollouts, SparseMask(rule=rule))
+    far, near = estimate_saliency(model, rollouts, SparseMask())
     assert far.scores[:21].tolist() == pytest.approx([0.0] * 21, abs=1e-6)
     assert far.scores[21:].abs().max() > 0.1
     assert near.scores.abs().max() > 0.1
@@ -252,9 +236,9 @@ def test_the_general_path_packs_what_fits_the_free_memory(monkeypatch):
     plenty = estimate_saliency(model, rollouts, "gradient")
     rows = watch_rows(model)
     estimate_saliency(model, rollouts, "gradient")
-    probe, *batches = rows
-    assert batches == [6 * probe]
-    monkeypatch.setattr(budget, "_free_bytes", lambda device: 4 * budget.kept_bytes_of(model, rollouts[0]))
+    probe, *packed = rows
+    assert packed == [6 * probe]
+    monkeypatch.setattr(batches, "free_bytes", lambda device: 4 * batches.kept_bytes_of(model, whole(rollouts[0])))
     rows.clear()
     scarce = estimate_saliency(model, rollouts, "gradient")
     assert len(rows) > 4
@@ -289,7 +273,6 @@ def test_where_memory_runs_out_half_of_the_batch_is_tried(monkeypatch, name):
         Mask(MaskConfig(steps=4)),
         SparseMask(),
         Integrated(steps=3),
-        Integrated(steps=2, calibrate=0.5),
         Gradient(),
         Suppression(),
         Suppression(log_factor=-2.3),
@@ -320,6 +303,20 @@ def test_stated_passes_are_the_rows_that_the_model_runs(estimator):
     assert sum(forward) == pytest.approx(prompt + passes.forward * rows)
     assert sum(backward) == pytest.approx(passes.backward * rows)
     assert passes.total == passes.forward + passes.backward
+
+
+def test_the_unaltered_run_is_computed_once_however_many_batches_its_variants_take():
+    model, (rollout,) = tiny_model("gemma3"), random_rollouts([(9, 2, 3)])
+    rows = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    estimate_saliency(model, [rollout], "leave-one-out", token_budget=40)
+    assert len(rows) > 3
+    own = len(rollout.completion_ids) - 1
+    assert sum(rows) == pytest.approx(
+        len(rollout.prompt_ids) + make_estimator("leave-one-out").passes(rollout).forward * own
+    )
 
 
 def test_scores_in_nats_become_shares_of_the_probability_that_a_token_carries():
@@ -386,10 +383,7 @@ def test_names_are_those_of_the_estimators_and_a_wrong_one_is_answered_with_the_
         (lambda: Suppression(log_factor=0.1), "log_factor must be negative, got 0.1"),
         (lambda: Suppression(similarity=2), r"similarity must lie in \[-1, 1\], got 2"),
         (lambda: Integrated(depth=1.0), "depth must be negative, got 1.0"),
-        (lambda: Integrated(steps=0), "steps and bisections must be at least 1, got 0 and 6"),
-        (lambda: Integrated(path="straight"), "path must be one of bias, weight, got 'straight'"),
-        (lambda: Integrated(calibrate=0.0), r"calibrate must lie in \(0, 1\] or be None, got 0.0"),
-        (lambda: SparseMask(rule="sgd"), "rule must be one of adam, normalized-sgd, spectral, got 'sgd'"),
+        (lambda: Integrated(steps=0), "steps must be at least 1, got 0"),
         (lambda: SparseMask(depth=0.0), "depth must be negative, got 0.0"),
         (lambda: SparseMask(sparsity=0.0), "need steps >= 1, lr > 0 and sparsity > 0, got 9, 0.3 and 0.0"),
         (lambda: SparseMask(lr=-1.0), "need steps >= 1, lr > 0 and sparsity > 0"),

@@ -6,15 +6,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import Rollout, optimize_masks
 from atmanrl.answers import GSM8K_ANSWER
-from atmanrl.chat import encode_prompt
 from atmanrl.config import DataConfig, MaskConfig
-from atmanrl.evaluation.comparison import write_comparison
+from atmanrl.evaluation.compare import write_comparison
 from atmanrl.evaluation.evaluate import evaluate
 from atmanrl.evaluation.recording import Completion, record, token_texts
 from atmanrl.evaluation.records import Run
 from atmanrl.evaluation.summary import compare
 from atmanrl.generation import GenerationSettings, generate
-from atmanrl.saliency.estimators import Mask
+from atmanrl.models import encode_prompt
+from atmanrl.saliency import Mask
 from atmanrl.tasks import load_task
 from atmanrl.tasks.ledger import CHECKPOINT
 from tests.atmanrl.tiny import EOT, byte_level_tokenizer, llama
@@ -131,7 +131,7 @@ def test_no_rows_are_refused(ledger):
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": -1.0}, "temperature must not be negative"),
-        ({"top_p": 0.0}, "top_p must lie in"),
+        ({"temperature": float("nan")}, "temperature must not be negative"),
         ({"temperature": 0.0, "samples": 2}, "2 samples at temperature 0"),
     ],
 )
@@ -206,3 +206,40 @@ def test_a_comparison_leaves_its_files_and_its_table(ledger_run, tmp_path, capsy
 def test_an_evaluation_survives_its_file(ledger_run, tmp_path):
     ledger_run.save(tmp_path / "before.json")
     assert Run.load(tmp_path / "before.json") == ledger_run
+
+
+def test_rows_that_cannot_be_used_are_recorded_and_the_others_evaluated(ledger):
+    model, tokenizer, task = ledger
+    good = dict(task.test[0])
+    rows = [
+        good,
+        {**good, "prompt": "a " * 300},
+        {"prompt": good["prompt"]},
+        {**good, "answer": 7},
+        {**good, "prompt": 3},
+        good,
+    ]
+    run = evaluate(model, tokenizer, task, rows, label="x", generation=SETTINGS, estimator="gradient")
+    assert [item.unusable for item in run.rollouts] == [False, False, True, True, True, True]
+    assert [item.prompt_id for item in run.rollouts] == [f"ledger-{i}" for i in (0, 5, 1, 2, 3, 4)]
+    reasons = [item.skipped for item in run.rollouts[2:]]
+    assert "more than the model's context of 256" in reasons[0]
+    assert "lacks the column answer" in reasons[1]
+    assert "the gold answer 7" in reasons[2]
+    with pytest.raises(ValueError, match=r"none of 2 rows .* can be used; prompt 0 lacks the column answer"):
+        evaluate(model, tokenizer, task, [rows[2]] * 2, label="x")
+
+
+def test_a_model_that_cannot_be_scored_is_refused_before_anything_is_generated(ledger, monkeypatch):
+    model, tokenizer, task = ledger
+
+    def generated(*arguments, **options):
+        raise AssertionError("completions were generated")
+
+    def unsupported(*arguments, **options):
+        raise ValueError("no bias reaches this model")
+
+    monkeypatch.setattr("atmanrl.evaluation.evaluate.generate", generated)
+    monkeypatch.setattr("atmanrl.evaluation.recording.estimate_saliency", unsupported)
+    with pytest.raises(ValueError, match="no bias reaches this model"):
+        evaluate(model, tokenizer, task, label="x", generation=SETTINGS)

@@ -6,16 +6,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import Rollout, estimate_saliency
-from atmanrl.evaluation import interventions
 from atmanrl.evaluation.faithfulness import (
     added_mistakes,
     early_answering,
     filler_substitution,
     score_curves,
-    substitution,
 )
 from atmanrl.evaluation.interventions import Variant, answer_log_probabilities, outcomes
-from atmanrl.saliency.estimators import suffixes
+from atmanrl.saliency import batches
 from atmanrl.tasks.ledger import CHECKPOINT
 
 PROMPT = "a 6 c 0 b 6 e 8 d 4 ? c b e <cot>"
@@ -79,15 +77,15 @@ def test_a_variant_does_not_depend_on_its_batch(ledger):
 
 def sizes_of_batches(monkeypatch, fails_above=None):
     sizes = []
-    original = interventions.pack
+    original = batches.pack
 
-    def packed(rollouts, **options):
-        sizes.append(len(rollouts))
-        if fails_above is not None and len(rollouts) > fails_above:
+    def packed(segments, **options):
+        sizes.append(len(segments))
+        if fails_above is not None and len(segments) > fails_above:
             raise torch.OutOfMemoryError("no room")
-        return original(rollouts, **options)
+        return original(segments, **options)
 
-    monkeypatch.setattr(interventions, "pack", packed)
+    monkeypatch.setattr(batches, "pack", packed)
     return sizes
 
 
@@ -95,10 +93,13 @@ def test_where_memory_runs_out_half_of_the_rows_are_tried_and_kept(ledger, monke
     model, rollouts, _ = ledger
     variants = [Variant(rollouts[1])] * 8
     expected = outcomes(model, variants)
-    rows = 4 * len(rollouts[1].completion_ids)
+    own, prompt = len(rollouts[1].completion_ids) - 1, len(rollouts[1].prompt_ids)
+    # Six and their prompt; half of it holds the prompt and two.
+    rows = 6 * own + prompt
+    assert 2 * own + prompt <= rows // 2 < 3 * own + prompt
     sizes = sizes_of_batches(monkeypatch, fails_above=2)
     assert [x.nll for x in outcomes(model, variants, rows=rows)] == pytest.approx([x.nll for x in expected], rel=1e-4)
-    assert sizes == [4, 2, 2, 2, 2]
+    assert sizes == [6, 2, 2, 2, 2]
     sizes = sizes_of_batches(monkeypatch, fails_above=0)
     with pytest.raises(torch.OutOfMemoryError):
         outcomes(model, variants, rows=rows)
@@ -107,17 +108,13 @@ def test_where_memory_runs_out_half_of_the_rows_are_tried_and_kept(ledger, monke
 @pytest.mark.parametrize("intervene", [early_answering, lambda m, r: estimate_saliency(m, r, "leave-one-out")])
 def test_interventions_keep_to_the_free_memory(ledger, monkeypatch, intervene):
     model, rollouts, _ = ledger
-    module = interventions if intervene is early_answering else suffixes
-    name = "pack" if intervene is early_answering else "_pack"
-    original = getattr(module, name)
-    batches = []
-    monkeypatch.setattr(module, name, lambda *a, **k: batches.append(1) or original(*a, **k))
+    sizes = sizes_of_batches(monkeypatch)
     counts = []
     for free in (2**32, 2**18):
-        monkeypatch.setattr("atmanrl.saliency.budget._free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("atmanrl.saliency.batches.free_bytes", lambda device, free=free: free)
         intervene(model, rollouts)
-        counts.append(len(batches))
-        batches.clear()
+        counts.append(len(sizes))
+        sizes.clear()
     assert counts[0] == 1
     assert counts[1] > 1
 
@@ -127,13 +124,6 @@ def test_the_model_is_given_back_as_it_was(ledger):
     outcomes(model, [Variant(rollouts[0])])
     assert model.config._attn_implementation == "sdpa"
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_replacing_a_needed_value_changes_the_answer_and_replacing_filler_does_not(ledger):
-    model, rollouts, encode = ledger
-    for rollout, needed, filler in zip(rollouts, NEEDED_VALUE_AT, FILLER_AT, strict=True):
-        assert not any(x.unchanged for x in substitution(model, rollout, [(i, encode("3")[0]) for i in needed]))
-        assert all(x.unchanged for x in substitution(model, rollout, [(i, encode(",")[0]) for i in filler]))
 
 
 def test_a_mistake_in_a_needed_value_changes_the_answer_and_one_in_filler_does_not(ledger):
@@ -213,7 +203,6 @@ def test_an_unaltered_answer_is_unchanged_and_likely(ledger):
         (lambda m, r: outcomes(m, [Variant(r, np.zeros(2, bool))]), r"hidden has shape \(2,\)"),
         (lambda m, r: score_curves(m, [r], [[1.0]]), r"scores have shape \(1,\)"),
         (lambda m, r: score_curves(m, [r], [[0.0] * 11], fractions=(0.1, 0.5, 1)), "ascend from 0 to 1"),
-        (lambda m, r: substitution(m, r, [(11, 0)]), "position 11 lies outside the 11"),
         (lambda m, r: filler_substitution(m, [r], []), "filler_ids is empty"),
         (lambda m, r: outcomes(m, [Variant(replace(r, prompt_ids=(1,), cot_ids=()))]), "leave no prefix"),
     ],

@@ -151,8 +151,8 @@ def out_of_memory_on_a_cpu() -> None:
         ("trl.GRPOTrainer._compute_loss", "update", "per_device_train_batch_size down"),
         ("trl.GRPOTrainer._generate_single_turn", "generation", "max_completion_length"),
         ("atmanrl.training.trainer.estimate_saliency", "saliency", "LoRA"),
-        ("atmanrl.rhythm.assignment.attention_series", "credit", "credit_assignment.strategy"),
-        ("atmanrl.training.before_after.evaluate", "evaluation", "evaluation.batch_size"),
+        ("atmanrl.rhythm.credit.attention_series", "credit", "credit_assignment.strategy"),
+        ("atmanrl.training.run.evaluate", "evaluation", "evaluation.batch_size"),
     ],
     ids=["update", "generation", "saliency", "credit", "evaluation"],
 )
@@ -180,7 +180,7 @@ def test_want_of_memory_is_said_with_the_settings_that_need_less_of_it(
 def test_want_of_memory_before_training_is_said_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("atmanrl.training.before_after.evaluate", lambda *rest, **options: out_of_memory_on_a_gpu())
+    monkeypatch.setattr("atmanrl.training.run.evaluate", lambda *rest, **options: out_of_memory_on_a_gpu())
     assert main([*COMMAND, "--evaluation.prompts", "2", "--output_dir", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert "out of memory during evaluation: " in error

@@ -17,9 +17,8 @@ import transformers.modeling_utils
 
 from atmanrl import MaskConfig, Rollout, optimize_masks
 from atmanrl.cli import main
-from atmanrl.models import load_model, load_policy
-from atmanrl.plain_copy import plain, plain_copy
-from atmanrl.recipe import ModelConfig
+from atmanrl.config import ModelConfig
+from atmanrl.models import load_model, load_policy, plain, plain_copy
 from atmanrl.saliency.decoder import why_unsupported
 from tests.atmanrl.tiny import llama
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from atmanrl.training.processes import part_from_others
+from atmanrl.training.run import part_from_others
 
 
 def gloo_threads() -> int:

@@ -88,11 +88,6 @@ def test_csv_has_a_row_per_token_with_every_score():
     assert [row["position"] for row in rows] == ["0", "1", "2", "0", "1", "2"]
 
 
-def test_normalized_is_one_minus_restored():
-    assert rollout(restored=(0.25, 0.5, 0.0)).normalized == (0.75, 0.5, 1.0)
-    assert rollout(restored=None).normalized is None
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

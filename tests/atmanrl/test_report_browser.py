@@ -2,18 +2,17 @@ import re
 from dataclasses import replace
 
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from atmanrl.evaluation.records import Trajectory
 from atmanrl.report import write_page
+from atmanrl.report.html import scored_html
 from atmanrl.report.scale import Scale, fitted_scale, fixed_scale
-from atmanrl.report.tokens import scored_html
 from tests.atmanrl import browser
 from tests.atmanrl.saliency_runs import HOSTILE, rollout, run
 
 pytestmark = pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
 
-# As the browser reads keys: https://www.w3.org/TR/webdriver2/#keyboard-actions
-ENTER, ESCAPE, RIGHT, END, TAB = "\ue007", "\ue00c", "\ue014", "\ue010", "\ue004"
 CARD = "const card = document.getElementById('card'); return card.hidden ? null : card.innerText"
 TINT = "return getComputedStyle(document.querySelector(arguments[0])).backgroundColor"
 TRANSPARENT = "rgba(0, 0, 0, 0)"
@@ -75,27 +74,27 @@ def test_a_click_keeps_the_card_and_draws_the_course(page):
     assert "⟨U+202E⟩teen." in page.run(CARD)
     assert page.run("return document.querySelectorAll('#card svg path').length") == 2
     assert "enabled, line\n0 → -0.3\nloss, dashes\n2 → 0.5" in page.run(CARD)
-    page.press(ESCAPE)
+    page.press(Keys.ESCAPE)
     assert page.run(CARD) is None
 
 
 def test_the_keyboard_reaches_every_token(page):
     page.run("document.querySelector('input[value=all]').focus()")
-    page.press(TAB)
+    page.press(Keys.TAB)
     assert page.run("return document.activeElement.className") == "cot"
     assert "1 of 3" in page.run(CARD)
-    page.press(RIGHT)
+    page.press(Keys.ARROW_RIGHT)
     assert "2 of 3" in page.run(CARD)
-    page.press(END, RIGHT)
+    page.press(Keys.END, Keys.ARROW_RIGHT)
     assert "3 of 3" in page.run(CARD)
-    page.press(ENTER)
+    page.press(Keys.ENTER)
     assert page.run("return document.querySelectorAll('#card svg').length") == 1
 
 
 def test_a_resting_pointer_does_not_take_the_card_from_the_keyboard(page):
     page.hover(".cot [data-i='1']")
     page.run("document.querySelector('input[value=all]').focus()")
-    page.press(TAB, END)
+    page.press(Keys.TAB, Keys.END)
     page.run("scrollBy(0, 1); scrollBy(0, -1)")
     assert "3 of 3" in page.run(CARD)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from atmanrl import Rollout, saliency_reward
-from atmanrl.saliency.result import RolloutSaliency
+from atmanrl.saliency import TokenScores
 
 
 def _item(restored, *, marker=1, answer=2, skipped=None):
-    mask = -0.4 * (1 - torch.tensor(restored, dtype=torch.float32))
+    scores = torch.tensor(restored, dtype=torch.float32)
     rollout = Rollout([1, 2], [3] * len(restored), [4] * answer, [5] * marker)
-    return RolloutSaliency(rollout, mask, init=-0.4, skipped=skipped)
+    return TokenScores("mask", rollout, scores, scores, skipped=skipped)
 
 
 def test_causal_weights_are_the_mean_over_eq_3s_lower_triangle():

@@ -11,9 +11,8 @@ import torch
 
 from atmanrl.cli import main
 from atmanrl.config import LedgerConfig
-from atmanrl.rhythm.report import couplings, jaccard, needed_rank
+from atmanrl.rhythm.report import couplings, jaccard, needed_rank, plot_series
 from atmanrl.rhythm.series import RolloutSeries
-from atmanrl.rhythm.series_plot import plot_series
 from atmanrl.tasks.ledger.generator import sample_examples
 
 
@@ -98,6 +97,7 @@ def test_sampled_completions_end_with_the_context(examples: Path, tmp_path: Path
         (["--statistics", "--estimator", "best"], "--estimator is not for --statistics"),
         (["--statistics", "--record-every", "2"], "--record-every is not for --statistics"),
         (["--plot", "series.png"], "--plot needs --statistics"),
+        (["--statistics", "--plot", "series.txt"], "--plot series.txt: unknown kind of picture"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(

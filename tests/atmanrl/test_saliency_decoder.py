@@ -9,12 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atman_kernels.hf import AtManAttention
 from atmanrl import MaskConfig, Rollout, optimize_masks
-from atmanrl.saliency.budget import saved_bytes
-from atmanrl.saliency.cost import DecoderShape, necessary_flops
+from atmanrl.saliency.cost import DecoderShape, necessary_flops, saved_bytes
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
-from atmanrl.saliency.frozen import frozen
-from atmanrl.saliency.likelihood import ModelLikelihood
-from atmanrl.saliency.packing import pack
+from atmanrl.saliency.likelihood import ModelLikelihood, frozen
+from atmanrl.saliency.packing import pack, whole
 from tests.atmanrl.tiny_models import FAMILIES, VOCABULARY, random_rollouts, tiny_model
 
 FAST = [family for family in FAMILIES if family != "gemma3"]
@@ -22,7 +20,7 @@ LENGTHS = [(1, 0, 1), (9, 0, 3), (14, 2, 1), (23, 3, 5)]
 
 
 def _batch(answer_loss="value"):
-    return pack(random_rollouts(LENGTHS), answer_loss=answer_loss, device=torch.device("cpu"))
+    return pack([whole(rollout, answer_loss) for rollout in random_rollouts(LENGTHS)], device=torch.device("cpu"))
 
 
 def _random_bias(batch):
@@ -183,7 +181,7 @@ def test_a_step_executes_at_most_1_05_times_the_necessary_operations(family):
 
 def test_necessary_operations_of_a_small_batch_counted_by_hand():
     model = tiny_model()
-    batch = pack([Rollout([1, 2], [3, 4], [5, 6])], answer_loss="value", device=torch.device("cpu"))
+    batch = pack([whole(Rollout([1, 2], [3, 4], [5, 6]))], device=torch.device("cpu"))
     # Rows: two of the CoT and the first of the answer; the last two predict the answer.
     h, dq, dkv, m, rows, n = 32, 64, 32, 48, 3, 2
     after = 2 * dq * h + 6 * h * m
@@ -208,7 +206,7 @@ def test_bytes_kept_for_the_backward_are_at_most_half_of_plain_autograds():
 @pytest.mark.parametrize("family", ["llama tied", "qwen3"])
 def test_the_bytes_said_to_be_kept_are_those_alive_between_forward_and_backward(family):
     model = tiny_model(family)
-    batch = pack([Rollout([1, 2], [3] * 400, [4, 5])] * 4, answer_loss="value", device=torch.device("cpu"))
+    batch = pack([whole(Rollout([1, 2], [3] * 400, [4, 5]))] * 4, device=torch.device("cpu"))
     bias = _random_bias(batch)
     with frozen(model):
         # Once before, so that nothing is made for the first time while it is watched.

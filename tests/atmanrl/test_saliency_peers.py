@@ -7,7 +7,7 @@ import torch
 
 from atmanrl.saliency import peers
 from atmanrl.saliency.decoder import FrozenDecoder
-from atmanrl.saliency.frozen import frozen
+from atmanrl.saliency.likelihood import frozen
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 

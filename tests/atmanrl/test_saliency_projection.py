@@ -9,8 +9,8 @@ from torch import nn
 
 from atmanrl import MaskConfig, optimize_masks
 from atmanrl.saliency.decoder import FrozenDecoder, why_unsupported
+from atmanrl.saliency.layers import projection, why_not_a_projection
 from atmanrl.saliency.likelihood import ModelLikelihood
-from atmanrl.saliency.projection import projection, why_not_a_projection
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 LENGTHS = [(9, 0, 3), (14, 2, 1), (5, 1, 2)]

@@ -6,11 +6,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl import estimate_saliency
 from atmanrl.config import MaskConfig
-from atmanrl.evaluation.agreement import spearman
 from atmanrl.evaluation.explain import Example, explain
+from atmanrl.evaluation.faithfulness import with_deletion_effects, with_faithfulness
 from atmanrl.evaluation.records import DELETION, Run
-from atmanrl.evaluation.scoring import with_deletion_effects, with_faithfulness
-from atmanrl.evaluation.summary import summarize
+from atmanrl.evaluation.summary import spearman, summarize
 from atmanrl.rollout import Rollout
 from atmanrl.tasks.ledger import CHECKPOINT
 

@@ -5,9 +5,8 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from atmanrl.evaluation.intervals import bootstrap_ratios, estimates
 from atmanrl.evaluation.records import MaskLoss, Run
-from atmanrl.evaluation.summary import compare, summarize
+from atmanrl.evaluation.summary import bootstrap_ratios, compare, estimates, summarize
 from tests.atmanrl.saliency_runs import rollout, run
 
 

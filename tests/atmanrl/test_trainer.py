@@ -14,10 +14,9 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from atmanrl import MaskConfig, estimate_saliency, optimize_masks, saliency_reward
-from atmanrl.completions import split_completion
-from atmanrl.config import DataConfig, LedgerConfig
+from atmanrl.answers import split_completion
+from atmanrl.config import DataConfig, LedgerConfig, ModelConfig
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig
 from atmanrl.rollout import Rollout
 from atmanrl.tasks import Task, load_task
 from atmanrl.training.callbacks import RolloutPages

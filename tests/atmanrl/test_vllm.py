@@ -11,11 +11,11 @@ import trl.trainer.grpo_trainer
 from transformers import PreTrainedModel
 
 from atmanrl import MaskConfig
-from atmanrl.config import DataConfig, LedgerConfig
+from atmanrl.config import DataConfig, LedgerConfig, ModelConfig
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.models import load_policy
-from atmanrl.recipe import ModelConfig, load_recipe
 from atmanrl.tasks import load_task
+from atmanrl.training.config import load_recipe
 from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
 
 
@@ -54,7 +54,7 @@ def test_rollouts_from_an_engine_are_scored_and_its_weights_renewed_once_per_bat
 ) -> None:
     Engine.made = []
     monkeypatch.setattr(trl.trainer.grpo_trainer, "VLLMGeneration", Engine)
-    keys = {key: value for key, value in load_recipe(name).training.items() if "vllm" in key}
+    keys = {key: value for key, value in load_recipe(name).values.items() if "vllm" in key}
     model, tokenizer = load_policy(ModelConfig("ledger"))
     args = AtManGRPOConfig(
         output_dir=str(tmp_path),

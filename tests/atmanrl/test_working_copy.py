@@ -12,9 +12,8 @@ from torch.multiprocessing import spawn
 
 from atmanrl import MaskConfig, estimate_saliency, optimize_masks
 from atmanrl.evaluation.faithfulness import early_answering
-from atmanrl.saliency import working_copy
+from atmanrl.saliency import substitution_effects, working_copy
 from atmanrl.saliency.decoder import why_unsupported
-from atmanrl.saliency.estimators import substitution_effects
 from tests.atmanrl.test_saliency_projection import with_adapters
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 

@@ -21,7 +21,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 """Directory of the starting checkpoint: model, tokenizer and ``record.json``, which says how it was made."""
 
 
-def load(config: DataConfig) -> Task:
+def load(config: DataConfig, left_out: list[str] | None = None) -> Task:
     """Ledger's rows by ``config.seed``; columns prompt, answer and asked (the names asked for).
 
     Raises:

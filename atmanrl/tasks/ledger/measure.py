@@ -11,8 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import atman_kernels.hf  # noqa: F401
-from atmanrl.answers import LEDGER_ANSWER
-from atmanrl.completions import split_completion
+from atmanrl.answers import LEDGER_ANSWER, split_completion
 from atmanrl.config import LedgerConfig
 from atmanrl.tasks.ledger.generator import Example, classify_tokens, sample_chain
 from atmanrl.tasks.ledger.model import complete
