@@ -20,6 +20,7 @@ from atmanrl.saliency.optimization import BatchOptimization
 from atmanrl.saliency.packing import PackedRollouts
 from atmanrl.saliency.progress import progress_bar
 from atmanrl.saliency.result import RolloutSaliency, SaliencyResult, skipped
+from atmanrl.saliency.support import check_model
 from atmanrl.saliency.working_copy import working_copy
 
 _log = logging.getLogger(__name__)
@@ -82,9 +83,10 @@ def optimize_masks(
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
     rollouts = tuple(rollouts)
     # Before anything that may fail on one rank alone: where weights are sharded, every rank takes part.
-    model = working_copy(model)
+    owner, model = model, working_copy(model)
     for index, rollout in enumerate(rollouts):
         check_fits(model, rollout, index)
+    check_model(model, owner)
     reasons = [reason_to_skip(rollout) for rollout in rollouts]
     active = [index for index, reason in enumerate(reasons) if reason is None]
     n_skipped = len(rollouts) - len(active)

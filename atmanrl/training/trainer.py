@@ -33,6 +33,7 @@ from atmanrl.rollout import Rollout
 from atmanrl.saliency import NonFiniteLossError, working_copy
 from atmanrl.saliency.estimators import Estimator, Mask, TokenScores, estimate_saliency
 from atmanrl.saliency.packing import loss_tokens
+from atmanrl.saliency.support import check_model
 from atmanrl.tasks import Task
 from atmanrl.training.grpo_config import AtManGRPOConfig
 from atmanrl.training.metrics import log_values, mask_metrics, restored_per_class, tokens_per_class
@@ -117,6 +118,8 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             callbacks=list(callbacks),
             **kwargs,
         )
+        if args.scores_tokens:
+            check_model(self._policy(), self.accelerator.unwrap_model(self.model))
         reduce = partial(self.accelerator.reduce, reduction="sum")
         self._credit = CreditAssignment(args.credit_assignment, reduce if self.accelerator.num_processes > 1 else None)
         self._end_ids = end_of_turn_ids(processing_class, self.eos_token_ids)

@@ -22,6 +22,7 @@ from atmanrl.saliency.estimators.interface import Estimator, TokenScores
 from atmanrl.saliency.estimators.masks import Mask, SparseMask
 from atmanrl.saliency.estimators.suppression import Suppression
 from atmanrl.saliency.result import NonFiniteLossError
+from atmanrl.saliency.support import check_model
 from atmanrl.saliency.working_copy import working_copy
 
 BEST = "sparse-mask"
@@ -99,9 +100,10 @@ def estimate_saliency(
     chosen = make_estimator(estimator) if isinstance(estimator, str) else estimator
     if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget must be at least 1, got {token_budget}")
-    model = working_copy(model)
+    owner, model = model, working_copy(model)
     for index, rollout in enumerate(rollouts):
         check_fits(model, rollout, index)
+    check_model(model, owner)
     reasons = [reason_to_skip(rollout) for rollout in rollouts]
     active = [index for index, reason in enumerate(reasons) if reason is None]
     if len(active) < len(rollouts):
