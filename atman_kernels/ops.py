@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels import reference
+from atman_kernels import reference, trust
 from atman_kernels.problem import AttentionProblem, Gradients
 
 # Names of the forced backends; "" lets the device decide.
@@ -52,8 +52,11 @@ attention_forward = torch.ops.atman_kernels.attention_forward.default
 attention_backward = torch.ops.atman_kernels.attention_backward.default
 
 
-def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
-    """The module that computes for this device and forced backend; None stands for the reference."""
+def kernels_for(backend: str, q: Tensor, path: str = trust.ATTENTION) -> ModuleType | None:
+    """The module that computes for this device and forced backend; None stands for the reference.
+
+    Where the device decides, a path of the GPU's kernels that failed its smoke test is passed over.
+    """
     # Only the reference computes in double precision.
     if backend == "reference" or (backend == "" and q.dtype == torch.float64):
         return None
@@ -61,7 +64,8 @@ def kernels_for(backend: str, q: Tensor) -> ModuleType | None:
         from atman_kernels import _triton
 
         _triton.require_runnable(q.device, q.dtype)
-        return _triton
+        # Who forces them gets them.
+        return None if backend == "" and trust.failed(path, q.device) else _triton
     from atman_kernels import _cpu
 
     return _cpu if _cpu.supports(q, forced=backend == "cpu") else None
@@ -113,7 +117,8 @@ def _backward(
     dkey_bias = x.k.new_empty(x.k.shape[:2], dtype=torch.float32) if needed[3] else None
     if dkey_bias is not None and not covers:
         dkey_bias.zero_()
-    variant = {"fused": True} if backend == TRITON_FUSED and not _must_be_deterministic() else {}
+    fused = backend == TRITON_FUSED and not _must_be_deterministic()
+    variant = {"fused": True} if fused and not (x.q.is_cuda and trust.failed(trust.FUSED, x.q.device)) else {}
     kernels.attention_backward(Gradients(dq, dk, dv, dkey_bias), do, dlse, o, lse, x, **variant)
     absent = x.q.new_empty(0)
     return (

@@ -35,6 +35,11 @@ class AttentionProblem(NamedTuple):
     causal: bool
     window: int | None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Operands and tables, in their order."""
+        return self[:9]
+
 
 class Gradients(NamedTuple):
     """What a backward fills, shaped like the operand each is the gradient of; None where it is not needed."""

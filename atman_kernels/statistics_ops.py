@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels import _cpu, ops, reference
+from atman_kernels import _cpu, ops, reference, trust
 from atman_kernels.problem import AttentionProblem, Statistics, StatisticsProblem
 
 _library = torch.library.Library("atman_kernels", "FRAGMENT")
@@ -50,7 +50,7 @@ def _statistics(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors_and_tables, sm_scale, attention_window, covers, backend, window, low, high, need_distance = operands
     bounds = (sm_scale, None if attention_window < 0 else attention_window, window, (low, high))
     x = StatisticsProblem._make((*tensors_and_tables, *bounds))
-    kernels = ops.kernels_for(backend, x.q)
+    kernels = ops.kernels_for(backend, x.q, trust.STATISTICS)
     if kernels is None:
         with ops.without_autocast(x.q):
             return reference.attention_statistics(x, need_distance)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from atman_kernels import attention, backend
+from atman_kernels import attention, backend, smoke, trust
 from atmanrl.training.directory import installed_versions
 
 _NOT_BUILT = "not built: CPU tensors use the reference (pip install .)"
@@ -53,7 +53,28 @@ def doctor(console: Console | None = None) -> int:
         seconds = f"{time.perf_counter() - start:.2f} s"
         table.add_row(name, device, "ok" if good else "FAILED", f"{error:.1e}", seconds)
     console.print(table)
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        failed |= _smoke_test(console)
     return int(failed)
+
+
+def _smoke_test(console: Console, device: str = "cuda") -> bool:
+    """Test every path of the GPU's kernels, say which are trusted and keep it; whether one failed."""
+    console.print("smoke test of the GPU's kernels, half a minute ...")
+    checks = smoke.smoke_checks(device)
+    failures = smoke.failing_paths(checks, device)
+    for path, fallback in trust.FALLBACKS.items():
+        if not any(name.startswith(path) for name in checks):
+            console.print(f"{path}: not on this device")
+        elif path in failures:
+            console.print(f"{path}: FAILED, {fallback} computes instead; {failures[path]}", soft_wrap=True)
+        else:
+            console.print(f"{path}: trusted")
+    try:
+        trust.keep(failures, torch.device(device, torch.cuda.current_device()))
+    except OSError as error:
+        console.print(f"this could not be kept for other processes: {error}", soft_wrap=True)
+    return bool(failures)
 
 
 TOLERANCE = 1e-5

@@ -209,8 +209,8 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _keys(nested, f"{prefix}{item.name}.")
 
 
-_NO_SETTINGS = ("record_every",)
-"""Fields of estimators that the commands fill by options of their own."""
+_NO_SETTINGS = ("record_every", "likelihood")
+"""Fields of estimators that the commands fill by options of their own, or that only code can give."""
 
 
 def _checked(given: Given, values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

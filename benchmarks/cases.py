@@ -80,14 +80,30 @@ def make_inputs(case: AttentionCase, dtype: torch.dtype, device: str) -> Inputs:
     return Inputs(q, k, v, key_bias, normal(n_rows, heads_q, case.head_dim), prefix)
 
 
+# Those for which docs/benchmarks.md states what is aimed at.
+TARGET_CASES = tuple(f"64x{n} 24/8 d128" for n in (1024, 2048, 4096))
+
+
+def mask_case(heads: tuple[int, int] = (24, 8), head_dim: int = 128) -> AttentionCase:
+    """A mask optimisation's batch: 64 chains of 150 to 250 tokens and answers of 8 behind prompts of 150."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = tuple(torch.randint(158, 259, (64,), generator=generator).tolist())
+    return AttentionCase("masks", lengths, heads, head_dim, prefix=150)
+
+
 def attention_cases() -> list[AttentionCase]:
-    """All cases: 64 equal sequences of 256 .. 4096 tokens with and without prefix, ragged ones, one of 16384."""
+    """All cases, most telling first.
+
+    64 equal sequences of 256 .. 4096 tokens with and without prefix, a mask optimisation's, ragged ones, one of 16384.
+    """
     generator = torch.Generator().manual_seed(0)
     ragged = tuple(torch.randint(64, 2048, (64,), generator=generator).tolist())
     shapes = [(f"64x{n}", (n,) * 64) for n in (1024, 2048, 4096, 512, 256)]
     shapes += [("ragged", ragged), ("1x16384", (16384,))]
     found = []
     for heads, head_dim in (((24, 8), 128), ((32, 32), 128), ((24, 8), 64), ((32, 32), 64)):
-        found += [AttentionCase(name, lengths, heads, head_dim) for name, lengths in shapes]
-        found += [AttentionCase(name, lengths, heads, head_dim, prefix=512) for name, lengths in shapes[:2]]
+        of_these = [AttentionCase(name, lengths, heads, head_dim) for name, lengths in shapes]
+        of_these.insert(len(TARGET_CASES), mask_case(heads, head_dim))
+        of_these += [AttentionCase(name, lengths, heads, head_dim, prefix=512) for name, lengths in shapes[:2]]
+        found += of_these
     return found

@@ -1,90 +1,108 @@
 """The GPU's correctness checks without a test framework, on all cores and resumable.
 
-    python -m benchmarks.checks --seconds 200
+    python -m benchmarks.checks --seconds 200       those of tests/atman_kernels/gpu_checks.py
+    python -m benchmarks.checks --smoke             half a minute: every kernel once, at the sizes that matter
+    python -m benchmarks.checks --ptxas             those that failed, with the newer assembler in Triton's wheel
 
-Runs the checks of ``tests/atman_kernels/gpu_checks.py`` in parallel processes, which hides the compilation of their
-kernels, and keeps each outcome in results/ as it comes; a later call runs those that have not passed.
+Each outcome is kept as it comes; a later call runs those that have not passed. A check that crashes its process or
+hangs costs itself alone, and one that hung is not tried again.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import argparse
 import os
 import sys
 import time
-import traceback
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from benchmarks.device import Device, device_of_command, kept_results, save, tuned
+import triton
+
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, block_sizes_in_use, kernels_label
+from atman_kernels.processes import HUNG, PASSED, Check, run_checks
+from atman_kernels.smoke import smoke_checks
+from benchmarks.device import Device, device_of_command, kept_results, save
 from tests.atman_kernels.gpu_checks import CHECKS, REHEARSAL
 
-PASSED = "passed"
-TASKS_PER_PROCESS = 8
+SECONDS_EACH = 150.0
+STARTS = 2
+# An assembler that Triton takes for newer GPUs than Hopper only; TRITON_PTXAS_PATH makes it the one for all.
+NEWER_PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
 
 
-def outcome(name: str, device: Device) -> str:
-    """Run one check: "passed", or the last line of what went wrong."""
-    checks = CHECKS if device.rehearsal is None else REHEARSAL
-    try:
-        checks[name](device.name)
-        device.release()
-    except Exception as error:
-        traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return PASSED
+def run_kept(checks: Mapping[str, Check], section: str, device: Device, deadline: float) -> dict[str, str]:
+    """Run the checks that have not passed, and keep each outcome in this section of the run's file; all outcomes."""
+    path, content = kept_results("gpu", device, BLOCK_SIZES_FILE)
+    label = kernels_label(block_sizes_in_use())
+    outcomes = content.setdefault(section, {}).setdefault(label, {})
+    starts = content.setdefault("started", {}).setdefault(f"{section} {label}", {})
 
+    def started(name: str) -> None:
+        starts[name] = starts.get(name, 0) + 1
+        save(path, content)
 
-def run_all(names: list[str], device: Device, deadline: float, path: Path, content: dict[str, Any]) -> None:
-    """Run the named checks until the deadline, keeping every outcome; what did not end is left out."""
-    # Each holds a context on the GPU.
+    def ended(name: str, outcome: str) -> None:
+        outcomes[name] = outcome
+        starts.pop(name, None)
+        save(path, content)
+        print(f"{name}: {outcome}", flush=True)
+
+    for name in checks:
+        # Twice it did not come to an end before its call was ended.
+        if starts.get(name, 0) >= STARTS:
+            ended(name, HUNG)
     workers = min(16, max(1, (os.cpu_count() or 1) - 1)) if device.rehearsal is None else 1
-    # A process that met an illegal access can do nothing more, so none lives long. The pool's own max_tasks_per_child
-    # hangs where tasks wait (python/cpython#115634).
-    size = TASKS_PER_PROCESS * workers
-    for batch in [names[first : first + size] for first in range(0, len(names), size)]:
-        if time.monotonic() < deadline:
-            _run_in_new_processes(batch, workers, device, deadline, path, content)
+    # The second time each has a process of its own, and less of the device is taken by others.
+    for at_a_time, alone in ((workers, False), (max(1, workers // 4), True)):
+        missing = {
+            name: check
+            for name, check in checks.items()
+            if outcomes.get(name) != PASSED and not outcomes.get(name, "").startswith(HUNG)
+        }
+        if missing and time.monotonic() < deadline:
+            run_checks(
+                missing, device.name, workers=at_a_time, seconds_each=SECONDS_EACH, deadline=deadline,
+                started=started, ended=ended, alone=alone,
+            )  # fmt: skip
+    return {name: outcomes[name] for name in checks if name in outcomes}
 
 
-def _run_in_new_processes(
-    names: list[str], workers: int, device: Device, deadline: float, path: Path, content: dict[str, Any]
-) -> None:
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    running: dict[Future[str], str] = {pool.submit(outcome, name, device): name for name in names}
-    while running and time.monotonic() < deadline:
-        ended, _ = wait(running, timeout=1.0, return_when="FIRST_COMPLETED")
-        for future in ended:
-            name = running.pop(future)
-            try:
-                content["checks"][name] = future.result()
-            except BrokenProcessPool as error:
-                content["checks"][name] = f"the process died: {error}"
-            print(f"{name}: {content['checks'][name]}", flush=True)
-        if ended:
-            save(path, content)
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=not running, cancel_futures=True)
-    if running:
-        for process in processes:
-            process.terminate()
+def with_newer_ptxas(checks: Mapping[str, Check], device: Device, deadline: float) -> int:
+    """Run the checks that failed with the newer assembler; 1 if none of them passes with it."""
+    _, content = kept_results("gpu", device, BLOCK_SIZES_FILE)
+    label = kernels_label(block_sizes_in_use())
+    kept = [content.get(section, {}).get(label, {}) for section in ("smoke", "checks")]
+    failed = [name for outcomes in kept for name, outcome in outcomes.items() if outcome != PASSED]
+    if not failed:
+        print("no check has failed")
+        return 0
+    if not NEWER_PTXAS.exists():
+        print(f"there is no {NEWER_PTXAS}")
+        return 1
+    os.environ["TRITON_PTXAS_PATH"] = str(NEWER_PTXAS)
+    outcomes = run_kept({name: checks[name] for name in failed}, "newer_ptxas", device, deadline)
+    passed = sum(outcome == PASSED for outcome in outcomes.values())
+    print(f"{passed} of {len(failed)} failed checks pass with {NEWER_PTXAS.name}")
+    return 0 if passed else 1
 
 
 def main() -> int:
-    device, deadline = device_of_command("benchmarks.checks", __doc__)
-    path, content = kept_results(f"checks{tuned()}", device, checks={})
-    names = list(CHECKS if device.rehearsal is None else REHEARSAL)
-    # Twice: what fails behind a check that broke its process may pass in another one.
-    for _ in range(2):
-        missing = [name for name in names if content["checks"].get(name) != PASSED]
-        if missing and time.monotonic() < deadline:
-            run_all(missing, device, deadline, path, content)
-    passed = sum(content["checks"].get(name) == PASSED for name in names)
-    failed = [name for name in names if content["checks"].get(name, PASSED) != PASSED]
-    print(f"{passed} of {len(names)} checks passed, {len(failed)} failed; outcomes are in {path}")
-    return 0 if passed == len(names) else 1
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--smoke", action="store_true", help="only the smoke test")
+        parser.add_argument("--ptxas", action="store_true", help="the failed checks, with the newer assembler")
+
+    device, deadline, arguments = device_of_command("benchmarks.checks", __doc__, add=add)
+    rehearsed = device.rehearsal is not None
+    smoke = smoke_checks(device.name, (16,) if rehearsed else (128, 64))
+    checks = REHEARSAL if rehearsed else CHECKS
+    if arguments.ptxas:
+        return with_newer_ptxas({**smoke, **checks}, device, deadline)
+    chosen, section = (smoke, "smoke") if arguments.smoke else (checks, "checks")
+    outcomes = run_kept(chosen, section, device, deadline)
+    passed = sum(outcome == PASSED for outcome in outcomes.values())
+    print(f"{passed} of {len(chosen)} checks passed, {len(outcomes) - passed} failed")
+    return 0 if passed == len(chosen) else 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import time
@@ -21,16 +22,27 @@ from typing import Any, NamedTuple
 import torch
 
 from atman_kernels import backend
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE
+from atman_kernels._triton.blocks import (
+    BLOCK_SIZES_FILE,
+    BLOCK_SIZES_VARIABLE,
+    block_sizes_in_use,
+    kernels_label,
+)
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "flash-attn", "flash-linear-attention")
 
 
 class Device(NamedTuple):
-    """A GPU (``rehearsal`` None), or a CPU that writes its results to the directory ``rehearsal``."""
+    """A GPU (``rehearsal`` None), or a CPU that writes its results to the directory ``rehearsal``.
+
+    Attributes:
+        directory: where a GPU's results are kept.
+    """
 
     rehearsal: Path | None = None
+    directory: Path = RESULTS
 
     @property
     def name(self) -> str:
@@ -45,7 +57,7 @@ class Device(NamedTuple):
     @property
     def results(self) -> Path:
         """Where results are kept."""
-        return RESULTS if self.rehearsal is None else self.rehearsal
+        return self.rehearsal or self.directory
 
     def kernels(self) -> AbstractContextManager[None]:
         """The Triton kernels, also for CPU tensors."""
@@ -79,8 +91,8 @@ class Device(NamedTuple):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    def provenance(self) -> dict[str, Any]:
-        """Device, versions and commit that a result belongs to."""
+    def provenance(self, block_sizes: Path | None = None) -> dict[str, Any]:
+        """Device, versions, commit and kernels that a result belongs to; by default with the block sizes in use."""
         versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
         for package in _PACKAGES:
             try:
@@ -88,67 +100,103 @@ class Device(NamedTuple):
             except PackageNotFoundError:
                 continue
         device = torch.cuda.get_device_name() if self.rehearsal is None else "rehearsal"
-        return {"device": device, "commit": commit(), "versions": versions}
+        label = kernels_label(block_sizes or block_sizes_in_use())
+        return {"device": device, "commit": commit(), "kernels": label, "versions": versions}
+
+    def tuned_block_sizes(self) -> Path:
+        """Where the tuning of the committed kernels on this device keeps its table; it need not exist."""
+        device = "rehearsal" if self.rehearsal is not None else torch.cuda.get_device_name()
+        return self.results / f"block_sizes_{_in_name(device)}_k{kernels_label(BLOCK_SIZES_FILE)}.json"
 
 
-def device_of_command(module: str, description: str, seconds: float = float("inf")) -> tuple[Device, float]:
-    """The device that a GPU command runs on, and when it has to stop, from --rehearse and --seconds.
+def device_of_command(
+    module: str,
+    description: str,
+    seconds: float = float("inf"),
+    add: Callable[[argparse.ArgumentParser], object] | None = None,
+) -> tuple[Device, float, argparse.Namespace]:
+    """The device of a GPU command, when the command must stop, and its arguments.
+
+    Where this device has tuned block sizes among its results, the kernels of this process and its children take them.
+
+    Args:
+        module: the command's name, for messages.
+        description: the module's docstring.
+        seconds: default of --seconds.
+        add: adds the command's own arguments.
 
     Raises:
         SystemExit: if there is no GPU and nothing is to be rehearsed.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=seconds, help="stop before this much time has passed")
+    add_results_argument(parser)
     parser.add_argument(
         "--rehearse", type=Path, metavar="DIR", help="walk through it without a GPU, tiny, results in DIR"
     )
+    if add is not None:
+        add(parser)
     arguments = parser.parse_args()
-    device = Device(arguments.rehearse)
+    device = Device(arguments.rehearse, arguments.results)
     if device.rehearsal is None and not torch.cuda.is_available():
         raise SystemExit(f"{module} needs a CUDA GPU; what it measures stays not yet measured")
-    return device, time.monotonic() + arguments.seconds
+    if (tuned := device.tuned_block_sizes()).exists():
+        os.environ[BLOCK_SIZES_VARIABLE] = str(tuned.resolve())
+    return device, time.monotonic() + arguments.seconds, arguments
 
 
-def kept_results(kind: str, device: Device, **empty: Any) -> tuple[Path, dict[str, Any]]:
-    """The file of results of this kind, device and commit, and what it holds: ``empty`` where it is new."""
-    facts = device.provenance()
+def add_results_argument(parser: argparse.ArgumentParser) -> None:
+    """--results DIR, which may lie outside the source tree."""
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where results are kept")
+
+
+def kept_results(
+    kind: str, device: Device, block_sizes: Path | None = None, **empty: Any
+) -> tuple[Path, dict[str, Any]]:
+    """The file of results of this kind, device, commit and kernels, and its content: ``empty`` where it is new.
+
+    The kernels are those with the block sizes in use, unless another table is given.
+    """
+    facts = device.provenance(block_sizes)
     path = results_file(kind, facts, device.results)
     return path, json.loads(path.read_text()) if path.exists() else {**facts, **empty}
 
 
 def commit() -> str:
-    """Short hash of the source tree, with "-dirty" where it was edited; "unknown" outside a repository.
+    """Short hash of the source tree, with "-dirty" where it was edited.
 
-    What the GPU commands themselves write, documentation and block sizes, is no edit: a run that was cut off goes on
-    under the same name. See :func:`tuned` for the block sizes.
+    The environment variable ATMAN_COMMIT states it where the tree travels without its history; "unknown" without both.
+    Documentation, which the GPU commands write, is no edit: a run that was cut off goes on under the same name.
     """
+    if stated := os.environ.get("ATMAN_COMMIT"):
+        return stated
     revision = _git("rev-parse", "--short", "HEAD")
-    edited = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs", f":!{BLOCK_SIZES_FILE}")
+    edited = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
     return f"{revision}-dirty" if revision and edited else revision or "unknown"
 
 
-def tuned() -> str:
-    """ "-tuned" where the block sizes are not the committed ones, outside a repository once a tuning began, else ""."""
-    if not _git("rev-parse", "HEAD"):
-        return "-tuned" if any(RESULTS.glob("tuning_*_unknown.json")) else ""
-    return "-tuned" if _git("status", "--porcelain", "--", str(BLOCK_SIZES_FILE)) else ""
-
-
 def _git(*arguments: str) -> str:
-    root = Path(__file__).parent.parent
     try:
-        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root)
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
     except FileNotFoundError:
         return ""
     return result.stdout.strip()
 
 
 def results_file(kind: str, facts: dict[str, Any], directory: Path = RESULTS) -> Path:
-    """<kind>_<device>_<date>_<commit>.json: an unfinished one of this device and commit, or a new one."""
-    device = facts["device"].replace(" ", "-").replace("/", "-")
-    existing = sorted(directory.glob(f"{kind}_{device}_*_{facts['commit']}.json"))
+    """<kind>_<device>_<date>_<commit>.json: the unfinished one of this device and commit, or a new one.
+
+    Results of kernels have the kernels' label in their name as well.
+    """
+    device = _in_name(facts["device"])
+    label = facts["commit"] + (f"_k{facts['kernels']}" if "kernels" in facts else "")
+    existing = sorted(directory.glob(f"{kind}_{device}_*_{label}.json"))
     today = datetime.datetime.now(datetime.UTC).date()
-    return existing[-1] if existing else directory / f"{kind}_{device}_{today}_{facts['commit']}.json"
+    return existing[-1] if existing else directory / f"{kind}_{device}_{today}_{label}.json"
+
+
+def _in_name(device: str) -> str:
+    return device.replace(" ", "-").replace("/", "-")
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
     python -m benchmarks.masks [--seconds 300] [--shapes llama-30m]
 
 8 queries x 8 rollouts, prompt 150, chain of thought 150 to 250, answer 8 tokens. Each peer is timed next to the fast
-path, so that a ratio compares neighbours in time; every pair is kept as soon as it is measured, and a run that was cut
-off goes on where it stopped. What is kept for the backward is counted, and what a step spends its time on is profiled.
+path, so that a ratio compares neighbours in time; every pair is kept as soon as it is measured, one that fails with its
+reason, and a run that was cut off goes on where it stopped. What is kept for the backward is counted, and what a step
+spends its time on is profiled.
 """
 
 from __future__ import annotations
@@ -25,12 +26,20 @@ from atmanrl.saliency.cost import DecoderShape, peak_bytes, saved_bytes
 from atmanrl.saliency.decoder import FrozenDecoder
 from atmanrl.saliency.likelihood import ModelLikelihood, frozen
 from atmanrl.saliency.packing import pack, whole
-from atmanrl.saliency.throughput import ARMS, matrix_rate, measure, necessary_per_step, random_model, random_problem
+from atmanrl.saliency.throughput import (
+    ARMS,
+    Measurement,
+    matrix_rate,
+    measure,
+    necessary_per_step,
+    random_model,
+    random_problem,
+)
 from benchmarks.cpu import processor
-from benchmarks.device import commit, results_file, save
+from benchmarks.device import add_results_argument, commit, results_file, save
 
 PROBLEM: dict[str, Any] = {"queries": 8, "rollouts": 8, "prompt": 150, "cot": (150, 250), "answer": 8}
-PEERS = ("fast-captured", "general", "sdpa-by-8", "paper", "paper-answer-logits", "sdpa", "flex")
+PEERS = ("general", "fast-captured", "sdpa-by-8", "paper", "paper-answer-logits", "sdpa", "flex")
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 SHAPES = {"cpu": ("llama-30m", "llama-30m-untied"), "cuda": ("llama-3.2-3b",)}
 
@@ -40,7 +49,14 @@ def compare(shape: str, peer: str, *, steps: int, device: torch.device) -> dict[
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(shape, dtype=dtype, device=device)
     problem = random_problem(model.config.vocab_size, **PROBLEM)
-    arms = {result.arm: asdict(result) for result in measure(model, problem, ["fast", peer], steps=steps)}
+    arms: dict[str, Any] = {}
+    try:
+        for result in measure(model, problem, ["fast", peer], steps=steps):
+            arms[result.arm] = asdict(result)
+    except Exception as error:
+        # A result like any other: an arm that fails must not cost the others.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        arms |= {arm: asdict(Measurement(arm, skipped=reason)) for arm in ("fast", peer) if arm not in arms}
     row = {"shape": shape, "peer": peer, "necessary_flops": necessary_per_step(model, problem)}
     return {**row, "matrix_rate": matrix_rate(device, dtype), "arms": arms}
 
@@ -96,6 +112,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no pair after this much time")
+    add_results_argument(parser)
     parser.add_argument("--shapes", nargs="+", default=SHAPES[device.type])
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each arm; the fastest counts")
     arguments = parser.parse_args()
@@ -107,16 +124,12 @@ def main() -> int:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "problem": PROBLEM,
     }
-    path = results_file("masks", facts)
+    path = results_file("masks", facts, arguments.results)
     content = (
         json.loads(path.read_text()) if path.exists() else {**facts, "results": [], "memory": {}, "time_shares": {}}
     )
     done = {(row["shape"], row["peer"]) for row in content["results"]}
     for shape in arguments.shapes:
-        if shape not in content["memory"]:
-            content["memory"][shape] = memory(shape, device=device)
-        if device.type == "cpu" and shape not in content["time_shares"]:
-            content["time_shares"][shape] = time_shares(shape)
         for peer in PEERS:
             if (shape, peer) in done:
                 continue
@@ -129,6 +142,15 @@ def main() -> int:
             fast, other = row["arms"]["fast"], row["arms"][peer]
             shown = other["skipped"] or f"{other['seconds'] / fast['seconds']:.2f} times the fast path's time"
             print(f"{shape} {peer}: {shown} ({fast['seconds']:.3f} s)", flush=True)
+            if device.type == "cuda":
+                # After an illegal access nothing works in this process: it ends here, the next one goes on behind it.
+                torch.cuda.synchronize()
+        # Last, since it is the arms that need the machine.
+        if shape not in content["memory"]:
+            content["memory"][shape] = memory(shape, device=device)
+        if device.type == "cpu" and shape not in content["time_shares"]:
+            content["time_shares"][shape] = time_shares(shape)
+        save(path, content)
     print(f"complete: {path}")
     return 0
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import attention_cases
+from benchmarks.cases import TARGET_CASES, attention_cases
 from benchmarks.peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
@@ -20,7 +20,6 @@ DIRECTIONS = ("forward", "forward+backward")
 # Of forward and backward, 64 sequences, 24/8 heads of 128: how many times as long the peer takes, at least.
 TARGETS = {"flex": 3.0, "fla": 1.5, "sdpa_flash_extra_column": 1.0, "sdpa_cudnn_extra_column": 1.0}
 TARGETS |= {"sdpa_flash_unbiased": 1.0}
-TARGET_CASES = tuple(f"64x{n} 24/8 d128" for n in (1024, 2048, 4096))
 
 
 def attention_tables(files: list[dict[str, Any]]) -> str:
@@ -114,7 +113,7 @@ def _cpu_table(dtype: str, rows: list[dict[str, Any]]) -> str:
 
 
 def compiled_table(content: dict[str, Any]) -> str:
-    """Markdown of the static counts of the bf16 kernels for Hopper at head_dim 128, without a bias and fused as well."""
+    """Markdown of the static counts of the bf16 kernels for Hopper at head_dim 128, also without a bias and fused."""
     lines = [
         "| kernel | registers | spills, B | shared, B | matrix instructions | main loop: others | loads waited for |",
         "|---" * 7 + "|",
@@ -145,9 +144,10 @@ def mask_tables(files: list[dict[str, Any]]) -> str:
         for shape in dict.fromkeys(row["shape"] for row in content["results"]):
             rows = [row for row in content["results"] if row["shape"] == shape]
             parts.append(_mask_table(shape, rows))
-            memory = content["memory"][shape]
-            kept = ", ".join(f"{name} {size:.0f}" for name, size in memory["kept_bytes"].items())
             peaks = [peak for row in rows if (peak := row["arms"]["fast"]["peak_bytes"]) is not None]
+            if (memory := content["memory"].get(shape)) is None or not peaks:
+                continue
+            kept = ", ".join(f"{name} {size:.0f}" for name, size in memory["kept_bytes"].items())
             predicted = memory["predicted_peak_bytes"]
             parts.append(
                 f"Bytes kept for the backward per packed row and layer: {kept}. Predicted peak of the fast path:"
@@ -199,8 +199,13 @@ def preset_table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# Where results are looked for; --results adds one.
+_directories = [RESULTS]
+
+
 def _results(kind: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}_*.json"))]
+    paths = (path for directory in _directories for path in sorted(directory.glob(f"{kind}_*.json")))
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def benchmarks_page() -> str:
@@ -247,20 +252,29 @@ PAGES = {
 }
 
 
+def _regenerated(page: str, name: str, part: str, *more: Path) -> str:
+    """The page with a generated part made anew from the committed results and those of other directories."""
+    _directories[1:] = more
+    begin, end = (mark.replace("tables", f"tables, {part}") if part else mark for mark in (BEGIN, END))
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{PAGES[name]()}\n{end}{after}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages show the committed results")
     parser.add_argument("--pages", nargs="+", choices=PAGES, default=list(PAGES))
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="also take results from there")
     arguments = parser.parse_args()
     outdated = False
     for name in arguments.pages:
         file, _, part = name.partition("#")
-        begin, end = (mark.replace("tables", f"tables, {part}") if part else mark for mark in (BEGIN, END))
         page = (DOCS / file).read_text()
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        updated = f"{before}{begin}\n\n{PAGES[name]()}\n{end}{after}"
+        updated = _regenerated(page, name, part)
         outdated |= updated != page
+        if arguments.results.resolve() != RESULTS:
+            updated = _regenerated(page, name, part, arguments.results)
         if not arguments.check:
             (DOCS / file).write_text(updated)
     return 1 if arguments.check and outdated else 0

@@ -1,10 +1,11 @@
-"""Chooses block sizes on the GPU at hand and writes them into the committed table.
+"""Chooses block sizes on the GPU at hand and writes them into a table beside the results.
 
     python -m benchmarks.tune --seconds 120
 
-For each head_dim and kernel it times the candidates on a packed batch in bfloat16 and keeps the fastest. Candidates are
-compiled ahead of their turn on all cores. Finished searches are kept in results/, so that a later call goes on where
-this one stopped.
+For each head_dim and kernel it times candidates in bfloat16 on two workloads, a packed batch and that of a mask
+optimisation, and keeps the shape with the least product of both times. It begins with the committed shape and goes
+outward from there, for all kernels alike; the table is written after every step. Candidates are compiled ahead of their
+turn. Finished steps are kept, so that a later call goes on where this one stopped.
 """
 
 from __future__ import annotations
@@ -12,38 +13,45 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-import multiprocessing
-import os
+import math
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from triton.errors import TritonError
 
-from atman_kernels._triton.backward import backward_launches
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, block_size_table
-from atman_kernels._triton.forward import forward_launches
-from atman_kernels._triton.launch import Launch, device_family
-from atman_kernels.problem import AttentionProblem, Gradients
-from benchmarks.cases import AttentionCase
-from benchmarks.compiled import TARGETS, compile_launch, count
+from atman_kernels._triton.blocks import BLOCK_SIZES_FILE
+from atman_kernels._triton.launch import device_family
+from benchmarks.ahead import Ahead, Program, Shape, launches
+from benchmarks.cases import AttentionCase, mask_case
 from benchmarks.device import Device, device_of_command, kept_results, save
 
-# What a search is named after, and the kernel whose launch it times.
+
+class Kernel(NamedTuple):
+    """What a search is for: the direction that has the kernel, and the kernel's name."""
+
+    direction: Literal["forward", "backward", "fused"]
+    name: str
+
+
 KERNELS = {
-    "forward": "forward_kernel",
-    "backward_keys": "backward_keys_kernel",
-    "backward_queries": "backward_queries_kernel",
-    "backward_fused": "backward_keys_kernel",
+    "forward": Kernel("forward", "forward_kernel"),
+    "backward_keys": Kernel("backward", "backward_keys_kernel"),
+    "backward_queries": Kernel("backward", "backward_queries_kernel"),
+    "backward_fused": Kernel("fused", "backward_keys_kernel"),
 }
 HEAD_DIMS = (128, 64, 256, 32, 16)
 
-Shape = tuple[int, int, int, int]
-Compilations = dict[tuple[str, int, Shape], Future[bool]]
+
+class Step(NamedTuple):
+    """One candidate of one search."""
+
+    search: str
+    head_dim: int
+    shape: Shape
 
 
 def candidates() -> Iterator[Shape]:
@@ -56,79 +64,71 @@ def candidates() -> Iterator[Shape]:
             yield block_m, block_n, num_warps, num_stages
 
 
-def launches(search: str, head_dim: int, family: str, shape: Shape, device: Device, torch_device: str) -> list[Launch]:
-    """The launches up to the searched one, of a causal, biased batch of 16 x 2048 tokens, 24/8 heads."""
-    case = AttentionCase("tune", (2048,) * 16, head_dim=head_dim)
+def distance(shape: Sequence[int], other: Sequence[int]) -> float:
+    """Doublings of tile and warps between two shapes, and stages."""
+    return sum(abs(math.log2(a / b)) for a, b in zip(shape[:3], other[:3], strict=True)) + abs(shape[3] - other[3])
+
+
+def steps_outward(
+    table: dict[str, Any], head_dims: Sequence[int], shapes: Sequence[Shape], limit: int | None = None
+) -> list[Step]:
+    """Every search's committed shape first, then by distance from it; one head_dim after another."""
+    found = []
+    for head_dim in head_dims:
+        ranked = []
+        for search in KERNELS:
+            if search not in table:
+                continue
+            committed: Shape = tuple(table[search]["2"][str(head_dim)])
+            near = sorted({committed, *shapes}, key=lambda shape, start=committed: (distance(shape, start), shape))
+            ranked += [(distance(shape, committed), Step(search, head_dim, shape)) for shape in near[:limit]]
+        found += [step for _, step in sorted(ranked, key=lambda each: each[0])]
+    return found
+
+
+def workloads(head_dim: int, device: Device) -> dict[str, AttentionCase]:
+    """What a shape is timed on, by name: 24/8 heads, causal, biased."""
     if device.rehearsal is not None:
-        case = AttentionCase("tune", (9, 4), (2, 1), head_dim)
-    block_size_table()[family][search]["2"][str(head_dim)] = list(shape)
-    n_rows, (heads_q, heads_kv) = sum(case.lengths), case.heads
-    q, k, v, do = (
-        torch.empty(1, n_rows, heads, head_dim, dtype=device.dtype, device=torch_device).normal_()
-        for heads in (heads_q, heads_kv, heads_kv, heads_q)
-    )
-    bias = torch.empty(1, n_rows, device=torch_device).normal_()
-    plan = case.plan(torch_device)
-    o, lse = torch.empty_like(q), torch.empty(1, q.shape[2], q.shape[1], device=torch_device)
-    tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    problem = AttentionProblem(q, k, v, bias, None, None, *tables, case.sm_scale, True, None)
-    found = forward_launches(family, o, lse, problem)
-    if search != "forward":
-        gradients = Gradients(*(torch.empty_like(t) for t in (q, k, v, bias)))
-        found += backward_launches(family, gradients, do, None, o, lse, problem, fused=search == "backward_fused")
-    names = [each.kernel.__name__ for each in found]
-    return found[: names.index(KERNELS[search]) + 1]
+        return {
+            "packed": AttentionCase("tune", (9, 4), (2, 1), head_dim),
+            "masks": AttentionCase("tune", (5, 3), (2, 1), head_dim, prefix=3),
+        }
+    return {"packed": AttentionCase("tune", (2048,) * 16, head_dim=head_dim), "masks": mask_case(head_dim=head_dim)}
 
 
-def precompile(search: str, head_dim: int, family: str, shape: Shape) -> bool:
-    """Put the compiled kernel into Triton's cache on disk; False if it is one that only traps.
-
-    Tensors are without storage.
-    """
-    compiled = compile_launch(launches(search, head_dim, family, shape, Device(), "meta")[-1], family)
-    return count(compiled).matrix_instructions > 0
+def programs_of(step: Step, device: Device) -> dict[str, Program]:
+    """The program of a step on each workload."""
+    kernel, tried = KERNELS[step.search], (step.search, step.shape)
+    cases = workloads(step.head_dim, device)
+    return {name: Program(case, kernel.direction, True, kernel.name, tried) for name, case in cases.items()}
 
 
-def start_compiling(work: list[tuple[str, int, Shape]], family: str) -> tuple[ProcessPoolExecutor, Compilations] | None:
-    """All candidates in the order in which they are timed, where the family is exactly the device at hand."""
-    if family not in TARGETS or family != "sm_{}{}".format(*torch.cuda.get_device_capability()):
-        return None
-    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
-    return pool, {each: pool.submit(precompile, each[0], each[1], family, each[2]) for each in work}
-
-
-def compiles(compilation: Future[bool] | None, deadline: float) -> bool:
-    """Wait for a compilation: whether there is a kernel to be timed."""
-    if compilation is None:
-        return True
-    try:
-        return compilation.result(max(deadline - time.monotonic(), 0.0))
-    except TimeoutError:
-        return False
-    except Exception:
-        # Whatever the compiler threw, this shape is not for this device.
-        return False
-
-
-def milliseconds(search: str, head_dim: int, family: str, shape: Shape, device: Device) -> float | str:
+def milliseconds(program: Program, family: str, device: Device) -> float | str:
     """Time of the searched kernel, or why it does not run with this shape."""
-    *before, timed = launches(search, head_dim, family, shape, device, device.name)
+    *before, timed = launches(program, family, device.dtype, device.name)
     try:
         for each in before:
             each.run()
         timed.run()
         return device.milliseconds(timed.run, 5, 30)
     except (RuntimeError, TritonError) as error:
-        # Too much shared or tensor memory, or a compiler that gives up: this shape is not for this device.
-        if device.rehearsal is not None:
-            raise
         # After an illegal access nothing works in this process: it ends here, the next one goes on behind it.
         device.release()
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def write_table(table: dict[str, Any], path: Path = BLOCK_SIZES_FILE) -> None:
-    """The block-size table, one line per family, kernel and element size."""
+def fastest(timings: dict[str, dict[str, float | str]]) -> Shape | None:
+    """The shape with the least product of its times, of those that ran everywhere."""
+    timed = [
+        (math.prod(times.values()), shape)
+        for shape, times in timings.items()
+        if times and all(isinstance(ms, float) for ms in times.values())
+    ]
+    return ast.literal_eval(min(timed)[1]) if timed else None
+
+
+def write_table(table: dict[str, Any], path: Path) -> None:
+    """The block-size table, one line per family, kernel and element size, replaced in one step."""
     lines = []
     for family, kernels in table.items():
         rows = [
@@ -138,56 +138,43 @@ def write_table(table: dict[str, Any], path: Path = BLOCK_SIZES_FILE) -> None:
             for kernel, sizes in kernels.items()
         ]
         lines.append(f'  "{family}": {{\n' + ",\n".join(rows) + "\n  }")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.parent.mkdir(exist_ok=True, parents=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial.replace(path)
 
 
 def main() -> int:
-    device, deadline = device_of_command("benchmarks.tune", __doc__)
-    path, content = kept_results("tuning", device, timings={})
+    device, deadline, _ = device_of_command("benchmarks.tune", __doc__)
+    path, content = kept_results("tuning", device, BLOCK_SIZES_FILE, timings={})
     family = device_family(torch.device(device.name))
-    shapes, head_dims, table_file = list(candidates()), HEAD_DIMS, BLOCK_SIZES_FILE
-    if device.rehearsal is not None:
-        shapes, head_dims, table_file = shapes[:2], (16,), device.rehearsal / "block_sizes.json"
-    committed = json.loads(BLOCK_SIZES_FILE.read_text())
-    searches = [(name, head_dim) for head_dim in head_dims for name in KERNELS if name in committed[family]]
-    timings: dict[str, dict[str, Any]] = content["timings"]
-    missing = [
-        (name, head_dim, shape)
-        for name, head_dim in searches
-        for shape in shapes
-        if str(shape) not in timings.setdefault(f"{name} d{head_dim}", {})
-    ]
-    compiling = start_compiling(missing, family) if device.rehearsal is None else None
-    compilations: Compilations = compiling[1] if compiling else {}
-    for name, head_dim in searches:
-        found = timings[f"{name} d{head_dim}"]
-        for shape in [shape for *search, shape in missing if search == [name, head_dim]]:
-            ready = compiles(compilations.get((name, head_dim, shape)), deadline)
+    head_dims, limit = (HEAD_DIMS, None) if device.rehearsal is None else ((16,), 2)
+    table = json.loads(BLOCK_SIZES_FILE.read_text())
+    timings: dict[str, dict[str, dict[str, float | str]]] = content["timings"]
+    steps = steps_outward(table[family], head_dims, list(candidates()), limit)
+    missing = [step for step in steps if str(step.shape) not in timings.get(f"{step.search} d{step.head_dim}", {})]
+    ahead = Ahead(device, [program for step in missing for program in programs_of(step, device).values()])
+    with ahead:
+        for step in missing:
+            programs = programs_of(step, device)
+            ready = all(ahead.wait(program, deadline) for program in programs.values())
             if time.monotonic() > deadline:
                 print(f"stopped in time; run again to go on with {path}", flush=True)
-                return end(compiling)
-            found[str(shape)] = "did not return" if ready else "does not compile"
+                return 0
+            found = timings.setdefault(f"{step.search} d{step.head_dim}", {})
+            times = found[str(step.shape)] = dict.fromkeys(programs, "did not return" if ready else "does not compile")
             save(path, content)
-            if ready:
-                found[str(shape)] = milliseconds(name, head_dim, family, shape, device)
+            for name, program in programs.items() if ready else ():
+                times[name] = milliseconds(program, family, device)
                 save(path, content)
-        timed = [(ms, shape) for shape, ms in found.items() if isinstance(ms, float)]
-        if not timed:
-            continue
-        best = min(timed)
-        print(f"{family} {name} d{head_dim}: {best[1]} takes {best[0]:.3f} ms", flush=True)
-        committed[family][name]["2"][str(head_dim)] = list(ast.literal_eval(best[1]))
-        write_table(committed, table_file)
-    return end(compiling)
-
-
-def end(compiling: tuple[ProcessPoolExecutor, Compilations] | None) -> int:
-    """Stop compiling, and the exit status."""
-    if compiling:
-        processes = list((compiling[0]._processes or {}).values())
-        compiling[0].shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
+            best = fastest(found)
+            print(f"{step.search} d{step.head_dim} {step.shape}: {times}; best {best}", flush=True)
+            for search, results in timings.items():
+                if best := fastest(results):
+                    kernel, head_dim = search.split(" d")
+                    table[family][kernel]["2"][head_dim] = list(best)
+            write_table(table, device.tuned_block_sizes())
+    print(f"complete: {path}")
     return 0
 
 

@@ -31,7 +31,7 @@ from atmanrl.saliency.throughput import SHAPES
 from atmanrl.tasks import Task
 from atmanrl.training.run import lora_config
 from atmanrl.training.trainer import AtManGRPOConfig, AtManGRPOTrainer
-from benchmarks.device import Device, commit, results_file, save
+from benchmarks.device import Device, add_results_argument, commit, results_file, save
 
 MEMORY = 80e9
 ANSWER = 4
@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("--completion", type=int, default=200, help="tokens")
     parser.add_argument("--mask-steps", type=int, default=200)
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="0: all weights are trained")
+    add_results_argument(parser)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -167,7 +168,7 @@ def main() -> int:
         print(f"{name}: " + ", ".join(f"{part} {value:.2f}" for part, value in measured[name].items()))
     if device.type == "cuda":
         kind = f"update-lora{arguments.lora}" if arguments.lora else "update"
-        save(results_file(kind, facts), measured)
+        save(results_file(kind, facts, arguments.results), measured)
     return 0
 
 

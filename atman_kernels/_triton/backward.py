@@ -14,17 +14,35 @@ rounding of o, for which same-dtype PyTorch has the same error.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from atman_kernels._triton.backward_keys import backward_keys_kernel, scale_dq_kernel, sum_heads_kernel
 from atman_kernels._triton.backward_queries import backward_queries_kernel
-from atman_kernels._triton.blocks import block_sizes, padded_head_dim
-from atman_kernels._triton.launch import Launch, strides_of
-from atman_kernels._triton.operands import attention_operands, streamed_operands, tile_descriptor
+from atman_kernels._triton.blocks import BlockSizes, block_sizes, padded_head_dim
+from atman_kernels._triton.launch import Launch, kept_launches, strides_of
+from atman_kernels._triton.operands import attention_operands, row_copies, streamed_operands, tile_descriptor
 from atman_kernels._triton.tiles import ROW_ALIGNMENT, aligned_size
 from atman_kernels.plan import TILE
 from atman_kernels.problem import AttentionProblem, Gradients
+
+
+class _Scratch(NamedTuple):
+    """fp32 memory of one backward; None where there is none."""
+
+    row_term: Tensor
+    lse_log2: Tensor
+    dq_sum: Tensor | None
+    partial: Tensor | None
+
+
+class _Blocks(NamedTuple):
+    """Block sizes of the query-owned and the key-owned kernel."""
+
+    queries: BlockSizes
+    keys: BlockSizes
 
 
 def _row_scratch(lse: Tensor, n_seq: int) -> tuple[Tensor, Tensor]:
@@ -96,28 +114,57 @@ def backward_launches(
         RuntimeError: if ``fused`` and the device has no bulk copy engine, or head_dim is not a multiple of 8 (16-bit).
     """
     dq, dk, dv, dkey_bias = gradients
-    heads_q, heads_kv, head_dim = x.q.shape[2], x.k.shape[2], x.q.shape[3]
-    o, lse = o.contiguous(), lse.contiguous()
+    heads_kv, head_dim = x.k.shape[2], x.q.shape[3]
+    only_dq = dk is None and dv is None and dkey_bias is None
+    fused = fused and dq is not None and not only_dq
     row_term, lse_log2 = _row_scratch(lse, x.sequences.shape[0])
+    dq_sum = torch.empty_like(dq, dtype=torch.float32) if fused and dq.dtype != torch.float32 else dq
+    heads_sum = dkey_bias
+    if dkey_bias is not None and heads_kv > 1:
+        heads_sum = dkey_bias.new_empty((heads_kv, *dkey_bias.shape))
+    partial = None if heads_sum is None else heads_sum.view(heads_kv, *x.k.shape[:2])
+    scratch = _Scratch(row_term, lse_log2, dq_sum, partial)
+    o, lse, dlse = o.contiguous(), lse.contiguous(), None if dlse is None else dlse.contiguous()
+    blocks = _Blocks(
+        block_sizes(family, "backward_queries", head_dim, x.q.dtype),
+        block_sizes(family, "backward_fused" if fused else "backward_keys", head_dim, x.q.dtype),
+    )
+    settings = ("backward", family, blocks, fused, x.sm_scale, x.causal, x.window)
+    return kept_launches(
+        settings,
+        (*gradients, do, dlse, o, lse, *scratch, *x.tensors),
+        lambda: _build(family, blocks, gradients, do, dlse, o, lse, x, scratch, fused),
+    )
+
+
+def _build(
+    family: str,
+    blocks: _Blocks,
+    gradients: Gradients,
+    do: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    x: AttentionProblem,
+    scratch: _Scratch,
+    fused: bool,
+) -> list[Launch]:
+    dq, dk, dv, dkey_bias = gradients
+    row_term, lse_log2, dq_sum, partial = scratch
+    heads_q, heads_kv, head_dim = x.q.shape[2], x.k.shape[2], x.q.shape[3]
     common = {**attention_operands(x), "do_ptr": do, "row_term_ptr": row_term, "lse_log2_ptr": lse_log2}
     common |= strides_of("do", do, "bth")
     common |= {f"stride_r{axis}": row_term.stride(i) // ROW_ALIGNMENT.value for i, axis in enumerate("bh")}
-
-    only_dq = dk is None and dv is None and dkey_bias is None
-    fused = fused and dq is not None and not only_dq
-    dq_sum = dq
-    if fused and dq.dtype != torch.float32:
-        dq_sum = torch.empty_like(dq, dtype=torch.float32)
     if fused:
         _require_reductions(family, dq_sum)
 
-    blocks = block_sizes(family, "backward_queries", head_dim, x.q.dtype)
     # Without dq and dkey_bias it computes the terms of its rows and visits no keys; fused, it visits the prefix's.
+    own = blocks.queries
     arguments = {
         **common,
-        **streamed_operands(family, blocks, x),
+        **streamed_operands(family, own, x),
         "dq_ptr": o if dq is None else dq_sum,
-        "dlse_ptr": lse if dlse is None else dlse.contiguous(),
+        "dlse_ptr": lse if dlse is None else dlse,
         "o_ptr": o,
         "lse_ptr": lse,
         "tiles_ptr": x.tiles_q,
@@ -127,22 +174,17 @@ def backward_launches(
         "NEED_DQ": dq is not None,
         "EXACT_DELTA": dkey_bias is not None and not fused,
         "PREFIX_ONLY": fused,
-        "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n,
+        "BLOCK_M": own.block_m,
+        "BLOCK_N": own.block_n,
     }
-    programs = x.tiles_q.shape[0] * (TILE // blocks.block_m) * heads_q
-    launches = [Launch(backward_queries_kernel, programs, arguments, blocks.num_warps, blocks.num_stages)]
-    if only_dq:
+    programs = x.tiles_q.shape[0] * (TILE // own.block_m) * heads_q
+    launches = [Launch(backward_queries_kernel, programs, arguments, own.num_warps, own.num_stages)]
+    if dk is None and dv is None and dkey_bias is None:
         return launches
 
-    heads_sum = dkey_bias
-    if dkey_bias is not None and heads_kv > 1:
-        heads_sum = dkey_bias.new_empty((heads_kv, *dkey_bias.shape))
-    partial = lse if heads_sum is None else heads_sum.view(heads_kv, *x.k.shape[:2])
-    dq_desc = None
-    blocks = block_sizes(family, "backward_fused" if fused else "backward_keys", head_dim, x.q.dtype)
+    own, dq_desc = blocks.keys, None
     if fused:
-        dq_desc = tile_descriptor(family, dq_sum, [1, blocks.block_m, 1, padded_head_dim(head_dim)])
+        dq_desc = tile_descriptor(family, dq_sum, [1, own.block_m, 1, padded_head_dim(head_dim)])
     arguments = {
         **common,
         "dq_sum_desc": dq_desc,
@@ -150,20 +192,21 @@ def backward_launches(
         **strides_of("dq", dq_sum if fused else None, "bth"),
         "FUSE_DQ": fused,
         "INTERPRETED": family == "interpreter",
+        "ROW_COPIES": 1 if fused else row_copies(family, own),
         "dk_ptr": x.k if dk is None else dk,
         "dv_ptr": x.v if dv is None else dv,
-        "dkey_bias_ptr": partial,
+        "dkey_bias_ptr": lse if partial is None else partial,
         "tiles_ptr": x.tiles_k,
         **strides_of("dk", dv if dk is None else dk, "bth"),
         **strides_of("g", partial, "hb"),
         "NEED_DK": dk is not None,
         "NEED_DV": dv is not None,
         "NEED_DKEY_BIAS": dkey_bias is not None,
-        "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n,
+        "BLOCK_M": own.block_m,
+        "BLOCK_N": own.block_n,
     }
-    programs = x.tiles_k.shape[0] * (TILE // blocks.block_n) * heads_kv
-    launches.append(Launch(backward_keys_kernel, programs, arguments, blocks.num_warps, blocks.num_stages))
+    programs = x.tiles_k.shape[0] * (TILE // own.block_n) * heads_kv
+    launches.append(Launch(backward_keys_kernel, programs, arguments, own.num_warps, own.num_stages))
 
     if fused:
         launches.append(_scale_dq_launch(dq, dq_sum, x.sequences, x.tiles_q, x.sm_scale))

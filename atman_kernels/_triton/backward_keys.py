@@ -13,6 +13,7 @@ from atman_kernels._triton.tiles import (
     count_tiles,
     is_visible,
     load_own_bias,
+    load_row_numbers,
     load_rows,
     locate_tile,
     query_bounds,
@@ -97,6 +98,7 @@ def backward_keys_kernel(
     HAS_WINDOW: tl.constexpr,
     FUSE_DQ: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    ROW_COPIES: tl.constexpr,
     NEED_DK: tl.constexpr,
     NEED_DV: tl.constexpr,
     NEED_DKEY_BIAS: tl.constexpr,
@@ -140,15 +142,16 @@ def backward_keys_kernel(
         for tile in range(GROUP * n_tiles):
             member = tile // n_tiles
             start = tile_start(tile - member * n_tiles, begin, full_begin, full_end, MASKED, BLOCK_M)
+            # With heads outside rows in memory, a group's heads may lie further apart than 32 bits count.
+            member = member.to(tl.int64)
             rows = start + offs_m
             q = load_rows(q_base + member * stride_qh, start, n_rows, stride_qt, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
             row_offsets = aligned_rows(batch, head + member, q_start, sequence, stride_rb, stride_rh) + rows
-            if MASKED:
-                lse_log2 = tl.load(lse_log2_ptr + row_offsets, mask=rows < n_rows, other=float("inf"))
-                row_term = tl.load(row_term_ptr + row_offsets, mask=rows < n_rows, other=0.0)
-            else:
-                lse_log2 = tl.load(lse_log2_ptr + row_offsets)
-                row_term = tl.load(row_term_ptr + row_offsets)
+            inside = rows < n_rows
+            lse_log2 = load_row_numbers(
+                lse_log2_ptr, row_offsets, inside, float("inf"), MASKED, ROW_COPIES, BLOCK_M, BLOCK_N
+            )
+            row_term = load_row_numbers(row_term_ptr, row_offsets, inside, 0.0, MASKED, ROW_COPIES, BLOCK_M, BLOCK_N)
             # Transposed, (BLOCK_N, BLOCK_M), p and ds are the left operands of the products below.
             p = transposed_weights(k, q, bias_log2, lse_log2, sm_scale, HAS_KEY_BIAS, PRECISION)
             if MASKED:
@@ -159,7 +162,7 @@ def backward_keys_kernel(
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             if FUSE_DQ or NEED_DK or NEED_DKEY_BIAS:
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                ds = p * (dp - row_term[None, :])
+                ds = p * (dp - row_term)
                 if NEED_DKEY_BIAS:
                     dkey_bias += tl.sum(ds, 1)
                 if NEED_DK:

@@ -131,7 +131,7 @@ def column_statistics_kernel(
             # p is 0 in rows that are not chosen or see no key.
             lse_log2 = tl.where(absent, float("inf"), lse_log2)
             # Transposed, (BLOCK_N, BLOCK_M): the sums then stay inside a warp.
-            p = transposed_weights(k, q, bias_log2, lse_log2, sm_scale, HAS_KEY_BIAS, PRECISION)
+            p = transposed_weights(k, q, bias_log2, lse_log2[None, :], sm_scale, HAS_KEY_BIAS, PRECISION)
             if MASKED:
                 distance = (rows + shift)[None, :] - keys[:, None]
                 p = tl.where((distance >= low) & (distance <= last), p, 0.0)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atman_kernels._triton.blocks import block_sizes
-from atman_kernels._triton.launch import Launch, strides_of
+from atman_kernels._triton.blocks import BlockSizes, block_sizes
+from atman_kernels._triton.launch import Launch, kept_launches, strides_of
 from atman_kernels._triton.operands import attention_operands, streamed_operands
 from atman_kernels._triton.tiles import (
     LN_2,
@@ -172,6 +172,11 @@ def forward_kernel(
 def forward_launches(family: str, o: Tensor, lse: Tensor, x: AttentionProblem) -> list[Launch]:
     """The launches that fill ``o`` (B, Tq, Hq, D) and ``lse`` (B, Hq, Tq) for a device family."""
     blocks = block_sizes(family, "forward", x.q.shape[3], x.q.dtype)
+    settings = ("forward", family, blocks, x.sm_scale, x.causal, x.window)
+    return kept_launches(settings, (o, lse, *x.tensors), lambda: _build(family, blocks, o, lse, x))
+
+
+def _build(family: str, blocks: BlockSizes, o: Tensor, lse: Tensor, x: AttentionProblem) -> list[Launch]:
     arguments = {
         "o_ptr": o,
         "lse_ptr": lse,

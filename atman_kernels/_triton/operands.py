@@ -16,23 +16,35 @@ _ALIGNMENT_BYTES = 16
 
 
 def tile_descriptor(family: str, x: Tensor, block: list[int]) -> TensorDescriptor | None:
-    """A descriptor of (B, T, H, D) rows in tiles of ``block``; None where the device or the layout has none.
+    """A descriptor of (B, T, H, D) rows, or (T, H, D), in tiles of ``block``; None where the device or layout has none.
 
     A layout has one if, as cuTensorMapEncodeTiled documents, it begins at a multiple of 16 bytes, its strides are such
-    multiples and each is a multiple of, and at least the extent of, the axis inside it. (B, H, T, D) in memory is not.
+    multiples and each is a multiple of, and at least the extent of, the axis inside it. Where (B, T, H, D) is not such
+    a layout and (B, H, T, D) is, as Hugging Face holds keys, the descriptor has its axes in that order.
     """
     if family not in BULK_COPY_FAMILIES or not x.numel() or x.data_ptr() % _ALIGNMENT_BYTES:
         return None
-    strides = [1]
-    extent = x.shape[-1]
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+    sizes, steps = [1, *x.shape][-4:], [0, *x.stride()][-4:]
+    for order in ((0, 1, 2, 3), (0, 2, 1, 3)):
+        shape = [sizes[axis] for axis in order]
+        strides = _growing_strides(shape, [steps[axis] for axis in order], x.element_size())
+        if strides is not None:
+            return TensorDescriptor(x, shape, strides, [block[axis] for axis in order])
+    return None
+
+
+def _growing_strides(shape: list[int], strides: list[int], element_size: int) -> list[int] | None:
+    """The strides as a descriptor states them; None where the bulk copy engine does not take them."""
+    found = [1]
+    extent = shape[-1]
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         # The stride of an axis of length 1 is never used, and torch leaves anything there.
         used = stride if size > 1 else extent
-        if used < extent or used % strides[0] or used * x.element_size() % _ALIGNMENT_BYTES:
+        if used < extent or used % found[0] or used * element_size % _ALIGNMENT_BYTES:
             return None
-        strides.insert(0, used)
+        found.insert(0, used)
         extent = used * size
-    return TensorDescriptor(x, list(x.shape), strides, block)
+    return found
 
 
 def attention_operands(x: AttentionProblem) -> dict[str, object]:
@@ -72,8 +84,8 @@ def streamed_operands(family: str, blocks: BlockSizes, x: AttentionProblem) -> d
     sources = {
         "k_desc": x.k,
         "v_desc": x.v,
-        "prefix_k_desc": None if x.prefix_k is None else x.prefix_k[None],
-        "prefix_v_desc": None if x.prefix_v is None else x.prefix_v[None],
+        "prefix_k_desc": x.prefix_k,
+        "prefix_v_desc": x.prefix_v,
     }
     return {
         **{name: None if t is None else tile_descriptor(family, t, block) for name, t in sources.items()},
@@ -94,3 +106,9 @@ def vector_shapes(family: str, blocks: BlockSizes, dtype: torch.dtype) -> dict[s
         "BIAS_ROWS": max(1, 32 * blocks.num_warps // blocks.block_n) if copied else 1,
         "SUM_COLUMNS": 8 if within_threads and dtype != torch.float32 else 1,
     }
+
+
+def row_copies(family: str, blocks: BlockSizes) -> int:
+    """ROW_COPIES of the key-owned kernel; see ``tiles.load_row_numbers``."""
+    copied = family == "interpreter" or (family != "gfx942" and blocks.num_stages > 1)
+    return min(max(1, 32 * blocks.num_warps // blocks.block_m), blocks.block_n) if copied else 1

@@ -289,8 +289,10 @@ def load_keys(
     next sequence, whose numbers a descriptor would bring in: 0 times NaN is NaN.
     """
     if desc is not None and not MASKED:
-        tile = desc.load([keys.batch.to(tl.int32), (keys.start + start).to(tl.int32), keys.head.to(tl.int32), 0])
-        return tile.reshape(BLOCK_N, BLOCK_D)
+        batch, head, key = keys.batch.to(tl.int32), keys.head.to(tl.int32), (keys.start + start).to(tl.int32)
+        # Rows are the second axis, or heads where these lie outside rows in memory.
+        at = [batch, key, head, 0] if desc.block_shape[1] == BLOCK_N else [batch, head, key, 0]
+        return desc.load(at).reshape(BLOCK_N, BLOCK_D)
     return load_rows(base_ptr, start, keys.length, stride_t, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
@@ -359,12 +361,34 @@ def load_own_bias(
 
 
 @triton.jit
+def load_row_numbers(
+    ptr,
+    offsets,
+    inside,
+    outside,
+    MASKED: tl.constexpr,
+    ROW_COPIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One number per row for a key-owned program's scores: (BLOCK_N, BLOCK_M), or (1, BLOCK_M) without copies.
+
+    ROW_COPIES equal rows are as many numbers as threads: one asynchronous copy per thread, as in :func:`load_bias`.
+    """
+    offs = offsets[None, :] + tl.zeros([ROW_COPIES, 1], tl.int32)
+    x = tl.load(ptr + offs, mask=inside[None, :], other=outside) if MASKED else tl.load(ptr + offs)
+    if ROW_COPIES > 1:
+        x = tl.reshape(tl.broadcast_to(x[None], (BLOCK_N // ROW_COPIES, ROW_COPIES, BLOCK_M)), (BLOCK_N, BLOCK_M))
+    return x
+
+
+@triton.jit
 def transposed_weights(k, q, bias_log2, lse_log2, sm_scale, HAS_KEY_BIAS: tl.constexpr, PRECISION: tl.constexpr):
-    """p^T = exp(sm_scale k q^T + key_bias - lse), (BLOCK_N, BLOCK_M), of a key-owned program."""
+    """p^T = exp(sm_scale k q^T + key_bias - lse), (BLOCK_N, BLOCK_M), of a key-owned program; lse_log2 broadcasts."""
     scores_log2 = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (sm_scale * LOG2_E)
     if HAS_KEY_BIAS:
         scores_log2 += bias_log2[:, None]
-    return tl.exp2(scores_log2 - lse_log2[None, :])
+    return tl.exp2(scores_log2 - lse_log2)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ interpreter.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -190,6 +192,34 @@ def small_ragged_step(dtype: torch.dtype, device: str) -> None:
     inputs = [t.requires_grad_() for t in (q, k, v, bias)]
     with backend("triton"):
         torch.autograd.grad(attention_varlen(*inputs, plan=plan, prefix=prefix), inputs, do)
+
+
+def profiled_step(dtype: torch.dtype, device: str) -> None:
+    """Forward and backward of a case that fills a GPU, once: what a profiler looks at."""
+    lengths, heads, head_dim = ((2048,) * 16, (24, 8), 128) if device == "cuda" else ((9, 4), (2, 1), 16)
+    case = AttentionCase("profiled", lengths, heads, head_dim)
+    x = make_inputs(case, dtype, device)
+    with backend("triton"):
+        torch.autograd.grad(PEERS["atman"](case, x)(), x.differentiable, x.do)
+
+
+def passes(device: str) -> None:
+    """A check that finds nothing; this and the next three rehearse what checks may do to their process."""
+
+
+def raises(device: str) -> None:
+    """A check that finds something."""
+    raise AssertionError(f"wrong on {device}")
+
+
+def aborts(device: str) -> None:
+    """A check whose kernel takes the process with it."""
+    os.abort()
+
+
+def hangs(device: str) -> None:
+    """A check whose kernel never ends."""
+    time.sleep(3600)
 
 
 def _checks() -> dict[str, Check]:

@@ -91,3 +91,63 @@ def test_new_packed_lengths_and_windows_compile_nothing_new() -> None:
     result = _python("-c", _SPECIALIZATIONS)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == 1
+
+
+_OFFSETS = r"""
+import re
+from benchmarks.compiled import compile_launch
+from benchmarks.compiled_kernels import Configuration
+
+*_, launch, _ = Configuration("sm_90", permuted=True).launches()
+lines = compile_launch(launch, "sm_90").asm["ttir"].splitlines()
+# From a group's first head to another: the member of the group times a stride of heads, inside the loops.
+first = next(i for i, line in enumerate(lines) if "scf.for" in line)
+wide = {match[1] for line in lines if (match := re.match(r"\s*(%\w+) = arith.extsi %stride_(?:q|do)h", line))}
+products = [line for line in lines[first:] if "arith.muli" in line and any(f"{name} " in line for name in wide)]
+print(launch.kernel.__name__, len(wide), len(products), all(": i64" in line for line in products))
+"""
+
+
+@pytest.mark.slow
+def test_heads_of_a_group_may_lie_further_apart_than_32_bits_count() -> None:
+    """(B, H, T, D) in memory: two heads of a group are up to GROUP x T x D numbers apart."""
+    result = _python("-c", _OFFSETS)
+    assert result.returncode == 0, result.stderr
+    name, strides, products, are_wide = result.stdout.split()
+    # q and do, in the loops with and without a mask.
+    assert (name, strides, products, are_wide) == ("backward_keys_kernel", "2", "4", "True")
+
+
+_HASHES = """
+import json
+import torch
+from triton.runtime import driver
+from benchmarks.ahead import Program, launches
+from benchmarks.cases import AttentionCase
+from benchmarks.compiled import TARGETS, compile_launch
+
+
+class Hopper:
+    def get_current_target(self): return TARGETS["sm_90"]
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+
+driver.set_active(Hopper())
+small, large = (AttentionCase("", lengths, (2, 1), 64, prefix=3) for lengths in ((256,), (70, 33)))
+compiled = launches(Program(small, "forward"), "sm_90", torch.bfloat16, "meta")
+ahead = [compile_launch(each, "sm_90").hash for each in compiled]
+met = []
+for each in launches(Program(large, "forward"), "sm_90", torch.bfloat16, "cpu"):
+    options = {"num_warps": each.num_warps, "num_stages": each.num_stages}
+    met.append(each.kernel.warmup(grid=(1,), **each.arguments, **options).hash)
+print(json.dumps([ahead, met]))
+"""
+
+
+@pytest.mark.slow
+def test_a_launch_finds_in_the_cache_what_was_compiled_ahead_for_other_lengths() -> None:
+    result = _python("-c", _HASHES)
+    assert result.returncode == 0, result.stderr
+    ahead, met = json.loads(result.stdout)
+    assert ahead == met

@@ -22,9 +22,11 @@ WITH_DESCRIPTOR = {
     "part of a joint projection": _keys(2, 40, 8 * 16).unflatten(-1, (8, 16))[:, :, 5:],
     "one batch row with an arbitrary stride": _keys(1, 40, 3, 16).as_strided((1, 40, 3, 16), (7, 48, 16, 1)),
     "head_dim that is no power of two": _keys(1, 40, 3, 24),
+    "heads outside rows": _keys(2, 3, 40, 16).transpose(1, 2),
+    "part of a cache with heads outside rows": _keys(2, 3, 64, 16)[:, :, 8:48].transpose(1, 2),
 }
 WITHOUT_DESCRIPTOR = {
-    "heads outside rows": _keys(2, 3, 40, 16).transpose(1, 2),
+    "batch inside rows": _keys(40, 2, 3, 16).transpose(0, 1),
     "no 16 bytes in a row": _keys(1, 40, 3, 9),
     "begins between 16 bytes": _keys(1 * 40 * 3 * 16 + 1)[1:].view(1, 40, 3, 16),
     "expanded heads": _keys(1, 40, 1, 16).expand(1, 40, 3, 16),
@@ -37,8 +39,13 @@ def test_layouts_whose_strides_grow_have_a_descriptor(layout: str) -> None:
     x = WITH_DESCRIPTOR[layout]
     descriptor = tile_descriptor("sm_90", x, BLOCK)
     assert descriptor is not None
-    used = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
-    assert [s for size, s in zip(x.shape, descriptor.strides, strict=True) if size > 1] == used
+    outside = layout.endswith("heads outside rows")
+    assert descriptor.block_shape == ([1, 1, 32, 16] if outside else BLOCK)
+    # The same numbers at the same places, axis by axis.
+    view = x.transpose(1, 2) if outside else x
+    assert list(view.shape) == descriptor.shape
+    used = [stride for size, stride in zip(view.shape, view.stride(), strict=True) if size > 1]
+    assert [s for size, s in zip(descriptor.shape, descriptor.strides, strict=True) if size > 1] == used
 
 
 @pytest.mark.parametrize("layout", WITHOUT_DESCRIPTOR)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from atman_kernels import AttentionPlan, _triton, attention, attention_varlen, backend, ops
-from atman_kernels._triton import backward, launch
+from atman_kernels._triton import backward, forward, launch
 from atman_kernels.problem import AttentionProblem, Gradients
 from tests.atman_kernels.grid import Case, make_operands
 
@@ -102,6 +106,66 @@ def test_only_the_products_of_needed_gradients_are_compiled(needed: str, kernels
     } == flags
 
 
+def _described(launches: list) -> list:
+    """Everything that a launch depends on, tensors by their memory."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            return value.data_ptr(), value.shape, value.stride()
+        if isinstance(value, TensorDescriptor):
+            return value.base.data_ptr(), value.shape, value.strides, value.block_shape
+        return value
+
+    return [
+        (each.kernel, each.programs, {name: plain(value) for name, value in each.arguments.items()}, each.num_warps)
+        for each in launches
+    ]
+
+
+def test_launches_kept_from_an_equal_call_are_those_that_would_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where other arguments share a tensor, or one begins at another alignment."""
+    plan = AttentionPlan([40])
+    build = forward._build
+    built = []
+    monkeypatch.setattr(launch, "_templates", OrderedDict())
+    monkeypatch.setattr(forward, "_build", lambda *arguments: built.append(build(*arguments)) or built[-1])
+
+    def make(shared: bool, shifted: bool) -> tuple:
+        q, k, v = (torch.zeros(1 + 40 * 2 * 16)[int(shifted) : 1280 + shifted].view(1, 40, 2, 16) for _ in range(3))
+        tiles = plan.tiles_q, plan.tiles_q if shared else plan.tiles_k.clone()
+        problem = AttentionProblem(q, k, v, torch.zeros(1, 40), None, None, plan.sequences, *tiles, 1.0, True, None)
+        return torch.empty_like(q), torch.empty(1, 2, 40), problem
+
+    seen = []
+    for shared, shifted, new in [
+        (False, False, 1),
+        (False, False, 0),
+        (True, False, 1),
+        (False, True, 1),
+        (True, False, 0),
+    ]:
+        o, lse, problem = make(shared, shifted)
+        seen.append((o, lse, problem))
+        before = len(built)
+        found = forward.forward_launches("sm_90", o, lse, problem)
+        assert len(built) - before == new
+        blocks = forward.block_sizes("sm_90", "forward", 16, torch.float32)
+        assert _described(found) == _described(build("sm_90", blocks, o, lse, problem))
+
+
+def test_kept_launches_hold_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_templates", OrderedDict())
+    x = torch.zeros(1, 40, 2, 16, dtype=torch.float16)
+    alive = weakref.ref(x)
+    plan = AttentionPlan([40])
+    tables = plan.sequences, plan.tiles_q, plan.tiles_k
+    problem = AttentionProblem(x, x, x, None, None, None, *tables, 1.0, True, None)
+    assert forward.forward_launches("sm_90", torch.empty_like(x), torch.empty(1, 2, 40), problem)
+    assert launch._templates
+    del x, problem
+    assert alive() is None
+
+
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     x = torch.zeros(1, 4, 1, 16)
@@ -119,6 +183,22 @@ def test_devices_that_triton_does_not_compile_for_are_named(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match=r"8\.0 or higher, cuda:0 has 7\.5"):
         launch.device_family.__wrapped__(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize(("architecture", "runs"), [("gfx942:sramecc+:xnack-", True), ("gfx90a:sramecc+", False)])
+def test_amd_devices_without_block_sizes_of_their_own_are_named(
+    architecture: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    properties = SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    family = launch.device_family.__wrapped__
+    if runs:
+        assert family(torch.device("cuda:0")) == "gfx942"
+        return
+    with pytest.raises(RuntimeError, match="gfx942, cuda:0 is gfx90a"):
+        family(torch.device("cuda:0"))
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
