@@ -119,6 +119,8 @@ def backward_launches(
     fused = fused and dq is not None and not only_dq
     row_term, lse_log2 = _row_scratch(lse, x.sequences.shape[0])
     dq_sum = torch.empty_like(dq, dtype=torch.float32) if fused and dq.dtype != torch.float32 else dq
+    if fused:
+        _require_reductions(family, dq_sum)
     heads_sum = dkey_bias
     if dkey_bias is not None and heads_kv > 1:
         heads_sum = dkey_bias.new_empty((heads_kv, *dkey_bias.shape))
@@ -155,9 +157,6 @@ def _build(
     common = {**attention_operands(x), "do_ptr": do, "row_term_ptr": row_term, "lse_log2_ptr": lse_log2}
     common |= strides_of("do", do, "bth")
     common |= {f"stride_r{axis}": row_term.stride(i) // ROW_ALIGNMENT.value for i, axis in enumerate("bh")}
-    if fused:
-        _require_reductions(family, dq_sum)
-
     # Without dq and dkey_bias it computes the terms of its rows and visits no keys; fused, it visits the prefix's.
     own = blocks.queries
     arguments = {
