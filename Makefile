@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PINS := $(VENV)/constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo claim credit rewards test quick check docs fuzz test-latest test-lowest package sanitize aarch64 bench gpu format clean
+.PHONY: setup demo claim credit rewards test isa quick check docs fuzz test-latest test-lowest package sanitize aarch64 bench gpu format clean
 
 setup: $(INSTALLED)
 
@@ -41,6 +41,12 @@ rewards: setup
 
 test: check docs
 	$(BIN)/pytest
+
+# The C++ kernel and the models on it under every instruction set that this processor runs, also those it would not choose.
+ISA_TESTS := $(addprefix tests/atman_kernels/,test_cpu.py test_hf.py test_hf_gradients.py test_hf_key_bias.py test_hf_packed.py)
+isa: setup
+	set -e; for isa in $$($(BIN)/python -c "from atman_kernels import _cpu; print(*_cpu.isas())"); do \
+	  echo "ATMAN_CPU_ISA=$$isa"; ATMAN_CPU_ISA=$$isa $(BIN)/pytest -q $(ISA_TESTS); done
 
 # The tests without those marked slow.
 quick: setup

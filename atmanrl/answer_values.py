@@ -145,6 +145,7 @@ def _plain(text: str) -> str:
 
 # What may stand between a marker and its value. Bounded and possessive: no text may make the search quadratic.
 _CODES = r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|SGD|HKD|JPY|CNY|RMB|CHF|KRW|BRL|MXN|SEK|NOK|DKK|PLN|CZK|Rs\.?)"
+_CODE_WORDS = frozenset(re.findall("[A-Z]{3}", _CODES))
 _CURRENCY = r"[$€£¥₹₽₩₺₴₫₱₪฿₦₿¢]"
 _DELIMITERS = (
     rf"""(?:\s|[:*_"'`(\[{{≈~]|{_CURRENCY}|\\[(\[{{,;:!\s$]|(?:US|CA|AU|NZ|HK|[CAR])(?=\$)|{_CODES}(?=\s?[+-]?[0-9])"""
@@ -195,7 +196,6 @@ _REMARK = re.compile(
 )
 
 
-# Directly before the last number of a text: it is a part of more, or one of several values.
 _PART_OF_MORE = re.compile(
     r"(?:[^\W_]|[0-9][.,:/^*'_-]|[^\W\d_][\^*/_-]|(?:sqrt|log|overline|\^)\{|[√±≠≤≥]"
     r"|\b(?:or|minus|negative|times|over|than|least|most|not)\W{0,3})\Z"
@@ -219,7 +219,6 @@ _JOINT = re.compile(r"[-/](?=[^\W\d_]|\\(?:text|mathrm))")
 _POWER_OF_UNIT = re.compile(r"\^\{?[23]\}?|[²³]")
 _LETTER = r"[^\W\d_²³¹\u2070-\u209f\u2150-\u218f\u2460-\u24ff]"
 _WORD = re.compile(rf"{_LETTER}+(?:['.]{_LETTER}+)*")
-_DELIMITED = re.compile(_DELIMITERS)
 _MORE_DIGITS = re.compile(r"[ ]+[0-9]")
 _LIST_DOT = re.compile(r"[.)][ ]+[^\s]")
 _LATER_NUMBER = re.compile(rf"{_CURRENCY}?[0-9]+(?:[,.][0-9]+)*")
@@ -237,7 +236,6 @@ _UNITS = _words(
 )
 _ABBREVIATED = _words("ft in lb lbs oz hr hrs min mins sec secs yd")
 _SHORT_WORDS = _words("a at by on is as so an us my up to of in it")
-_CODE_WORDS = _words("USD EUR GBP INR CAD AUD NZD SGD HKD JPY CNY RMB CHF KRW BRL MXN SEK NOK DKK PLN CZK")
 _HEDGES = _words(
     """
     or either neither nor maybe perhaps possibly between versus vs if unless otherwise depending least most ish
@@ -312,7 +310,7 @@ def _understood(match: re.Match[str], *, ends: bool) -> _Read | None:
 
 
 def _is_list_item(match: re.Match[str]) -> bool:
-    """Whether the number counts the lines: "1. 18" or "1. Eggs" with "2." below it."""
+    """Whether the number counts lines: "1. Eggs" with "2." below it."""
     text, begin, end = match.string, match.start(), match.end()
     line = text[max(0, begin - 8) : begin].rpartition("\n")
     if line[2].strip(" *_") or not (line[1] or begin < 8) or not match[0].isdecimal() or len(match[0]) > 2:
@@ -467,8 +465,8 @@ class _Tail:
         return not (hedges or alone) or found in (self.value, self.value / 100, self.value * 100)
 
     def _same_again(self, position: int) -> int | None:
-        """Where the number behind "or" ends, if it is the same: "3/4 or 0.75"."""
-        number = _NUMBER.match(self.window, _after(_DELIMITED, self.window, position))
+        # "3/4 or 0.75" is one value.
+        number = _NUMBER.match(self.window, _after(_LEAD_IN, self.window, position))
         scaled = None if number is None else _scaled(number)
         return scaled[2] if scaled is not None and scaled[0] == self.value else None
 

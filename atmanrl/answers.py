@@ -28,6 +28,7 @@ __all__ = [
     "AnswerFormat",
     "CompletionSplit",
     "ParsedAnswer",
+    "announcements",
     "rollout_from_completion",
     "split_completion",
 ]
@@ -103,20 +104,21 @@ class AnswerFormat:
         An announcement with nothing behind it, of a text that was cut off, or with mere words about the answer ("The
         final answer is correct") takes no earlier one back. Time is linear in the text.
         """
-        announcements = self._announcements(text)
-        while announcements:
-            start, end = announcements.pop()
+        phrases = self._announcements(text)
+        announced = bool(phrases)
+        while phrases:
+            start, end = phrases.pop()
             found = self._values.find_after(text, end)
             if found is Absent.UNREADABLE:
                 return None
             if not isinstance(found, Absent):
                 # "The final answer is \\boxed{18}" announces one value twice: the outer phrase is the marker.
-                while announcements and self._values.find_after(text, announcements[-1][1]) == found:
-                    start = min(start, announcements.pop()[0])
-                if announcements and self._is_one_of_several(text, announcements[-1][1], start, found):
+                while phrases and self._values.find_after(text, phrases[-1][1]) == found:
+                    start = min(start, phrases.pop()[0])
+                if phrases and self._is_one_of_several(text, phrases[-1][1], start, found):
                     return None
                 return ParsedAnswer(text[slice(*found)], found, (start, found[0]))
-        if self.mode == "strict" or self._announcements(text):
+        if self.mode == "strict" or announced:
             return None
         last = self._values.find_last(text)
         return None if last is None else ParsedAnswer(text[slice(*last)], last, (last[0], last[0]))
@@ -142,11 +144,7 @@ class AnswerFormat:
 
     def _announcements(self, text: str) -> list[tuple[int, int]]:
         """Start and end of every announcing phrase, the one that ends last at the end."""
-        markers = self.markers if self.mode == "strict" else (*self.markers, *self.flexible_markers)
-        found = (match for marker in markers for match in _MARKERS[marker].finditer(text))
-        spans = {match.span() for match in found if match[0] != "####" or not _HEADING.match(text, match.end())}
-        # Of phrases with the same end the longest, "the final answer is", stands for all.
-        return sorted(spans, key=lambda span: (span[1], -span[0]))
+        return announcements(text, self.markers if self.mode == "strict" else (*self.markers, *self.flexible_markers))
 
     def _is_one_of_several(self, text: str, earlier_end: int, start: int, found: Span) -> bool:
         """Whether the announcement at ``start`` goes on with a list: "\\boxed{17} or \\boxed{18}"."""
@@ -162,6 +160,16 @@ class AnswerFormat:
 _HEADING = re.compile(r"[ ]*(?:[0-9]{1,2}[.)][ ]+)?[*_]{0,2}[A-Za-z][^\n]{0,200}\n\s*[^\s#]")
 _SENTENCE_END = re.compile(r"[.!?][^\w\s]{0,4}\s|\n")
 _CONNECTIVE = re.compile(r"(?:\b(?:or|and)|[,;/&])[\s$(\[{*\\]*\Z", re.IGNORECASE)
+
+
+def announcements(text: str, markers: Iterable[Marker] = tuple(_MARKERS)) -> list[tuple[int, int]]:
+    """Spans of every phrase that announces an answer, by where they end; no Markdown headings.
+
+    Of phrases with the same end the longest, "the final answer is", comes last.
+    """
+    found = (match for marker in markers for match in _MARKERS[marker].finditer(text))
+    spans = {match.span() for match in found if match[0] != "####" or not _HEADING.match(text, match.end())}
+    return sorted(spans, key=lambda span: (span[1], -span[0]))
 
 
 GSM8K_ANSWER = AnswerFormat(
@@ -291,10 +299,3 @@ def _tokens_until(position: int, ids: Sequence[int], tokenizer: PreTrainedTokeni
 def _complete(text: str) -> str:
     # A character whose bytes have not all been generated decodes to one or more replacement characters.
     return text.rstrip("\ufffd")
-
-
-def announcements(text: str) -> list[tuple[int, int]]:
-    """Spans of every phrase that announces an answer, whatever the format, by where they end; no Markdown headings."""
-    found = (match for pattern in _MARKERS.values() for match in pattern.finditer(text))
-    spans = {match.span() for match in found if match[0] != "####" or not _HEADING.match(text, match.end())}
-    return sorted(spans, key=lambda span: (span[1], -span[0]))

@@ -115,7 +115,7 @@ class SeriesConfig:
 class CreditConfig:
     """How the advantage of a rollout is spread over its tokens: gamma_t per token; defaults as in arXiv 2510.13554.
 
-    Where the paper leaves a choice open, the default is this project's (docs/credit.md).
+    Where the paper leaves a choice open, the default is this project's (docs/math.md).
 
     Attributes:
         strategy: "none"; "local" (local-chunk), "global" (global-anchor) or "coupled" of the paper; its control arms

@@ -201,8 +201,7 @@ def _known(sections: Mapping[str, object], top: type | None) -> Iterator[tuple[s
 def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(cls)
     for item in fields(cls):
-        # A field that a recording or a caller fills is no setting.
-        if not item.init or item.metadata.get("setting") is False or item.name in _NO_SETTINGS:
+        if not item.init or item.name in _NO_SETTINGS:
             continue
         yield f"{prefix}{item.name}", hints[item.name]
         nested = _dataclass_in(hints[item.name])
@@ -210,8 +209,8 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _keys(nested, f"{prefix}{item.name}.")
 
 
-_NO_SETTINGS = ("record_every",)
-"""Fields of estimators that the commands fill by options of their own."""
+_NO_SETTINGS = ("record_every", "likelihood")
+"""Fields of estimators that the commands fill by options of their own, or that only code can give."""
 
 
 def _checked(given: Given, values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

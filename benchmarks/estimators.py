@@ -42,9 +42,16 @@ from atmanrl.saliency import (
     make_estimator,
     substitution_effects,
 )
-from atmanrl.tasks.ledger import CHECKPOINT, load
-from atmanrl.tasks.ledger.generator import Example, classify_tokens, sample_chain, sample_examples
-from atmanrl.tasks.ledger.vocabulary import ANSWER, FILLER
+from atmanrl.tasks.ledger import (
+    ANSWER,
+    CHECKPOINT,
+    FILLER,
+    Example,
+    classify_tokens,
+    load,
+    sample_chain,
+    sample_examples,
+)
 from benchmarks.cpu import processor
 from benchmarks.device import commit, results_file, save
 

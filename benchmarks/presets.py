@@ -27,9 +27,7 @@ from atmanrl import MaskConfig, Rollout, optimize_masks, saliency_reward
 from atmanrl.config import MASK_PRESETS, LedgerConfig
 from atmanrl.evaluation.summary import spearman
 from atmanrl.saliency import TokenScores
-from atmanrl.tasks.ledger import CHECKPOINT
-from atmanrl.tasks.ledger.generator import sample_chain, sample_examples
-from atmanrl.tasks.ledger.vocabulary import ANSWER
+from atmanrl.tasks.ledger import ANSWER, CHECKPOINT, sample_chain, sample_examples
 from benchmarks.cpu import processor
 from benchmarks.device import commit, results_file, save
 

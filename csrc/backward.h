@@ -21,7 +21,7 @@ void backward_block(const Backward& g, const Sequence& s, const Visibility& visi
   };
   load_block<T>(g, s, visible, head, first, rows, b);
   if (kept && want_ds) {
-    fill(b.row_sums, rows * kLanes, 0.0f);
+    clear_sums(rows, b);
     for (int64_t key = first_key; key < part.end; key += kKeyTile) {
       const Operands<W> t = operands(key);
       for_panels(t.tile, [&](int64_t panel) {
@@ -29,7 +29,7 @@ void backward_block(const Backward& g, const Sequence& s, const Visibility& visi
         panel_dp(t, panel, g, true, b);
       });
     }
-    set_delta_from_row_sums(rows, b);
+    set_delta_from_sums(rows, b);
   } else if (want_ds) {
     load_delta<T>(g, s, head, first, rows, b);
   }
@@ -109,8 +109,8 @@ void backward_task(const Backward& g, const Task& task, Arena& arena, bool run) 
   }
 }
 
-// delta = sum_v p dp from unrounded p and dp, for the rows of a task: two products more, where p and dp of a row cannot
-// be kept and o was rounded to 16 bits.
+// delta = sum_v p dp / sum_v p from unrounded p and dp, for the rows of a task: two products more, where p and dp of a
+// row cannot be kept and o was rounded to 16 bits.
 template <class T>
 void delta_task(const Backward& g, const Task& task, Arena& arena, bool run) {
   const Sequence& s = g.sequences[task.sequence];
@@ -134,7 +134,7 @@ void delta_task(const Backward& g, const Task& task, Arena& arena, bool run) {
     for (int64_t first = task.row_begin; first < task.row_end; first += kBackwardRows) {
       const int64_t rows = minimum<int64_t>(kBackwardRows, task.row_end - first);
       load_block<T>(g, s, visible, head, first, rows, b);
-      fill(b.row_sums, rows * kLanes, 0.0f);
+      clear_sums(rows, b);
       const Range seen = visible.keys(first, first + rows - 1);
       for (int64_t key = round_down(seen.begin, kKeyTile); key < seen.end; key += kKeyTile) {
         const Operands<W> t(visible, first, rows, key, key - keys.begin, 0, head_dim, b);
@@ -143,7 +143,7 @@ void delta_task(const Backward& g, const Task& task, Arena& arena, bool run) {
           panel_dp(t, panel, g, false, b);
         });
       }
-      set_delta_from_row_sums(rows, b);
+      set_delta_from_sums(rows, b);
       for (int64_t i = 0; i < rows; ++i) g.delta.at(s.batch, head, s.q_start + first + i) = b.delta[i];
     }
   }

@@ -23,7 +23,9 @@ struct BackwardBuffers {
   // Per kept tile: rows x kKeyTile.
   float *p, *ds;
   // Per row: p = exp(score - lse), or exp((score - lse) - log_sum) where the lse is split; log_sum is kWhole elsewhere.
-  float *lse, *log_sum, *delta, *row_sums;
+  float *lse, *log_sum, *delta;
+  // Per row and lane: sums of p dp and of p. Per row: what makes its p sum to 1.
+  float *row_sums, *p_sums, *norm;
   // The only key that a row sees, or kManyKeys.
   int64_t* only_key;
   int32_t* kept_before;
@@ -53,6 +55,8 @@ struct BackwardBuffers {
     log_sum = arena.take<float>(padded_rows);
     delta = arena.take<float>(padded_rows);
     row_sums = arena.take<float>(padded_rows * kLanes);
+    p_sums = arena.take<float>(padded_rows * kLanes);
+    norm = arena.take<float>(padded_rows);
     only_key = arena.take<int64_t>(rows);
     kept_before = arena.take<int32_t>(g.key_bias ? all_keys + 1 : 0);
   }
@@ -153,19 +157,22 @@ void panel_p(const Operands<W>& t, int64_t panel, const Backward& g, const Backw
                  });
 }
 
-// Adds p dp of one panel to the row sums; with `keep` also stores dp where ds belongs.
+// Adds p dp and p of one panel to the row's sums; with `keep` also stores dp where ds belongs.
 template <class W>
 void panel_dp(const Operands<W>& t, int64_t panel, const Backward& g, bool keep, const BackwardBuffers<W>& b) {
   multiply_panel(t.tile, panel, b.d_o, padded_words<W>(g.head_dim), t.v_panels + panel * kPanel * words<W>(g.head_dim),
                  g.head_dim, [&](auto mr, auto nv, int64_t row, int64_t vector, const auto& acc) {
                    for (int i = 0; i < mr; ++i) {
                      const int64_t at = (row + i) * kTileRow + vector * kLanes;
-                     Vec sum = load(b.row_sums + (row + i) * kLanes);
+                     Vec sum = load(b.row_sums + (row + i) * kLanes), p_sum = load(b.p_sums + (row + i) * kLanes);
                      for (int j = 0; j < nv; ++j) {
-                       sum = fma(load(t.p + at + j * kLanes), acc[i][j], sum);
+                       const Vec p = load(t.p + at + j * kLanes);
+                       sum = fma(p, acc[i][j], sum);
+                       p_sum = add(p_sum, p);
                        if (keep) store(t.ds + at + j * kLanes, acc[i][j]);
                      }
                      store(b.row_sums + (row + i) * kLanes, sum);
+                     store(b.p_sums + (row + i) * kLanes, p_sum);
                    }
                  });
 }
@@ -189,7 +196,7 @@ void panel_ds(const Operands<W>& t, int64_t panel, const Backward& g, bool keep,
                  });
 }
 
-// The same from a kept dp, for the whole tile.
+// The same from a kept dp, for the whole tile; p is normalised on the way.
 template <class W>
 void kept_ds(const Operands<W>& t, const BackwardBuffers<W>& b) {
   for (int64_t row = 0; row < t.tile.rows; row += kStrip) {
@@ -199,7 +206,9 @@ void kept_ds(const Operands<W>& t, const BackwardBuffers<W>& b) {
       Vec sum = load(t.dkey_bias + j * kLanes);
       for (int64_t i = row; i < last; ++i) {
         const int64_t at = i * kTileRow + j * kLanes;
-        const Vec ds = mul(load(t.p + at), sub(load(t.ds + at), broadcast(b.delta[i])));
+        const Vec p = mul(load(t.p + at), broadcast(b.norm[i]));
+        const Vec ds = mul(p, sub(load(t.ds + at), broadcast(b.delta[i])));
+        store(t.p + at, p);
         store(t.ds + at, ds);
         sum = add(sum, ds);
       }
@@ -261,8 +270,20 @@ void tile_products(const Operands<W>& t, const Backward& g, const W* k_rows, flo
 }
 
 template <class W>
-void set_delta_from_row_sums(int64_t rows, const BackwardBuffers<W>& b) {
-  for (int64_t i = 0; i < rows; ++i) b.delta[i] = sum_lanes(load(b.row_sums + i * kLanes));
+void clear_sums(int64_t rows, const BackwardBuffers<W>& b) {
+  fill(b.row_sums, rows * kLanes, 0.0f);
+  fill(b.p_sums, rows * kLanes, 0.0f);
+}
+
+// delta as the mean of dp. The p of a row sum to 1 up to the rounding of its lse, which is far above that of p where
+// scores are large; times dp, it would be all of ds where one key has nearly all the weight.
+template <class W>
+void set_delta_from_sums(int64_t rows, const BackwardBuffers<W>& b) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float p_sum = sum_lanes(load(b.p_sums + i * kLanes));
+    b.norm[i] = p_sum == 0.0f ? 0.0f : 1.0f / p_sum;
+    b.delta[i] = p_sum == 0.0f ? 0.0f : sum_lanes(load(b.row_sums + i * kLanes)) / p_sum;
+  }
 }
 
 }  // namespace atman::ATMAN_ISA

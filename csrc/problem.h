@@ -51,8 +51,8 @@ constexpr int64_t kKeyTile = 128;
 // Rounded to fp32, an lse up to this moves the p of its row by at most 2^-19, as much as a score of its size does. Of rows
 // with a larger one, p is normalised by their own sum again (see split_lse).
 constexpr float kLargestLse = 64.0f;
-// A backward block that sees at most this many tiles keeps p and dp of all of them, and so has delta = sum_v p dp at no
-// cost.
+// A backward block that sees at most this many tiles keeps p and dp of all of them, and so has
+// delta = sum_v p dp / sum_v p at no cost.
 constexpr int64_t kKeptTiles = 4;
 
 struct Problem {

@@ -124,7 +124,7 @@ def compare_command(before: Path, after: Path, *, output: Path | None = None) ->
     """
     if output is not None:
         for name in REPORT:
-            check_writable(output / name, "--output")
+            check_writable(output / name, "--output", made=True)
     first, second = Run.load(before), Run.load(after)
     console = Console(highlight=False)
     if first.score != second.score:

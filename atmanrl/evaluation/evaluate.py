@@ -224,7 +224,7 @@ def evaluate_command(
         raise ValueError(f"--output {output} cannot be made: {error}") from error
     files = {label: output / f"{label}.json" for _, label in named}
     for path in [*files.values(), *(folder / name for folder in _folders(output, named) for name in REPORT)]:
-        check_writable(path)
+        check_writable(path, "--output", made=True)
     reader = None if initial_model is None else load_policy(_model_of(recipe, initial_model))
     runs = [_evaluate(recipe, task, name, files[label], estimator, faithfulness, reader) for name, label in named]
     console = Console(highlight=False)

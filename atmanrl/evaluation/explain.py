@@ -287,8 +287,6 @@ def explain_command(
     masks = [each.config for each in named if isinstance(each, Mask)]
     if len(set(names)) < len(names):
         raise ValueError(f"an estimator is named twice: {', '.join(estimators)}")
-    if record_every is not None and record_every < 1:
-        raise ValueError(f"--record-every must be at least 1, got {record_every}")
     if record_every is not None and names[0] not in ("mask", "sparse-mask"):
         raise ValueError(f"--record-every belongs to a mask as the first estimator, not to {estimators[0]!r}")
     check_outputs(html=html, json=json, csv=csv)
@@ -398,8 +396,6 @@ def check_outputs(**paths: Path | None) -> None:
     for option, path in paths.items():
         if path is None:
             continue
-        if not path.parent.is_dir():
-            raise ValueError(f"--{option} {path}: there is no directory {path.parent}")
         check_writable(path, f"--{option}")
         twin = seen.setdefault(path.resolve(), option)
         if twin != option and not (path.exists() and not path.is_file()):

@@ -256,18 +256,21 @@ def paired_rollouts(before: Run, after: Run) -> list[tuple[RolloutRecord, Rollou
     return pairs
 
 
-def check_writable(path: str | Path, option: str = "") -> None:
+def check_writable(path: str | Path, option: str = "", *, made: bool = False) -> None:
     """Refuse a file that cannot be written, before anything is computed for it.
 
     Args:
-        path: a file that may be there already; missing directories above it count as ones that will be made.
+        path: a file that may be there already.
         option: how the command line names it, for the message.
+        made: missing directories above it will be made.
 
     Raises:
         InputError: for a directory, a parent that is none, or a place that the process may not write to.
     """
     path = Path(path)
     named = f"{option} {path}".lstrip()
+    if not made and not path.parent.is_dir():
+        raise InputError(f"{named}: there is no directory {path.parent}")
     if path.is_dir():
         raise InputError(f"{named}: is a directory")
     if path.exists() and not path.is_file():

@@ -36,8 +36,7 @@ from atmanrl.report.plots import FIGURE_STYLE
 from atmanrl.rhythm import credit
 from atmanrl.rhythm.series import RolloutSeries, attention_series
 from atmanrl.settings import read_settings
-from atmanrl.tasks.ledger.generator import classify_tokens
-from atmanrl.tasks.ledger.vocabulary import ANSWER, ASK, COT
+from atmanrl.tasks.ledger import ANSWER, ASK, COT, classify_tokens
 
 # Token texts may hold dollars, which must not start a formula.
 _STYLE: Any = {**FIGURE_STYLE, "font.size": 8, "text.parse_math": False}

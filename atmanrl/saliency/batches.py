@@ -20,6 +20,7 @@ from atmanrl.saliency.decoder import MakeLikelihood, fastest_likelihood
 from atmanrl.saliency.likelihood import AnswerLikelihood, ModelLikelihood, frozen
 from atmanrl.saliency.packing import PackedRollouts, Segment, pack
 from atmanrl.saliency.scores import Trajectory, check_finite
+from atmanrl.saliency.support import check_model
 
 _Result = TypeVar("_Result")
 
@@ -179,10 +180,12 @@ def prepared(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> PreTrainedM
     """The model to compute on, see :func:`working_copy`; every function here that takes a model calls this first.
 
     Raises:
-        ValueError: a rollout exceeds the model's context or holds a token id outside its vocabulary.
+        ValueError: the model ignores something that packed rollouts need, see :func:`check_model`; a rollout exceeds the
+            model's context or holds a token id outside its vocabulary.
     """
     # Before anything that may fail on one rank alone: where weights are sharded, every rank takes part.
-    model = working_copy(model)
+    owner, model = model, working_copy(model)
+    check_model(model, owner)
     config = _text_config(model)
     limit = getattr(config, "max_position_embeddings", None)
     for index, rollout in enumerate(rollouts):

@@ -122,14 +122,15 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(model.device.type, enabled=False))
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(_no_parameter_gradients(model))
         stack.enter_context(_atman_attention(model))
         yield
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside the block; each one's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -45,7 +45,7 @@ class Mask:
 
     config: MaskConfig = field(default_factory=MaskConfig)
     record_every: int | None = None
-    likelihood: MakeLikelihood | None = field(default=None, repr=False, compare=False, metadata={"setting": False})
+    likelihood: MakeLikelihood | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.record_every is not None and self.record_every < 1:

@@ -14,8 +14,11 @@ import httpx
 
 from atmanrl.config import DataConfig
 from atmanrl.errors import InputError
+from atmanrl.models import check_unicode
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# Rows that cannot be used are counted; so many of them are named.
+LISTED = 5
 
 
 class DataError(InputError):
@@ -41,9 +44,9 @@ def load_splits(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Train and test rows of ``config``, each passed through ``convert``.
 
-    ``convert`` raises ValueError for a row it cannot use; the message is reported with the row's file and line. Given
-    ``left_out``, such rows are left out instead, and the messages about rows to test on are appended to it; the others
-    get a column "place", their file and line.
+    ``convert`` raises ValueError for a row it cannot use. Every row is checked, and one error reports the messages with
+    files and lines. Given ``left_out``, such rows are left out instead, and the messages about rows to test on are
+    appended to it. The other rows then get a column "place", their file and line.
 
     Raises:
         DataError: see `atmanrl.tasks.load_task`.
@@ -51,19 +54,47 @@ def load_splits(
     path = config.path or source.path
     train_split = config.train_split or source.train_split
     test_split = config.test_split or source.test_split
+    faults = _Faults([], [])
     if _is_local(path):
-        train, test = _local_splits(Path(path), config, train_split, test_split, left_out)
+        train, test = _local_splits(Path(path).expanduser(), config, train_split, test_split, faults)
+        if not test:
+            _refuse(faults if left_out is None else None)
+            train, test = _hold_out(Path(path), train, config)
     else:
         subset = config.subset or source.subset
         train = _hub_rows(path, subset, train_split, source.columns)
         test = _hub_rows(path, subset, test_split, source.columns)
     converted = [
-        list(_converted(rows, source.columns, convert, faults))
-        for rows, faults in ((train, _ignoring(left_out)), (test, left_out))
+        list(_converted(train, source.columns, convert, faults.train)),
+        list(_converted(test, source.columns, convert, faults.test)),
     ]
+    if left_out is None:
+        _refuse(faults)
+    else:
+        left_out += faults.test
     limits = (config.train_limit, config.test_limit)
     chosen = [_limit(rows, limit, config.seed) for rows, limit in zip(converted, limits, strict=True)]
     return datasets.Dataset.from_list(chosen[0]), datasets.Dataset.from_list(chosen[1])
+
+
+@dataclass(frozen=True)
+class _Faults:
+    """Messages about rows that cannot be used, with their places."""
+
+    train: list[str]
+    test: list[str]
+
+
+def _refuse(faults: _Faults | None) -> None:
+    """One error for all rows that cannot be used: the first few, and how many there are."""
+    # The same file may serve both splits.
+    messages = [] if faults is None else list(dict.fromkeys(faults.train + faults.test))
+    if len(messages) == 1:
+        raise DataError(messages[0])
+    if messages:
+        listed = "".join(f"\n  {message}" for message in messages[:LISTED])
+        more = f"\n  and {len(messages) - LISTED} more" if len(messages) > LISTED else ""
+        raise DataError(f"{len(messages)} rows cannot be used:{listed}{more}")
 
 
 @dataclass(frozen=True)
@@ -78,32 +109,23 @@ def _is_local(path: str) -> bool:
     return Path(path).exists() or path.endswith(SUFFIXES) or path.startswith((".", "/", "~"))
 
 
-def _ignoring(left_out: list[str] | None) -> list[str] | None:
-    """Faults of rows to train on go nowhere where those of rows to test on are collected."""
-    return None if left_out is None else []
-
-
 def _local_splits(
-    path: Path, config: DataConfig, train_split: str, test_split: str, left_out: list[str] | None
+    path: Path, config: DataConfig, train_split: str, test_split: str, faults: _Faults
 ) -> tuple[list[Row], list[Row]]:
-    path = path.expanduser()
     if not path.exists():
         raise DataError(f"{path}: no such file or directory")
     if path.is_dir():
-        train = _split_rows(path, train_split, _ignoring(left_out))
-        test = _split_rows(path, test_split, left_out, optional=True)
+        train = _split_rows(path, train_split, faults.train)
+        test = _split_rows(path, test_split, faults.test, optional=True)
     else:
         # Its lines are held out later, where no second file is given.
-        faults = left_out if config.test_path is None else _ignoring(left_out)
-        train, test = list(_file_rows(path, faults)), []
+        train, test = list(_file_rows(path, faults.test if config.test_path is None else faults.train)), []
     if config.test_path is not None:
-        test = list(_file_rows(Path(config.test_path).expanduser(), left_out))
-    if not test:
-        train, test = _hold_out(path, train, config)
+        test = list(_file_rows(Path(config.test_path).expanduser(), faults.test))
     return train, test
 
 
-def _split_rows(directory: Path, split: str, left_out: list[str] | None, *, optional: bool = False) -> list[Row]:
+def _split_rows(directory: Path, split: str, left_out: list[str], *, optional: bool = False) -> list[Row]:
     names = [f"{split}{middle}{suffix}" for middle in ("", "-*") for suffix in SUFFIXES]
     files = sorted(file for name in names for file in directory.glob(name))
     if not files and not optional:
@@ -121,7 +143,7 @@ def _hold_out(path: Path, rows: list[Row], config: DataConfig) -> tuple[list[Row
     return [rows[i] for i in train], [rows[i] for i in test]
 
 
-def _file_rows(path: Path, left_out: list[str] | None = None) -> Iterator[Row]:
+def _file_rows(path: Path, left_out: list[str]) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.suffix == ".parquet":
@@ -170,7 +192,46 @@ def _json_row(place: str, line: bytes, *, first: bool) -> Row:
         raise DataError(f"{place}: JSON that cannot be read ({error})") from error
     if not isinstance(values, dict):
         raise DataError(f"{place}: expected a JSON object, got {type(values).__name__}")
+    try:
+        check_unicode_values(values)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from error
     return Row(place, values)
+
+
+def check_unicode_values(values: Mapping[str, Any]) -> None:
+    """Whether every text in a row, however deep, is Unicode.
+
+    Raises:
+        ValueError: naming the column and the position of half a surrogate pair.
+    """
+    for name, value in values.items():
+        check_unicode(name, "a column's name")
+        for text in _texts(value):
+            check_unicode(text, f'"{name}"')
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for part in pair for text in _texts(part))
+    elif isinstance(value, list | tuple):
+        yield from (text for part in value for text in _texts(part))
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """The text of a column, without white space around it.
+
+    Raises:
+        ValueError: for anything but a text, and for an empty one.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{column} must be a text, got {value!r}")
+    if not value.strip():
+        raise ValueError(f"{column} is empty")
+    return value.strip()
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -203,14 +264,12 @@ def _converted(
     rows: Iterable[Row],
     columns: Sequence[str],
     convert: Callable[[Mapping[str, Any]], dict[str, Any]],
-    left_out: list[str] | None,
+    left_out: list[str],
 ) -> Iterator[dict[str, Any]]:
     for row in rows:
         try:
             values = _convert(row, columns, convert)
         except DataError as error:
-            if left_out is None:
-                raise
             left_out.append(str(error))
             continue
         # A row may still turn out not to fit a model; then it has to be found again.
@@ -225,6 +284,7 @@ def _convert(
         found = ", ".join(row.values) or "none"
         raise DataError(f"{row.place}: lacks the column {', '.join(missing)}; found {found}")
     try:
+        check_unicode_values(row.values)
         return convert(row.values)
     except ValueError as error:
         raise DataError(f"{row.place}: {error}") from error

@@ -7,9 +7,8 @@ from typing import Any
 
 from atmanrl.answers import GSM8K_ANSWER, AnswerFormat
 from atmanrl.config import DataConfig
-from atmanrl.tasks.files import Source, load_splits
-from atmanrl.tasks.prompts import as_prompt
-from atmanrl.tasks.task import Task
+from atmanrl.tasks.files import Source, load_splits, text_of
+from atmanrl.tasks.task import Task, as_prompt
 
 SOURCE = Source("openai/gsm8k", subset="main", train_split="train", test_split="test", columns=("question", "answer"))
 
@@ -27,9 +26,9 @@ def load(config: DataConfig, left_out: list[str] | None = None) -> Task:
     """GSM8K, or any file in its columns; the gold answer loses its thousands separators and keeps its sign."""
 
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-        question = str(row["question"]).strip()
+        question = text_of(row, "question")
         prompt = as_prompt(INSTRUCTION.format(question=question), config)
-        return {"prompt": prompt, "answer": gold_answer(str(row["answer"])), "question": question}
+        return {"prompt": prompt, "answer": gold_answer(text_of(row, "answer")), "question": question}
 
     train, test = load_splits(config, SOURCE, convert, left_out)
     return Task("gsm8k", train, test, GSM8K_ANSWER.with_mode(config.answers), left_out=tuple(left_out or ()))

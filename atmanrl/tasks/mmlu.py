@@ -7,9 +7,8 @@ from typing import Any
 
 from atmanrl.answers import MMLU_ANSWER
 from atmanrl.config import DataConfig
-from atmanrl.tasks.files import Source, load_splits
-from atmanrl.tasks.prompts import as_prompt
-from atmanrl.tasks.task import Task
+from atmanrl.tasks.files import Source, load_splits, text_of
+from atmanrl.tasks.task import Task, as_prompt
 
 LETTERS = "ABCD"
 SOURCE = Source(
@@ -34,14 +33,16 @@ def load(config: DataConfig, left_out: list[str] | None = None) -> Task:
     """MMLU, or any file in its columns; the gold answer is a letter."""
 
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
-        question = str(row["question"]).strip()
+        question = text_of(row, "question")
         choices = row["choices"]
         if not isinstance(choices, list) or len(choices) != len(LETTERS):
             raise ValueError(f"choices must be a list of {len(LETTERS)}, got {choices!r}")
+        if not all(isinstance(choice, str | int | float) and str(choice).strip() for choice in choices):
+            raise ValueError(f"choices must be texts, got {choices!r}")
         listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
         prompt = as_prompt(INSTRUCTION.format(question=question, choices=listed), config)
         answer = gold_letter(row["answer"])
-        return {"prompt": prompt, "answer": answer, "question": question, "subject": str(row["subject"])}
+        return {"prompt": prompt, "answer": answer, "question": question, "subject": text_of(row, "subject")}
 
     train, test = load_splits(config, SOURCE, convert, left_out)
     return Task("mmlu", train, test, MMLU_ANSWER.with_mode(config.answers), left_out=tuple(left_out or ()))

@@ -1,4 +1,4 @@
-"""What a task is to the trainer and the evaluation: two data sets and a way to read answers."""
+"""What a task is to the trainer and the evaluation: two data sets of prompts, and a way to read answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import datasets
 
 from atmanrl.answers import AnswerFormat
+from atmanrl.config import DataConfig
 
+Prompt = str | list[dict[str, str]]
 TokenClassifier = Callable[[Mapping[str, Any], Sequence[str]], list[str]]
 
 
@@ -36,3 +38,14 @@ class Task:
     classify_tokens: TokenClassifier | None = None
     token_classes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+
+
+def as_prompt(instruction: str, config: DataConfig) -> Prompt:
+    """``instruction`` as messages ("chat") or as a string that a base model continues ("plain").
+
+    Chat messages are rendered by the tokenizer's own chat template later, where its special tokens are known.
+    """
+    if config.prompt_style == "plain":
+        return f"{instruction}\nResponse:"
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    return [*system, {"role": "user", "content": instruction}]

@@ -153,6 +153,8 @@ class RolloutPages(TrainerCallback):
             write_page(path, run, title=f"Rollouts sampled before step {state.global_step}")
             if not due:
                 path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
 
 
 class StopOnSigterm(TrainerCallback):

@@ -31,6 +31,7 @@ from atmanrl.models import encode_prompt, end_of_turn_ids, is_whole
 from atmanrl.rhythm.credit import CreditAssignment, weighted_advantages
 from atmanrl.rollout import Rollout
 from atmanrl.saliency import NonFiniteLossError, TokenScores, estimate_saliency, working_copy
+from atmanrl.saliency.support import check_model
 from atmanrl.tasks import Task
 from atmanrl.training.checkpoints import ResumableGRPOTrainer
 from atmanrl.training.config import AtManGRPOConfig
@@ -120,6 +121,8 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             callbacks=list(callbacks),
             **kwargs,
         )
+        if args.scores_tokens:
+            check_model(self._policy(), self.accelerator.unwrap_model(self.model))
         reduce = partial(self.accelerator.reduce, reduction="sum")
         self._credit = CreditAssignment(args.credit_assignment, reduce if self.accelerator.num_processes > 1 else None)
         self._end_ids = end_of_turn_ids(processing_class, self.eos_token_ids)

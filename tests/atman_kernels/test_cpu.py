@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atman_kernels import _cpu, attention, backend
-from tests.atman_kernels.grid import Case, Operands, assert_exact, make_operands, run
+from tests.atman_kernels.grid import Case, Operands, assert_exact, assert_operands_exact, make_operands, run
 
 pytestmark = pytest.mark.skipif(not _cpu.isas(), reason="the C++ extension is not built")
 
@@ -165,3 +165,14 @@ def test_nan_in_a_query_reaches_its_row_only() -> None:
     o = run("cpu", Case((70,)), x)["o"]
     assert o[20, 1].isnan().all()
     assert o.isnan().sum() == o.shape[-1]
+
+
+@pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.parametrize("length", [12, 130, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_keep_their_digits_where_one_key_has_nearly_all_the_weight(isa, length, dtype, monkeypatch):
+    """There ds = p (dp - delta) cancels: a delta from p that do not sum to 1 would be all of it."""
+    monkeypatch.setattr(_cpu, "_isa", isa)
+    case = Case((length, 40), heads=(4, 2), head_dim=16, lse_gradient=False)
+    x = make_operands(case, dtype)
+    assert_operands_exact(case, "cpu", x._replace(q=x.q * 20))

@@ -136,34 +136,6 @@ def test_a_single_unbiased_row_is_computed_by_sdpa(monkeypatch):
     assert calls == [1] * 6
 
 
-def training_gradients(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    model.train()
-    labels = ids.masked_fill(mask == 0, -100)
-    model(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-@families
-@sides
-def test_a_training_step_has_the_gradients_of_sdpa(family, side):
-    ids, mask = random_ids(3, 12), padding_mask(LENGTHS, side)
-    actual = training_gradients(random_model(family), ids, mask)
-    reference = training_gradients(random_model(family, "sdpa"), ids, mask)
-    oracle = training_gradients(random_model(family, "sdpa").double(), ids, mask)
-    for name, gradient in actual.items():
-        assert gradient.abs().max() > 0, name
-        assert_as_exact_as_reference(name, gradient, reference[name], oracle[name])
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    ids, mask = random_ids(3, 12), padding_mask(LENGTHS, "left")
-    plain = training_gradients(random_model("llama"), ids, mask)
-    model = random_model("llama")
-    model.gradient_checkpointing_enable()
-    checkpointed = training_gradients(model, ids, mask)
-    assert all(torch.equal(gradient, checkpointed[name]) for name, gradient in plain.items())
-
-
 def test_autocast_computes_attention_in_the_autocast_dtype():
     """With float32 weights under autocast, q and k leave the rotary embedding in float32 beside a bfloat16 v."""
     ids, mask = random_ids(3, 12), padding_mask(LENGTHS, "left")

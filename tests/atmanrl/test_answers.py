@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from atmanrl.answers import GSM8K_ANSWER, LEDGER_ANSWER, MMLU_ANSWER, rollout_from_completion, split_completion
 from atmanrl.rollout import Rollout
-from atmanrl.tasks.ledger.vocabulary import build_tokenizer
+from atmanrl.tasks.ledger import build_tokenizer
 from tests.atmanrl.tiny import END_OF_TEXT, EOT, byte_level_tokenizer
 from tests.random_cases import random_cases
 

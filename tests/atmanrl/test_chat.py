@@ -1,14 +1,17 @@
-"""Special tokens of chat models: one BOS per prompt, every end-of-turn token ends a completion."""
+"""From text to ids: one BOS per prompt and no EOS, open turns, prompt and completion as they were given."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from atmanrl.config import DataConfig
-from atmanrl.models import encode_prompt, end_of_turn_ids
+from atmanrl.models import decode, encode_completion, encode_prompt, end_of_turn_ids
 from atmanrl.tasks import load_task
-from atmanrl.tasks.ledger.vocabulary import build_tokenizer
+from atmanrl.tasks.ledger import build_tokenizer
 from tests.atmanrl.tiny import BOS, CHAT_TEMPLATE, END_OF_TEXT, EOT, PAD, byte_level_tokenizer, write_gsm8k
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How much is 9 * 2?"}]
@@ -100,3 +103,75 @@ def test_gsm8k_prompts_reach_the_model_with_one_bos_and_the_instruction_last(tok
         assert text.count(BOS) == 1
         assert text.startswith(f"{BOS}<|start_header_id|>user")
         assert '"The final answer is [answer]"' in text
+
+
+def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
+    """Characters as SentencePiece has them; "llama" puts a space before every text while normalising it."""
+    characters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.:+="
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{i:02X}>": 3 + i for i in range(256)}}
+    vocabulary |= {character: 259 + i for i, character in enumerate(characters)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    space = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(space)
+    if kind == "llama":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "byte level": byte_level_tokenizer(),
+    "llama": sentencepiece("llama"),
+    "metaspace": sentencepiece("metaspace"),
+}
+TEXT = st.text("aZ09 .:=+\nß中🙂", max_size=12)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(TEXT.filter(str.strip), TEXT)
+def test_prompt_and_completion_decode_to_what_was_given(kind, prompt, completion):
+    tokenizer = TOKENIZERS[kind]
+    ids = encode_prompt(tokenizer, prompt)
+    assert decode(tokenizer, ids + encode_completion(tokenizer, ids, completion)) == decode(tokenizer, ids) + completion
+    assert (
+        decode(tokenizer, ids).removeprefix(tokenizer.bos_token).removeprefix(" ") == prompt.removeprefix(" ")
+        or " " in prompt[:1]
+    )
+
+
+def test_a_tokenizer_of_words_keeps_the_words_of_prompt_and_completion():
+    tokenizer = build_tokenizer()
+    ids = encode_prompt(tokenizer, "a 6 c 0 ? c <cot>")
+    both = decode(tokenizer, ids + encode_completion(tokenizer, ids, "c 0 <ans> c 0"))
+    assert both == "<b> a 6 c 0 ? c <cot> c 0 <ans> c 0"
+
+
+@pytest.mark.parametrize(("before", "behind"), [("", EOT), (BOS, EOT), (BOS, END_OF_TEXT)])
+def test_no_end_stands_behind_a_prompt_unless_it_was_written_there(before, behind):
+    tokenizer = byte_level_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (before, behind) if token]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A {behind}".strip(), special_tokens=special
+    )
+    for text in ("Question: 2+2\nResponse:", f"2+2{behind}", "a a a"):
+        assert decode(tokenizer, encode_prompt(tokenizer, text)) == before + text
+
+
+def test_a_last_message_of_the_assistant_is_continued(tokenizer):
+    begun = [*MESSAGES, {"role": "assistant", "content": "Let me add:"}]
+    text = tokenizer.decode(encode_prompt(tokenizer, begun))
+    assert text == tokenizer.decode(encode_prompt(tokenizer, MESSAGES)) + "Let me add:"
+    empty = [*MESSAGES, {"role": "assistant", "content": ""}]
+    assert encode_prompt(tokenizer, empty) == encode_prompt(tokenizer, MESSAGES)
+
+
+def test_half_a_surrogate_pair_is_refused_with_its_position(tokenizer):
+    for prompt in ("ab\ud83d", [{"role": "user", "content": "ab\ud83d"}]):
+        with pytest.raises(ValueError, match=r"the prompt is no Unicode text: half a surrogate pair .* at position 2"):
+            encode_prompt(tokenizer, prompt)
+    with pytest.raises(ValueError, match=r"the completion is no Unicode text.* at position 2"):
+        encode_completion(tokenizer, [1], "ab\ud83d")

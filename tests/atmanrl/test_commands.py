@@ -206,7 +206,7 @@ def test_evaluate_compares_checkpoints_on_the_same_prompts(tmp_path, capsys):
             ["explain", "--model", "ledger", "--prompt", "a", "--estimator", "gradient", "mask", "--record-every", "2"],
             "--record-every belongs to a mask as the first estimator, not to 'gradient'",
         ),
-        (["explain", "--model", "ledger", "--prompt", "a", "--record-every", "0"], "--record-every must be at least 1"),
+        (["explain", "--model", "ledger", "--prompt", "a", "--record-every", "0"], "record_every must be at least 1"),
         (["explain", "--model", "ledger", "--prompt", "a", "--temperature", "nan"], "temperature must not be negative"),
         (["explain", "--model", "ledger", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least"),
         (["explain", "--model", "ledger", "--prompt", "a", "--answer", ""], "--answer is empty"),
@@ -305,8 +305,9 @@ def test_compare_and_bench_refuse_an_output_that_they_cannot_write(tmp_path, cap
     (tmp_path / "file").write_text("")
     assert main(["compare", "a.json", "b.json", "--output", str(tmp_path / "file")]) == 2
     assert "--output" in capsys.readouterr().err
-    assert main(["bench", "--shape", "llama-30m", "--output", str(tmp_path / "file" / "x")]) == 2
-    assert "--output" in capsys.readouterr().err
+    for path in (tmp_path / "file" / "x", tmp_path / "no" / "x", tmp_path):
+        assert main(["bench", "--shape", "llama-30m", "--output", str(path)]) == 2
+        assert f"--output {path}: " in capsys.readouterr().err
 
 
 def test_explain_skips_bad_lines_goes_on_and_ends_with_status_1(tmp_path, capsys):

@@ -105,6 +105,13 @@ GOOD = json.dumps(PROBLEMS[0]).encode()
             r'line 2: no number after "####" in the gold answer: \'many',
         ),
         (GOOD + b'\n{"question": "x", "answer": "####"}', r"line 2: no number after"),
+        (GOOD + b'\n{"question": null, "answer": "#### 1"}', r"line 2: question must be a text, got None"),
+        (GOOD + b'\n{"question": " ", "answer": "#### 1"}', r"line 2: question is empty"),
+        (GOOD + b'\n{"question": "x", "answer": 18}', r"line 2: answer must be a text, got 18"),
+        (
+            GOOD + b'\n{"question": "x\\ud83d", "answer": "#### 1"}',
+            r'line 2: "question" is no Unicode text: half a surrogate pair \(\\ud83d\) at position 1',
+        ),
         (b"", r"t\.jsonl: holds no rows"),
         (GOOD, r"t\.jsonl: 1 row, too few to hold out test rows; pass test_path"),
     ],
@@ -205,3 +212,15 @@ def test_hub_rows_come_from_the_papers_splits(monkeypatch):
 def test_impossible_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**settings)
+
+
+def test_all_rows_are_checked_and_the_first_bad_ones_named_with_their_number(tmp_path):
+    path = tmp_path / "t.jsonl"
+    bad = b"".join(b'\n{"question": "x", "answer": "%d"}' % i for i in range(6))
+    path.write_bytes(GOOD + b"\n{broken}" + bad + b"\n" + GOOD)
+    with pytest.raises(DataError) as error:
+        load_task(gsm8k(path))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "7 rows cannot be used:"
+    assert [line.split(": ")[0].split(", ")[1] for line in lines[1:6]] == [f"line {i}" for i in (2, 3, 4, 5, 6)]
+    assert lines[6] == "  and 2 more"

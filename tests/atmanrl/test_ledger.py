@@ -16,11 +16,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atmanrl.config import DataConfig, LedgerConfig
 from atmanrl.tasks import DataError, load_task
-from atmanrl.tasks.ledger import CHECKPOINT
-from atmanrl.tasks.ledger.generator import classify_tokens, sample_chain, sample_examples
-from atmanrl.tasks.ledger.measure import measure, measure_interventions, measure_suppression
-from atmanrl.tasks.ledger.pretrain import PretrainConfig, batches, main, pretrain
-from atmanrl.tasks.ledger.vocabulary import FILLER, NAMES, WORDS, build_tokenizer
+from atmanrl.tasks.ledger import (
+    CHECKPOINT,
+    FILLER,
+    NAMES,
+    WORDS,
+    build_tokenizer,
+    classify_tokens,
+    sample_chain,
+    sample_examples,
+)
+from benchmarks.ledger_pretrain import (
+    PretrainConfig,
+    batches,
+    main,
+    measure,
+    measure_interventions,
+    measure_suppression,
+    pretrain,
+)
 
 RECORD = json.loads((CHECKPOINT / "record.json").read_text())
 
@@ -206,7 +220,7 @@ def test_the_script_writes_a_loadable_checkpoint_with_its_record(tmp_path, capsy
     main(["--output", str(tmp_path), "--steps", "4", "--warmup", "2", "--batch_size", "4", "--evaluated", "10"])
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["config"]["steps"] == 4
-    assert record["command"].startswith("python -m atmanrl.tasks.ledger.pretrain --output")
+    assert record["command"].startswith("python -m benchmarks.ledger_pretrain --output")
     assert set(record["measured"]) == {"prompts", "accuracy", "cot_tokens", "filler", "needed"}
     AutoModelForCausalLM.from_pretrained(tmp_path)
     assert json.loads(capsys.readouterr().out)["parameters"] == record["parameters"] == RECORD["parameters"]

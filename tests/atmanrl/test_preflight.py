@@ -86,7 +86,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path, spoi
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"), [("nope", "'nope' not found"), ("embed_tokens", "embed_tokens is a Embedding: only")]
+    ("targets", "message"), [("nope", "'nope'} not found"), ("embed_tokens", "embed_tokens is a Embedding: only")]
 )
 def test_adapters_that_the_model_cannot_have_or_nobody_could_merge_are_refused(
     tmp_path: Path, targets: str, message: str

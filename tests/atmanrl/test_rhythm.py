@@ -13,7 +13,7 @@ from atmanrl.cli import main
 from atmanrl.config import LedgerConfig
 from atmanrl.rhythm.report import couplings, jaccard, needed_rank, plot_series
 from atmanrl.rhythm.series import RolloutSeries
-from atmanrl.tasks.ledger.generator import sample_examples
+from atmanrl.tasks.ledger import sample_examples
 
 
 def _series(n: int, seed: int, *, coupled: bool) -> RolloutSeries:
