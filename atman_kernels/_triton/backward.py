@@ -21,9 +21,18 @@ from torch import Tensor
 
 from atman_kernels._triton.backward_keys import backward_keys_kernel, scale_dq_kernel, sum_heads_kernel
 from atman_kernels._triton.backward_queries import backward_queries_kernel
-from atman_kernels._triton.blocks import BlockSizes, block_sizes, padded_head_dim
-from atman_kernels._triton.launch import Launch, kept_launches, strides_of
-from atman_kernels._triton.operands import attention_operands, row_copies, streamed_operands, tile_descriptor
+from atman_kernels._triton.launch import (
+    BlockSizes,
+    Launch,
+    attention_operands,
+    block_sizes,
+    kept_launches,
+    padded_head_dim,
+    row_copies,
+    streamed_operands,
+    strides_of,
+    tile_descriptor,
+)
 from atman_kernels._triton.tiles import ROW_ALIGNMENT, aligned_size
 from atman_kernels.plan import TILE
 from atman_kernels.problem import AttentionProblem, Gradients
