@@ -200,7 +200,7 @@ def _build(
         **strides_of("dq", dq_sum if fused else None, "bth"),
         "FUSE_DQ": fused,
         "INTERPRETED": family == "interpreter",
-        "ROW_COPIES": 1 if fused else row_copies(family, own),
+        "ROW_COPIES": row_copies(family, own, head_dim, biased=x.key_bias is not None, fused=fused),
         "dk_ptr": x.k if dk is None else dk,
         "dv_ptr": x.v if dv is None else dv,
         "dkey_bias_ptr": lse if partial is None else partial,

@@ -286,7 +286,8 @@ def vector_shapes(family: str, blocks: BlockSizes, dtype: torch.dtype) -> dict[s
     }
 
 
-def row_copies(family: str, blocks: BlockSizes) -> int:
+def row_copies(family: str, blocks: BlockSizes, head_dim: int, *, biased: bool, fused: bool) -> int:
     """ROW_COPIES of the key-owned kernel; see ``tiles.load_row_numbers``."""
-    copied = family == "interpreter" or (family != "gfx942" and blocks.num_stages > 1)
-    return min(max(1, 32 * blocks.num_warps // blocks.block_m), blocks.block_n) if copied else 1
+    # Elsewhere the copies' registers are spilled, as the table of compiled kernels says.
+    gains = family in ("sm_90", "interpreter") and biased and not fused and padded_head_dim(head_dim) <= 128
+    return min(max(1, 32 * blocks.num_warps // blocks.block_m), blocks.block_n) if gains else 1
