@@ -136,7 +136,7 @@ class _Plain(dict[int, str]):
         return plain
 
 
-_TABLE = _Plain(str.maketrans("−–‒‐‑﹣⁻⁄∕٫٬’‘“”«»∗⋅", "------" + "⁻" + '//.,\'\'""""*·'))
+_TABLE = _Plain(zip(map(ord, "−–‒‐‑﹣⁻⁄∕٫٬’‘“”«»∗⋅"), "------" + "⁻" + '//.,\'\'""""*·', strict=True))
 
 
 def _plain(text: str) -> str:

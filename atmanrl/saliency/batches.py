@@ -180,8 +180,8 @@ def prepared(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> PreTrainedM
     """The model to compute on, see :func:`working_copy`; every function here that takes a model calls this first.
 
     Raises:
-        ValueError: the model ignores something that packed rollouts need, see :func:`check_model`; a rollout exceeds the
-            model's context or holds a token id outside its vocabulary.
+        ValueError: the model ignores something that packed rollouts need, see :func:`check_model`; a rollout exceeds
+            the model's context or holds a token id outside its vocabulary.
     """
     # Before anything that may fail on one rank alone: where weights are sharded, every rank takes part.
     owner, model = model, working_copy(model)

@@ -72,7 +72,7 @@ def check_model(model: PreTrainedModel, owner: nn.Module | None = None) -> None:
 
 
 def _rollouts(vocabulary: int) -> list[Rollout]:
-    ids = torch.randint(0, vocabulary, (23,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = tuple(torch.randint(0, vocabulary, (23,), generator=torch.Generator().manual_seed(0)).tolist())
     return [
         Rollout(ids[:3], ids[3:8], ids[8:10], ids[10:11]),
         Rollout(ids[11:16], ids[16:20], ids[20:22], ids[22:]),
