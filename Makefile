@@ -115,8 +115,9 @@ bench: setup
 	$(BIN)/pytest benchmarks/bench_cpu.py
 
 # GPU tests, tuning and benchmarks, in the Python that has a CUDA build of torch; nothing is installed or downloaded.
+# make gpu RESULTS=DIR keeps the results there.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(if $(RESULTS),--results $(RESULTS))
 
 format: setup
 	$(BIN)/ruff format .

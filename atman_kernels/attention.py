@@ -112,7 +112,8 @@ def attention(
             positive raises attention to the key, -inf removes it. None: zero. Its gradient is
             sum over heads and rows of p (dp - delta). Remove keys by -inf, not by -1e9: gradients recompute p from lse,
             where all keys of a row have biases of magnitude b, its rounding, up to b / 2^24, is a relative error of the
-            row's gradients. Numbers below -1e30 may count as -inf.
+            row's gradients. On a GPU, finite numbers beyond 2^24 are for keys beside others only: a row whose largest
+            score they are gets no right result.
         causal: a row sees keys up to its own position; Tq != Tk aligns the edge bottom-right.
         sm_scale: default 1 / sqrt(D).
         window: a row sees only the ``window`` nearest keys including its own (needs ``causal``).
@@ -125,8 +126,9 @@ def attention(
 
     Raises:
         NotImplementedError: operands with forward-mode tangents; second derivatives, when they are taken.
-        ValueError: wrong rank, shape, dtype or device; Hq not divisible by Hkv; D above 256; NaN or +inf in key_bias
-            (on CPU tensors, and on GPU tensors inside :func:`debug_checks`).
+        ValueError: wrong rank, shape, dtype or device; Hq not divisible by Hkv; D above 256; NaN or +inf in key_bias,
+            or finite numbers beyond 2^24 where the Triton kernels compute (on CPU tensors, and on GPU tensors inside
+            :func:`debug_checks`).
 
     Source: AtManRL (arXiv 2604.16158), the mask H^AtMan held as one number per key column.
     """
@@ -266,6 +268,7 @@ def _call(
     _refuse_tangents(q, k, v, key_bias)
     if key_bias is not None and checks_values(key_bias):
         _check_bias_values(key_bias)
+        check_bias_range(key_bias, q)
     # Kernels read D with unit stride; copied here, a prefix is copied once for forward and backward.
     prefix_k, prefix_v = (None, None) if prefix is None else (ops.unit_stride(prefix.k), ops.unit_stride(prefix.v))
     o, lse = ops.attention_forward(
@@ -343,6 +346,25 @@ def checks_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return False
     return tensor.device.type == "cpu" or _checking_values
+
+
+def check_bias_range(key_bias: Tensor, q: Tensor) -> None:
+    """Raise where the kernels that will compute do not give the softmax's result for so large a finite bias.
+
+    Raises:
+        ValueError: with the first such value.
+    """
+    largest = ops.largest_bias(_forced_backend, q)
+    if largest == math.inf:
+        return
+    wrong = key_bias.detach().isfinite() & (key_bias.detach().abs() > largest)
+    if bool(wrong.any()):
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"the Triton kernels compute with finite key_bias up to {largest:.0f}, got"
+            f" {float(key_bias.detach()[where])} at {where} ({int(wrong.sum())} such values);"
+            f' remove keys by -inf, or use backend("reference")'
+        )
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, *, rank: int) -> None:

@@ -15,6 +15,7 @@ Arguments that every kernel takes, in this order:
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,12 @@ def kernels_for(backend: str, q: Tensor, path: str = trust.ATTENTION) -> ModuleT
     from atman_kernels import _cpu
 
     return _cpu if _cpu.supports(q, forced=backend == "cpu") else None
+
+
+def largest_bias(backend: str, q: Tensor) -> float:
+    """The largest magnitude of a finite bias for which the chosen kernels give the softmax's result."""
+    kernels = kernels_for(backend, q)
+    return math.inf if kernels is None else float(getattr(kernels, "LARGEST_BIAS", math.inf))
 
 
 def without_autocast(q: Tensor) -> AbstractContextManager[None]:

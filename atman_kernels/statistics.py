@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from atman_kernels import statistics_ops
-from atman_kernels.attention import bounded, check_layout, checks_values, forced_backend, scale_of
+from atman_kernels.attention import (
+    bounded,
+    check_bias_range,
+    check_layout,
+    checks_values,
+    forced_backend,
+    scale_of,
+)
 from atman_kernels.plan import K_START, AttentionPlan, SharedPrefix
 
 
@@ -140,6 +147,8 @@ def statistics_of_rows(
         raise ValueError(f"lse must be {expected} on {q.device}, got {lse.dtype} on {lse.device}")
     if rows is not None and (rows.dtype != torch.bool or rows.device != q.device):
         raise ValueError(f"rows must be bool on {q.device}, got {rows.dtype} on {rows.device}")
+    if key_bias is not None and checks_values(key_bias):
+        check_bias_range(key_bias, q)
     distance, windowed, received, count = statistics_ops.attention_statistics(
         q.detach(), k.detach(), lse.detach(), None if key_bias is None else key_bias.detach(),
         None if prefix is None else prefix.k, rows, plan.sequences, plan.tiles_q, plan.tiles_k,

@@ -56,7 +56,7 @@ def failed(path: str, device: torch.device) -> bool:
 
 
 def _file(device: torch.device) -> Path:
-    from atman_kernels._triton.blocks import block_sizes_in_use, kernels_label
+    from atman_kernels._triton.launch import block_sizes_in_use, kernels_label
 
     parts = [torch.cuda.get_device_name(device), torch.__version__, version("triton")]
     key = hashlib.sha256(json.dumps([*parts, kernels_label(block_sizes_in_use())]).encode()).hexdigest()[:16]

@@ -13,9 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from atman_kernels._triton.backward import backward_launches
-from atman_kernels._triton.blocks import block_size_table
 from atman_kernels._triton.forward import forward_launches
-from atman_kernels._triton.launch import Launch, device_family
+from atman_kernels._triton.launch import Launch, block_size_table, device_family
 from atman_kernels.problem import AttentionProblem, Gradients
 from benchmarks.cases import AttentionCase
 from benchmarks.compiled import TARGETS, compile_launch, count

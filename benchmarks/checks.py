@@ -19,7 +19,7 @@ from pathlib import Path
 
 import triton
 
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, block_sizes_in_use, kernels_label
+from atman_kernels._triton.launch import BLOCK_SIZES_FILE, block_sizes_in_use, kernels_label
 from atman_kernels.processes import HUNG, PASSED, Check, run_checks
 from atman_kernels.smoke import smoke_checks
 from benchmarks.device import Device, device_of_command, kept_results, save

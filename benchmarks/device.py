@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from atman_kernels import backend
-from atman_kernels._triton.blocks import (
+from atman_kernels._triton.launch import (
     BLOCK_SIZES_FILE,
     BLOCK_SIZES_VARIABLE,
     block_sizes_in_use,

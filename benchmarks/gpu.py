@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, BLOCK_SIZES_VARIABLE
+from atman_kernels._triton.launch import BLOCK_SIZES_FILE, BLOCK_SIZES_VARIABLE
 from benchmarks.device import ROOT, Device, device_of_command, kept_results, save
 
 SECONDS = 570.0

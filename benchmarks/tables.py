@@ -199,12 +199,12 @@ def preset_table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Where results are looked for beside `RESULTS`; --results adds one.
-_directories: list[Path] = []
+# Where results are looked for beside RESULTS: what --results names.
+_elsewhere: list[Path] = []
 
 
 def _results(kind: str) -> list[dict[str, Any]]:
-    paths = (path for directory in (RESULTS, *_directories) for path in sorted(directory.glob(f"{kind}_*.json")))
+    paths = (path for directory in (RESULTS, *_elsewhere) for path in sorted(directory.glob(f"{kind}_*.json")))
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -254,7 +254,7 @@ PAGES = {
 
 def _regenerated(page: str, name: str, part: str, *more: Path) -> str:
     """The page with a generated part made anew from the committed results and those of other directories."""
-    _directories[:] = more
+    _elsewhere[:] = more
     begin, end = (mark.replace("tables", f"tables, {part}") if part else mark for mark in (BEGIN, END))
     before, rest = page.split(begin)
     _, after = rest.split(end)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, block_sizes_in_use
+from atman_kernels._triton.launch import BLOCK_SIZES_FILE, block_sizes_in_use
 from benchmarks.ahead import Ahead, Program
 from benchmarks.cases import TARGET_CASES, AttentionCase, attention_cases, make_inputs
 from benchmarks.device import Device, device_of_command, kept_results, save

@@ -23,8 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from triton.errors import TritonError
 
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE
-from atman_kernels._triton.launch import device_family
+from atman_kernels._triton.launch import BLOCK_SIZES_FILE, device_family
 from benchmarks.ahead import Ahead, Program, Shape, launches
 from benchmarks.cases import AttentionCase, mask_case
 from benchmarks.device import Device, device_of_command, kept_results, save

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from atman_kernels.problem import AttentionProblem, Gradients, Statistics, StatisticsProblem
 
+# Of a finite bias. A row whose largest score is beyond has p = exp(score - lse) with a factor of its own, up to e: fp32
+# numbers are 2 apart there. Further on base 2 overflows.
+LARGEST_BIAS = 2.0**24
+
 
 def require_runnable(device: torch.device, dtype: torch.dtype) -> None:
     """Raise where the Triton kernels cannot compute on this device in this dtype.

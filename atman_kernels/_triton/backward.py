@@ -21,9 +21,18 @@ from torch import Tensor
 
 from atman_kernels._triton.backward_keys import backward_keys_kernel, scale_dq_kernel, sum_heads_kernel
 from atman_kernels._triton.backward_queries import backward_queries_kernel
-from atman_kernels._triton.blocks import BlockSizes, block_sizes, padded_head_dim
-from atman_kernels._triton.launch import Launch, kept_launches, strides_of
-from atman_kernels._triton.operands import attention_operands, row_copies, streamed_operands, tile_descriptor
+from atman_kernels._triton.launch import (
+    BlockSizes,
+    Launch,
+    attention_operands,
+    block_sizes,
+    kept_launches,
+    padded_head_dim,
+    row_copies,
+    streamed_operands,
+    strides_of,
+    tile_descriptor,
+)
 from atman_kernels._triton.tiles import ROW_ALIGNMENT, aligned_size
 from atman_kernels.plan import TILE
 from atman_kernels.problem import AttentionProblem, Gradients
@@ -119,6 +128,8 @@ def backward_launches(
     fused = fused and dq is not None and not only_dq
     row_term, lse_log2 = _row_scratch(lse, x.sequences.shape[0])
     dq_sum = torch.empty_like(dq, dtype=torch.float32) if fused and dq.dtype != torch.float32 else dq
+    if fused:
+        _require_reductions(family, dq_sum)
     heads_sum = dkey_bias
     if dkey_bias is not None and heads_kv > 1:
         heads_sum = dkey_bias.new_empty((heads_kv, *dkey_bias.shape))
@@ -155,9 +166,6 @@ def _build(
     common = {**attention_operands(x), "do_ptr": do, "row_term_ptr": row_term, "lse_log2_ptr": lse_log2}
     common |= strides_of("do", do, "bth")
     common |= {f"stride_r{axis}": row_term.stride(i) // ROW_ALIGNMENT.value for i, axis in enumerate("bh")}
-    if fused:
-        _require_reductions(family, dq_sum)
-
     # Without dq and dkey_bias it computes the terms of its rows and visits no keys; fused, it visits the prefix's.
     own = blocks.queries
     arguments = {
@@ -192,7 +200,7 @@ def _build(
         **strides_of("dq", dq_sum if fused else None, "bth"),
         "FUSE_DQ": fused,
         "INTERPRETED": family == "interpreter",
-        "ROW_COPIES": 1 if fused else row_copies(family, own),
+        "ROW_COPIES": row_copies(family, own, head_dim, biased=x.key_bias is not None, fused=fused),
         "dk_ptr": x.k if dk is None else dk,
         "dv_ptr": x.v if dv is None else dv,
         "dkey_bias_ptr": lse if partial is None else partial,

@@ -9,9 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atman_kernels._triton.blocks import BlockSizes, block_sizes
-from atman_kernels._triton.launch import Launch, kept_launches, strides_of
-from atman_kernels._triton.operands import attention_operands, streamed_operands
+from atman_kernels._triton.launch import (
+    BlockSizes,
+    Launch,
+    attention_operands,
+    block_sizes,
+    kept_launches,
+    streamed_operands,
+    strides_of,
+)
 from atman_kernels._triton.tiles import (
     LN_2,
     attention_scores,

@@ -1,16 +1,70 @@
-"""From tensors to kernel launches: which device family compiles what, and launches kept for the next equal call."""
+"""From tensors to kernel launches: block sizes, arguments that kernels share, and launches kept for equal calls."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from atman_kernels.problem import AttentionProblem
+
+# {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
+# from the registers, spills and shared memory of ahead-of-time compilation, or by benchmarks/tune.py on a GPU. "sm_86"
+# stands for devices with 99 KiB of shared memory per block. The interpreter's cost is per tile; its unequal shapes
+# below TILE exercise every branch of the schedules.
+BLOCK_SIZES_FILE = Path(__file__).with_name("block_sizes.json")
+# An environment variable that names another table, as benchmarks/tune.py writes one.
+BLOCK_SIZES_VARIABLE = "ATMAN_BLOCK_SIZES"
+
+
+class BlockSizes(NamedTuple):
+    """Tile shape and launch options of one kernel: BLOCK_M query rows, BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two, at least 16, in which the matrix units hold a row of ``head_dim`` numbers."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def block_sizes(family: str, kernel: str, head_dim: int, dtype: torch.dtype) -> BlockSizes:
+    """The tile shape for a device family ("sm_90", ...), kernel, head_dim and dtype."""
+    return BlockSizes(*block_size_table()[family][kernel][str(dtype.itemsize)][str(padded_head_dim(head_dim))])
+
+
+@lru_cache(maxsize=1)
+def block_size_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+    """The table in use, read once; the tuner tries other shapes by writing into it."""
+    return json.loads(block_sizes_in_use().read_text())
+
+
+def block_sizes_in_use() -> Path:
+    """The table that the kernels of this process take their block sizes from."""
+    return Path(os.environ.get(BLOCK_SIZES_VARIABLE) or BLOCK_SIZES_FILE)
+
+
+def kernels_label(block_sizes: Path) -> str:
+    """Eight hexadecimal digits that stand for the kernels' sources and a table of block sizes."""
+    content = hashlib.sha256()
+    package = BLOCK_SIZES_FILE.parent
+    for path in (*sorted(package.glob("*.py")), package.parent / "plan.py"):
+        content.update(path.read_bytes())
+    content.update(json.dumps(json.loads(block_sizes.read_text()), sort_keys=True).encode())
+    return content.hexdigest()[:8]
 
 
 class Launch(NamedTuple):
@@ -132,3 +186,108 @@ def strides_of(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
 def dot_precision(dtype: torch.dtype) -> str:
     """fp32 products stay fp32; the setting has no effect on 16-bit inputs."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+# Families with a bulk copy engine; the interpreter takes the same path as they do.
+BULK_COPY_FAMILIES = ("sm_90", "sm_100", "interpreter")
+_ALIGNMENT_BYTES = 16
+
+
+def tile_descriptor(family: str, x: Tensor, block: list[int]) -> TensorDescriptor | None:
+    """A descriptor of (B, T, H, D) rows, or (T, H, D), in tiles of ``block``; None where the device or layout has none.
+
+    A layout has one if, as cuTensorMapEncodeTiled documents, it begins at a multiple of 16 bytes, its strides are such
+    multiples and each is a multiple of, and at least the extent of, the axis inside it. Where (B, T, H, D) is not such
+    a layout and (B, H, T, D) is, as Hugging Face holds keys, the descriptor has its axes in that order.
+    """
+    if family not in BULK_COPY_FAMILIES or not x.numel() or x.data_ptr() % _ALIGNMENT_BYTES:
+        return None
+    sizes, steps = [1, *x.shape][-4:], [0, *x.stride()][-4:]
+    for order in ((0, 1, 2, 3), (0, 2, 1, 3)):
+        shape = [sizes[axis] for axis in order]
+        strides = _growing_strides(shape, [steps[axis] for axis in order], x.element_size())
+        if strides is not None:
+            return TensorDescriptor(x, shape, strides, [block[axis] for axis in order])
+    return None
+
+
+def _growing_strides(shape: list[int], strides: list[int], element_size: int) -> list[int] | None:
+    """The strides as a descriptor states them; None where the bulk copy engine does not take them."""
+    found = [1]
+    extent = shape[-1]
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+        # The stride of an axis of length 1 is never used, and torch leaves anything there.
+        used = stride if size > 1 else extent
+        if used < extent or used % found[0] or used * element_size % _ALIGNMENT_BYTES:
+            return None
+        found.insert(0, used)
+        extent = used * size
+    return found
+
+
+def attention_operands(x: AttentionProblem) -> dict[str, object]:
+    """The arguments that forward and backward kernels share; absent operands are stood in for by tensors never read."""
+    q, k, v, head_dim = x.q, x.k, x.v, x.q.shape[3]
+    return {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "key_bias_ptr": q if x.key_bias is None else x.key_bias,
+        "prefix_k_ptr": k if x.prefix_k is None else x.prefix_k,
+        "prefix_v_ptr": v if x.prefix_v is None else x.prefix_v,
+        "sequences_ptr": x.sequences,
+        **strides_of("q", q, "bth"),
+        **strides_of("k", k, "bth"),
+        **strides_of("v", v, "bth"),
+        **strides_of("b", x.key_bias, "b"),
+        **strides_of("pk", x.prefix_k, "th"),
+        **strides_of("pv", x.prefix_v, "th"),
+        "sm_scale": x.sm_scale,
+        "window": 0 if x.window is None else x.window,
+        "HEADS_Q": q.shape[2],
+        "GROUP": q.shape[2] // k.shape[2],
+        "HEAD_DIM": head_dim,
+        "HAS_KEY_BIAS": x.key_bias is not None,
+        "HAS_PREFIX": x.prefix_k is not None,
+        "IS_CAUSAL": x.causal,
+        "HAS_WINDOW": x.causal and x.window is not None,
+        "BLOCK_D": padded_head_dim(head_dim),
+        "PRECISION": dot_precision(q.dtype),
+    }
+
+
+def streamed_operands(family: str, blocks: BlockSizes, x: AttentionProblem) -> dict[str, object]:
+    """How a row-owned kernel gets keys, values and bias, and how it scales scores and sums along its rows."""
+    block = [1, blocks.block_n, 1, padded_head_dim(x.k.shape[3])]
+    sources = {
+        "k_desc": x.k,
+        "v_desc": x.v,
+        "prefix_k_desc": x.prefix_k,
+        "prefix_v_desc": x.prefix_v,
+    }
+    return {
+        **{name: None if t is None else tile_descriptor(family, t, block) for name, t in sources.items()},
+        "SCALE_FIRST": not 1e-6 < x.sm_scale < 1e6,
+        **vector_shapes(family, blocks, x.q.dtype),
+    }
+
+
+def vector_shapes(family: str, blocks: BlockSizes, dtype: torch.dtype) -> dict[str, int]:
+    """BIAS_ROWS and SUM_COLUMNS of a row-owned kernel; see ``tiles.load_bias`` and ``tiles.partial_sums``."""
+    # There a thread holds 2 of every 8 neighbouring columns of a row, in all of the row if no two warps share it.
+    within_threads = family in ("sm_90", "interpreter") or (
+        family in ("sm_80", "sm_86") and blocks.block_m >= 16 * blocks.num_warps
+    )
+    # Without a pipeline there are no asynchronous copies either.
+    copied = family == "interpreter" or (family != "gfx942" and blocks.num_stages > 1)
+    return {
+        "BIAS_ROWS": max(1, 32 * blocks.num_warps // blocks.block_n) if copied else 1,
+        "SUM_COLUMNS": 8 if within_threads and dtype != torch.float32 else 1,
+    }
+
+
+def row_copies(family: str, blocks: BlockSizes, head_dim: int, *, biased: bool, fused: bool) -> int:
+    """ROW_COPIES of the key-owned kernel; see ``tiles.load_row_numbers``."""
+    # Elsewhere the copies' registers are spilled, as the table of compiled kernels says.
+    gains = family in ("sm_90", "interpreter") and biased and not fused and padded_head_dim(head_dim) <= 128
+    return min(max(1, 32 * blocks.num_warps // blocks.block_m), blocks.block_n) if gains else 1

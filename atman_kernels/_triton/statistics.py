@@ -8,15 +8,321 @@ one program: no atomics, and the same bits every time.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from atman_kernels._triton.blocks import block_sizes
-from atman_kernels._triton.column_statistics import column_statistics_kernel, count_rows_kernel
-from atman_kernels._triton.launch import Launch, strides_of
-from atman_kernels._triton.operands import attention_operands, streamed_operands
-from atman_kernels._triton.row_statistics import mean_distance_kernel, row_statistics_kernel
+from atman_kernels._triton.launch import Launch, attention_operands, block_sizes, streamed_operands, strides_of
+from atman_kernels._triton.tiles import (
+    BATCH,
+    LOG2_E,
+    Q_LENGTH,
+    Q_START,
+    SEQUENCE_COLUMNS,
+    attention_scores,
+    count_tiles,
+    key_bounds,
+    load_keys,
+    load_own_bias,
+    load_rows,
+    locate_keys,
+    locate_prefix,
+    locate_tile,
+    tile_bounds,
+    tile_start,
+    transposed_weights,
+)
 from atman_kernels.plan import TILE
 from atman_kernels.problem import AttentionProblem, Statistics, StatisticsProblem
+
+
+@triton.jit
+def _weighted_sum(
+    total,
+    q,
+    lse_log2,
+    keys,
+    first,
+    last,
+    sm_scale,
+    window,
+    HAS_KEY_BIAS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    NEAR: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add sum_v p d (NEAR: p (window - d)) of the rows ``first`` .. ``last`` over one run of keys."""
+    row_position = keys.shift + first + tl.arange(0, BLOCK_M)
+    begin, full_begin, full_end, end = key_bounds(
+        keys.shift + first, keys.shift + last, keys.length, window, True, HAS_WINDOW, BLOCK_N
+    )
+    for MASKED in tl.static_range(2):
+        for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
+            start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
+            k = load_keys(None, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            scores, to_log2 = attention_scores(
+                q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, BIAS_ROWS, SCALE_FIRST,
+                True, HAS_WINDOW, MASKED, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+            p = tl.exp2(scores * to_log2 - lse_log2[:, None])
+            distance = row_position[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
+            weight = window - distance if NEAR else distance
+            total += tl.sum(p * weight.to(tl.float32), 1)
+    return total
+
+
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_bb", "window"])
+def row_statistics_kernel(
+    out_ptr,
+    lse_ptr,
+    rows_ptr,
+    q_ptr,
+    k_ptr,
+    key_bias_ptr,
+    prefix_k_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    stride_lb,
+    stride_lh,
+    stride_rb,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_bb,
+    stride_pkt,
+    stride_pkh,
+    sm_scale,
+    window,
+    HEADS_Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    NEAR: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    BIAS_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The distance (NEAR: min(distance, window)) of a tile of rows of one head; ``out`` is laid out as ``lse``.
+
+    Distances of rows that are not chosen are 0, and tiles without a chosen row cost nothing.
+    """
+    head, sequence, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(
+        tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M
+    )
+    if first >= n_rows:
+        return
+    last = tl.minimum(first + BLOCK_M, n_rows) - 1
+    rows = first + tl.arange(0, BLOCK_M)
+    row_offset = batch * stride_lb + head * stride_lh + q_start
+    inside = rows < n_rows
+    lse_log2 = tl.load(lse_ptr + row_offset + rows, mask=inside, other=float("-inf")) * LOG2_E
+    without_key = lse_log2 == float("-inf")
+    lse_log2 = tl.where(without_key, float("inf"), lse_log2)
+    if HAS_ROWS and not NEAR:
+        chosen = tl.load(rows_ptr + batch * stride_rb + q_start + rows, mask=inside, other=0) != 0
+        lse_log2 = tl.where(chosen, lse_log2, float("inf"))
+        if tl.max(chosen.to(tl.int32), 0) == 0:
+            tl.store(out_ptr + row_offset + rows, tl.zeros([BLOCK_M], tl.float32), mask=inside)
+            return
+
+    q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
+    q = load_rows(q_base, first, n_rows, stride_qt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if NEAR:
+        # The sum is subtracted from the window, whose rounding must not exceed that of distances in the sequence.
+        n_prefix = locate_prefix(sequences_ptr, sequence)[1] if HAS_PREFIX else 0
+        window = tl.minimum(window, n_prefix + n_keys)
+    for OWN in tl.static_range(1 - HAS_PREFIX, 2):
+        keys = locate_keys(
+            OWN, k_ptr, k_ptr, key_bias_ptr, prefix_k_ptr, prefix_k_ptr,
+            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP,
+            stride_kb, stride_kt, stride_kh, stride_kb, stride_kt, stride_kh, stride_bb,
+            stride_pkt, stride_pkh, stride_pkt, stride_pkh,
+        )  # fmt: skip
+        total = _weighted_sum(
+            total, q, lse_log2, keys, first, last, sm_scale, window, HAS_KEY_BIAS and OWN, BIAS_ROWS,
+            SCALE_FIRST, HAS_WINDOW, NEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    if NEAR:
+        total = tl.where(without_key, 0.0, window - total)
+    tl.store(out_ptr + row_offset + rows, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb"])
+def mean_distance_kernel(
+    distance_ptr,
+    row_distance_ptr,
+    rows_ptr,
+    sequences_ptr,
+    stride_lb,
+    stride_lh,
+    stride_rb,
+    HEADS_Q: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The mean over the chosen rows of one sequence and head; 0 where none is chosen."""
+    program = tl.program_id(0)
+    head, sequence = program % HEADS_Q, program // HEADS_Q
+    row_ptr = sequences_ptr + sequence * SEQUENCE_COLUMNS
+    batch = tl.load(row_ptr + BATCH).to(tl.int64)
+    q_start = tl.load(row_ptr + Q_START).to(tl.int64)
+    n_rows = tl.load(row_ptr + Q_LENGTH)
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n_rows, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = rows < n_rows
+        offset = batch * stride_lb + head.to(tl.int64) * stride_lh + q_start
+        total += tl.load(row_distance_ptr + offset + rows, mask=inside, other=0.0)
+        if HAS_ROWS:
+            chosen = tl.load(rows_ptr + batch * stride_rb + q_start + rows, mask=inside, other=0) != 0
+            count += chosen.to(tl.int32)
+        else:
+            count += inside.to(tl.int32)
+    mean = tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
+    tl.store(distance_ptr + program, mean)
+
+
+@triton.jit(do_not_specialize=["stride_rb", "stride_cb", "low", "high"])
+def count_rows_kernel(
+    count_ptr,
+    rows_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    stride_rb,
+    stride_cb,
+    low,
+    high,
+    HAS_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many chosen rows stand ``low`` to ``high`` positions after each of a tile of own keys."""
+    _, _, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(tiles_ptr, sequences_ptr, 1, BLOCK)
+    keys = first + tl.arange(0, BLOCK)
+    # The first row of each key's horizon, and one past the last.
+    begin = keys + low - (n_keys - n_rows)
+    end = keys + high - (n_keys - n_rows) + 1
+    count = tl.maximum(tl.minimum(end, n_rows) - tl.maximum(begin, 0), 0)
+    if HAS_ROWS:
+        count = tl.zeros([BLOCK], tl.int32)
+        rows_base = rows_ptr + batch * stride_rb + q_start
+        for start in range(tl.maximum(tl.min(begin, 0), 0), tl.minimum(tl.max(end, 0), n_rows), BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            chosen = tl.load(rows_base + rows, mask=rows < n_rows, other=0) != 0
+            counted = chosen[None, :] & (rows[None, :] >= begin[:, None]) & (rows[None, :] < end[:, None])
+            count += tl.sum(counted.to(tl.int32), 1)
+    tl.store(count_ptr + batch * stride_cb + k_start + keys, count, mask=keys < n_keys)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("stride_lb", "stride_lh", "stride_rb", "stride_eb", "stride_eh", "stride_cb"),
+        *("stride_bb", "window", "low", "high"),
+    ]
+)
+def column_statistics_kernel(
+    received_ptr,
+    count_ptr,
+    lse_ptr,
+    rows_ptr,
+    q_ptr,
+    k_ptr,
+    key_bias_ptr,
+    sequences_ptr,
+    tiles_ptr,
+    stride_lb,
+    stride_lh,
+    stride_rb,
+    stride_eb,
+    stride_eh,
+    stride_cb,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_bb,
+    sm_scale,
+    window,
+    low,
+    high,
+    HEADS_Q: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The mean p that a tile of own keys receives from the chosen rows ``low`` to ``high`` positions later."""
+    head, _, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_N)
+    if first >= n_keys:
+        return
+    head_kv = head // GROUP
+
+    k_base = k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh
+    k = load_rows(k_base, first, n_keys, stride_kt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
+    keys = first + tl.arange(0, BLOCK_N)
+    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, stride_bb, HAS_KEY_BIAS, BLOCK_N)
+    q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
+    lse_base = lse_ptr + batch * stride_lb + head * stride_lh + q_start
+    rows_base = rows_ptr + batch * stride_rb + q_start
+    total = tl.zeros([BLOCK_N], tl.float32)
+    offs_m = tl.arange(0, BLOCK_M)
+    shift = n_keys - n_rows
+    last_key = tl.minimum(first + BLOCK_N, n_keys) - 1
+    # With a window in the attention, rows beyond it have p = 0.
+    last = tl.minimum(high, window - 1) if HAS_WINDOW else high
+    begin, full_begin, full_end, end = tile_bounds(
+        first + low - shift,
+        last_key + low - shift,
+        first + last - shift + 1,
+        last_key + last - shift + 1,
+        n_rows,
+        BLOCK_M,
+    )
+    for MASKED in tl.static_range(2):
+        for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_M)):
+            start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_M)
+            rows = start + offs_m
+            q = load_rows(q_base, start, n_rows, stride_qt, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
+            lse_log2 = tl.load(lse_base + rows, mask=rows < n_rows, other=float("-inf")) * LOG2_E
+            absent = lse_log2 == float("-inf")
+            if HAS_ROWS:
+                absent |= tl.load(rows_base + rows, mask=rows < n_rows, other=0) == 0
+            # p is 0 in rows that are not chosen or see no key.
+            lse_log2 = tl.where(absent, float("inf"), lse_log2)
+            # Transposed, (BLOCK_N, BLOCK_M): the sums then stay inside a warp.
+            p = transposed_weights(k, q, bias_log2, lse_log2[None, :], sm_scale, HAS_KEY_BIAS, PRECISION)
+            if MASKED:
+                distance = (rows + shift)[None, :] - keys[:, None]
+                p = tl.where((distance >= low) & (distance <= last), p, 0.0)
+            total += tl.sum(p, 1)
+
+    inside = keys < n_keys
+    count = tl.load(count_ptr + batch * stride_cb + k_start + keys, mask=inside, other=1)
+    received_base = received_ptr + batch * stride_eb + head * stride_eh + k_start
+    tl.store(received_base + keys, total / tl.maximum(count, 1).to(tl.float32), mask=inside)
 
 
 def statistics_launches(family: str, out: Statistics, x: StatisticsProblem) -> list[Launch]:

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from atman_kernels._triton.blocks import BLOCK_SIZES_FILE, BLOCK_SIZES_VARIABLE, kernels_label
+from atman_kernels._triton.launch import BLOCK_SIZES_FILE, BLOCK_SIZES_VARIABLE, kernels_label
 from atman_kernels.processes import HUNG, run_checks
 from benchmarks import checks, device, gpu, timing, tune
 from benchmarks.cases import TARGET_CASES, AttentionCase, attention_cases

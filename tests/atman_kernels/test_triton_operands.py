@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from atman_kernels import AttentionPlan
-from atman_kernels._triton.blocks import BlockSizes, block_sizes
-from atman_kernels._triton.operands import streamed_operands, tile_descriptor, vector_shapes
+from atman_kernels._triton.launch import BlockSizes, block_sizes, streamed_operands, tile_descriptor, vector_shapes
 from atman_kernels.problem import AttentionProblem
 
 BLOCK = [1, 32, 1, 16]

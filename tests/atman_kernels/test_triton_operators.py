@@ -12,7 +12,15 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atman_kernels import AttentionPlan, _triton, attention, attention_varlen, backend, ops
+from atman_kernels import (
+    AttentionPlan,
+    _triton,
+    attention,
+    attention_statistics,
+    attention_varlen,
+    backend,
+    ops,
+)
 from atman_kernels._triton import backward, forward, launch
 from atman_kernels.problem import AttentionProblem, Gradients
 from tests.atman_kernels.grid import Case, make_operands
@@ -212,3 +220,26 @@ def test_float64_is_refused_by_name() -> None:
     x = torch.zeros(1, 4, 1, 16, dtype=torch.float64)
     with backend("triton"), pytest.raises(ValueError, match='float64 needs "reference"'):
         attention(x, x, x)
+
+
+@pytest.mark.parametrize("value", [2.0**24 + 2, -1e9, 3e38, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("statistics", [False, True], ids=["attention", "statistics"])
+def test_finite_biases_that_base_2_cannot_hold_are_refused_by_value(value: float, statistics: bool) -> None:
+    x, bias, plan = torch.zeros(4, 1, 16), torch.tensor([0.0, 1.0, value, -torch.inf]), AttentionPlan([4])
+
+    def call() -> object:
+        if statistics:
+            return attention_statistics(x, x, torch.zeros(1, 4), plan=plan, key_bias=bias)
+        return attention_varlen(x, x, x, bias, plan=plan)
+
+    with backend("triton"), pytest.raises(ValueError, match=r"finite key_bias up to 16777216, got .* at \(0, 2\)"):
+        call()
+
+
+def test_the_largest_finite_bias_is_computed() -> None:
+    q, k, v = (torch.randn(1, 4, 1, 16) for _ in range(3))
+    bias = torch.tensor([[-(2.0**24), 0.0, 2.0**24, -torch.inf]])
+    with backend("triton"):
+        o = attention(q, k, v, bias)
+    with backend("reference"):
+        torch.testing.assert_close(o, attention(q, k, v, bias))
