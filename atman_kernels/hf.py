@@ -13,7 +13,9 @@ See :func:`atman_attention` for all of them, and docs/drop-in-attention.md for w
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Protocol, cast
 
 import torch
@@ -134,7 +136,7 @@ def atman_mask(
         )
     elif refused is None:
         plan = lay_out(batch_size, q_length, kv_length, seen, valid, device)
-    return RowMask(q_length, kv_offset, seen, valid, window, plan, one_row, refused)
+    return RowMask(q_length, kv_offset, seen, valid, window, plan, one_row, refused, _arguments_of_the_forward())
 
 
 def atman_attention(
@@ -176,11 +178,20 @@ def atman_attention(
         (B, Tq, Hq, D), and None in place of the attention map, which is never formed.
 
     Raises:
-        ValueError: what the kernels do not compute, by name; a ``key_bias`` of the wrong shape, dtype or device.
+        ValueError: what the kernels do not compute, by name; a ``key_bias`` of the wrong shape, dtype or device; an
+            argument that the model's forward was given and that did not reach this layer.
     """
     _refuse_unsupported(module, dropout, kwargs)
-    extras = (key_bias, attention_plan, shared_prefix, capture)
-    if query.shape[2] == 1 and all(extra is None for extra in extras):
+    extras = dict(zip(_ARGUMENTS, (key_bias, attention_plan, shared_prefix, capture), strict=True))
+    if isinstance(attention_mask, RowMask):
+        lost = [name for name in attention_mask.arguments if extras[name] is None]
+        if lost:
+            raise ValueError(
+                f"{type(module).__name__} did not get {', '.join(lost)}, which the model's forward was given: the model"
+                " does not hand keyword arguments to its layers; use a model that does, such as Llama, Mistral, Qwen or"
+                " Gemma"
+            )
+    if query.shape[2] == 1 and all(extra is None for extra in extras.values()):
         return _decode(module, query, key, value, attention_mask, scaling)
     q, k, v = (rearrange(x, "b h t d -> b t h d") for x in _autocast(query, key, value))
     layer_idx = cast(int, module.layer_idx)
@@ -194,6 +205,28 @@ def atman_attention(
     if capture is not None:
         capture.record(layer_idx, q, k, v, lse)
     return o, None
+
+
+_ARGUMENTS = ("key_bias", "attention_plan", "shared_prefix", "capture")
+
+
+def _arguments_of_the_forward() -> tuple[str, ...]:
+    """Which of the attention function's own arguments the forward that asks for a mask was given.
+
+    Some models take any keyword argument and hand none of them to their layers. Neither of the two functions that
+    transformers calls sees the arguments of the model's forward, so they are read from its frame.
+    """
+    if torch.compiler.is_compiling():
+        return ()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and "kwargs" in frame.f_code.co_varnames:
+            given = frame.f_locals.get("kwargs", {})
+            found = tuple(name for name in _ARGUMENTS if given.get(name) is not None)
+            if found:
+                return found
+        frame = frame.f_back
+    return ()
 
 
 AttentionInterface.register("atman", atman_attention)

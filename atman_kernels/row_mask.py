@@ -31,6 +31,7 @@ class RowMask:
         plan: the layout; None for a single row, which needs it only if there is a bias.
         one_row: SDPA's (B, 1, 1, Tk) mask if there is a single row; None: no mask needed.
         refused: what the model's mask function asks for that the kernels do not compute, or None.
+        arguments: names of the attention function's own arguments that the model's forward was given.
     """
 
     q_length: int
@@ -41,6 +42,7 @@ class RowMask:
     plan: AttentionPlan | None = None
     one_row: Tensor | None = None
     refused: str | None = None
+    arguments: tuple[str, ...] = ()
 
     # generate() prepares the mask of a static cache; the model asks it for its rank before it hands it back.
     ndim = 4

@@ -232,3 +232,25 @@ def test_a_prefix_needs_every_layer():
         packed(model, attention_plan=plan, shared_prefix=record.layer(0))
     with pytest.raises(ValueError, match="no keys were recorded for layer 0"):
         packed(model, attention_plan=plan, shared_prefix=KeyValueRecord())
+
+
+@pytest.mark.parametrize("family", ["StableLm", "Nemotron"])
+@pytest.mark.parametrize("tokens", [8, 1])
+def test_a_bias_that_reaches_no_layer_is_an_error(family, tokens):
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 96,
+        "pad_token_id": 0,
+    }
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**shape)).eval()
+    model.set_attn_implementation("atman")
+    ids = random_ids(1, tokens)
+    model(ids)
+    with pytest.raises(ValueError, match=rf"^{family}\w*Attention did not get key_bias, which the model's forward"):
+        model(ids, key_bias=torch.zeros(1, tokens))
+    model(ids)
