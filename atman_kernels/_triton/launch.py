@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atman_kernels.problem import AttentionProblem
+from atman_kernels.problem import NO_WINDOW, AttentionProblem
 
 # {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
 # from the registers, spills and shared memory of ahead-of-time compilation, or by benchmarks/tune.py on a GPU. "sm_86"
@@ -243,14 +243,14 @@ def attention_operands(x: AttentionProblem) -> dict[str, object]:
         **strides_of("pk", x.prefix_k, "th"),
         **strides_of("pv", x.prefix_v, "th"),
         "sm_scale": x.sm_scale,
-        "window": 0 if x.window is None else x.window,
+        "window": x.window,
         "HEADS_Q": q.shape[2],
         "GROUP": q.shape[2] // k.shape[2],
         "HEAD_DIM": head_dim,
         "HAS_KEY_BIAS": x.key_bias is not None,
         "HAS_PREFIX": x.prefix_k is not None,
         "IS_CAUSAL": x.causal,
-        "HAS_WINDOW": x.causal and x.window is not None,
+        "HAS_WINDOW": x.causal and x.window < NO_WINDOW,
         "BLOCK_D": padded_head_dim(head_dim),
         "PRECISION": dot_precision(q.dtype),
     }

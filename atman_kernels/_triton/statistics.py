@@ -349,10 +349,10 @@ def statistics_launches(family: str, out: Statistics, x: StatisticsProblem) -> l
         "BLOCK_N": blocks.block_n,
     }
 
-    def row_launch(out: Tensor, bound: int | None, near: bool) -> Launch:
+    def row_launch(out: Tensor, window: int, near: bool) -> Launch:
         arguments = {
             **common,
-            **attention_operands(attention._replace(window=bound)),
+            **attention_operands(attention._replace(window=window)),
             "out_ptr": out,
             "tiles_ptr": x.tiles_q,
             "NEAR": near,
@@ -366,8 +366,7 @@ def statistics_launches(family: str, out: Statistics, x: StatisticsProblem) -> l
         launches.append(row_launch(row_distance, x.attention_window, near=False))
         arguments = {**common, "distance_ptr": out.distance, "row_distance_ptr": row_distance, "BLOCK": TILE}
         launches.append(_launch(mean_distance_kernel, x.sequences.shape[0] * heads_q, arguments, 4, 1))
-    near = x.window if x.attention_window is None else min(x.window, x.attention_window)
-    launches.append(row_launch(out.windowed_distance, near, near=True))
+    launches.append(row_launch(out.windowed_distance, min(x.window, x.attention_window), near=True))
     common |= {
         "count_ptr": out.received_count,
         "tiles_ptr": x.tiles_k,

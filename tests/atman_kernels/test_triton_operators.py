@@ -22,7 +22,7 @@ from atman_kernels import (
     ops,
 )
 from atman_kernels._triton import backward, forward, launch
-from atman_kernels.problem import AttentionProblem, Gradients
+from atman_kernels.problem import NO_WINDOW, AttentionProblem, Gradients
 from tests.atman_kernels.grid import Case, make_operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +34,7 @@ def _operands(requires_grad: bool) -> tuple:
     plan = AttentionPlan(CASE.lengths, prefix_start=(0, 0), prefix_length=(10, 5), device=DEVICE)
     q, k, v, bias = (t[None].requires_grad_(requires_grad) for t in (x.q, x.k, x.v, x.key_bias))
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    return x, (q, k, v, bias, x.prefix.k, x.prefix.v, *tables, 0.25, True, -1, True, "triton")
+    return x, (q, k, v, bias, x.prefix.k, x.prefix.v, *tables, 0.25, True, NO_WINDOW, True, "triton")
 
 
 def test_forward_operator_is_registered_soundly() -> None:
@@ -84,7 +84,7 @@ def _backward_launches(case: Case, needed: str, dtype: torch.dtype = torch.float
         )
     )
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, None)
+    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, NO_WINDOW)
     return backward.backward_launches("sm_90", gradients, do, None, o, lse, problem)
 
 
@@ -141,7 +141,9 @@ def test_launches_kept_from_an_equal_call_are_those_that_would_be_built(monkeypa
     def make(shared: bool, shifted: bool) -> tuple:
         q, k, v = (torch.zeros(1 + 40 * 2 * 16)[int(shifted) : 1280 + shifted].view(1, 40, 2, 16) for _ in range(3))
         tiles = plan.tiles_q, plan.tiles_q if shared else plan.tiles_k.clone()
-        problem = AttentionProblem(q, k, v, torch.zeros(1, 40), None, None, plan.sequences, *tiles, 1.0, True, None)
+        problem = AttentionProblem(
+            q, k, v, torch.zeros(1, 40), None, None, plan.sequences, *tiles, 1.0, True, NO_WINDOW
+        )
         return torch.empty_like(q), torch.empty(1, 2, 40), problem
 
     seen = []
@@ -167,7 +169,7 @@ def test_kept_launches_hold_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     alive = weakref.ref(x)
     plan = AttentionPlan([40])
     tables = plan.sequences, plan.tiles_q, plan.tiles_k
-    problem = AttentionProblem(x, x, x, None, None, None, *tables, 1.0, True, None)
+    problem = AttentionProblem(x, x, x, None, None, None, *tables, 1.0, True, NO_WINDOW)
     assert forward.forward_launches("sm_90", torch.empty_like(x), torch.empty(1, 2, 40), problem)
     assert launch._templates
     del x, problem
