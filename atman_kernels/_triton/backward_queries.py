@@ -7,6 +7,7 @@ import triton.language as tl
 
 from atman_kernels._triton.tiles import (
     LOG2_E,
+    Rows,
     aligned_rows,
     attention_scores,
     count_tiles,
@@ -174,10 +175,10 @@ def backward_queries_kernel(
         ds_sum = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
         for OWN in tl.static_range(1 - HAS_PREFIX, 1 if PREFIX_ONLY else 2):
             keys = locate_keys(
-                OWN, k_ptr, v_ptr, key_bias_ptr, prefix_k_ptr, prefix_v_ptr,
-                sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP,
-                stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bb,
-                stride_pkt, stride_pkh, stride_pvt, stride_pvh,
+                OWN, Rows(k_ptr, stride_kb, stride_kt, stride_kh),
+                Rows(v_ptr, stride_vb, stride_vt, stride_vh), key_bias_ptr,
+                Rows(prefix_k_ptr, 0, stride_pkt, stride_pkh), Rows(prefix_v_ptr, 0, stride_pvt, stride_pvh),
+                sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP, stride_bb,
             )  # fmt: skip
             dq, ds_sum = _accumulate_dq(
                 dq, ds_sum, q, do, lse_log2, row_term, keys, k_desc if OWN else prefix_k_desc,

@@ -19,6 +19,7 @@ from atman_kernels._triton.tiles import (
     Q_LENGTH,
     Q_START,
     SEQUENCE_COLUMNS,
+    Rows,
     attention_scores,
     count_tiles,
     key_bounds,
@@ -149,10 +150,10 @@ def row_statistics_kernel(
         window = tl.minimum(window, n_prefix + n_keys)
     for OWN in tl.static_range(1 - HAS_PREFIX, 2):
         keys = locate_keys(
-            OWN, k_ptr, k_ptr, key_bias_ptr, prefix_k_ptr, prefix_k_ptr,
-            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP,
-            stride_kb, stride_kt, stride_kh, stride_kb, stride_kt, stride_kh, stride_bb,
-            stride_pkt, stride_pkh, stride_pkt, stride_pkh,
+            OWN, Rows(k_ptr, stride_kb, stride_kt, stride_kh),
+            Rows(k_ptr, stride_kb, stride_kt, stride_kh), key_bias_ptr,
+            Rows(prefix_k_ptr, 0, stride_pkt, stride_pkh), Rows(prefix_k_ptr, 0, stride_pkt, stride_pkh),
+            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP, stride_bb,
         )  # fmt: skip
         total = _weighted_sum(
             total, q, lse_log2, keys, first, last, sm_scale, window, HAS_KEY_BIAS and OWN, BIAS_ROWS,
