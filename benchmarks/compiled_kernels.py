@@ -142,9 +142,8 @@ def measure(configuration: Configuration) -> Iterator[tuple[str, Counts]]:
     """(row name, counts) of each attention kernel of a configuration."""
     for launch in configuration.launches():
         a = launch.arguments
-        multiplies = ("flags" in a or {"BLOCK_M", "BLOCK_N"} <= a.keys()) and not (
-            a.get("PREFIX_ONLY") and not a["HAS_PREFIX"]
-        )
+        idle = getattr(a.get("needs"), "PREFIX_ONLY", False) and not a["flags"].HAS_PREFIX
+        multiplies = ("flags" in a or {"BLOCK_M", "BLOCK_N"} <= a.keys()) and not idle
         if multiplies:
             near = "near_" if a.get("NEAR") else ""
             name = f"{configuration} {near}{launch.kernel.__name__.removesuffix('_kernel')}"

@@ -57,7 +57,10 @@ def _launched(family: str, needed: tuple[bool, bool, bool, bool], head_dim: int 
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
     problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, NO_WINDOW)
     launches = backward_launches(family, gradients, do, None, q, lse, problem, fused=True)
-    return [each.kernel.__name__ + ("+dq" if each.arguments.get("FUSE_DQ") else "") for each in launches]
+    return [
+        each.kernel.__name__ + ("+dq" if getattr(each.arguments.get("needs"), "FUSED_DQ", False) else "")
+        for each in launches
+    ]
 
 
 def test_the_fused_kernel_takes_the_place_of_the_products_of_dq() -> None:
