@@ -143,8 +143,7 @@ def measure(configuration: Configuration) -> Iterator[tuple[str, Counts]]:
     for launch in configuration.launches():
         a = launch.arguments
         idle = getattr(a.get("needs"), "PREFIX_ONLY", False) and not a["flags"].HAS_PREFIX
-        multiplies = ("flags" in a or {"BLOCK_M", "BLOCK_N"} <= a.keys()) and not idle
-        if multiplies:
+        if "flags" in a and not idle:
             near = "near_" if a.get("NEAR") else ""
             name = f"{configuration} {near}{launch.kernel.__name__.removesuffix('_kernel')}"
             yield name, count(compile_launch(launch, configuration.target))

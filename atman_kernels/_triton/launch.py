@@ -185,12 +185,6 @@ def device_family(device: torch.device) -> str:
     return "sm_80" if (major, minor) == (8, 0) else "sm_86"
 
 
-def strides_of(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
-    """{"stride_qb": ..., "stride_qt": ...} for the leading axes of a tensor; zeros where it is absent."""
-    strides = (0,) * len(axes) if x is None else x.stride()
-    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
-
-
 def dot_precision(dtype: torch.dtype) -> str:
     """fp32 products stay fp32; the setting has no effect on 16-bit inputs."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -283,53 +277,6 @@ def descriptors_of(family: str, blocks: BlockSizes, x: AttentionProblem) -> dict
     block = [1, blocks.block_n, 1, padded_head_dim(x.k.shape[3])]
     sources = {"k_desc": x.k, "v_desc": x.v, "prefix_k_desc": x.prefix_k, "prefix_v_desc": x.prefix_v}
     return {name: None if t is None else tile_descriptor(family, t, block) for name, t in sources.items()}
-
-
-def attention_operands(x: AttentionProblem) -> dict[str, object]:
-    """The arguments that forward and backward kernels share; absent operands are stood in for by tensors never read."""
-    q, k, v, head_dim = x.q, x.k, x.v, x.q.shape[3]
-    return {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "key_bias_ptr": q if x.key_bias is None else x.key_bias,
-        "prefix_k_ptr": k if x.prefix_k is None else x.prefix_k,
-        "prefix_v_ptr": v if x.prefix_v is None else x.prefix_v,
-        "sequences_ptr": x.sequences,
-        **strides_of("q", q, "bth"),
-        **strides_of("k", k, "bth"),
-        **strides_of("v", v, "bth"),
-        **strides_of("b", x.key_bias, "b"),
-        **strides_of("pk", x.prefix_k, "th"),
-        **strides_of("pv", x.prefix_v, "th"),
-        "sm_scale": x.sm_scale,
-        "window": x.window,
-        "HEADS_Q": q.shape[2],
-        "GROUP": q.shape[2] // k.shape[2],
-        "HEAD_DIM": head_dim,
-        "HAS_KEY_BIAS": x.key_bias is not None,
-        "HAS_PREFIX": x.prefix_k is not None,
-        "IS_CAUSAL": x.causal,
-        "HAS_WINDOW": x.causal and x.window < NO_WINDOW,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "PRECISION": dot_precision(q.dtype),
-    }
-
-
-def streamed_operands(family: str, blocks: BlockSizes, x: AttentionProblem) -> dict[str, object]:
-    """How a row-owned kernel gets keys, values and bias, and how it scales scores and sums along its rows."""
-    block = [1, blocks.block_n, 1, padded_head_dim(x.k.shape[3])]
-    sources = {
-        "k_desc": x.k,
-        "v_desc": x.v,
-        "prefix_k_desc": x.prefix_k,
-        "prefix_v_desc": x.prefix_v,
-    }
-    return {
-        **{name: None if t is None else tile_descriptor(family, t, block) for name, t in sources.items()},
-        "SCALE_FIRST": not 1e-6 < x.sm_scale < 1e6,
-        **vector_shapes(family, blocks, x.q.dtype),
-    }
 
 
 def vector_shapes(family: str, blocks: BlockSizes, dtype: torch.dtype) -> dict[str, int]:
