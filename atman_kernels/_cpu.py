@@ -73,7 +73,7 @@ def attention_forward(o: Tensor, lse: Tensor, x: AttentionProblem, *, distance: 
         MemoryError: no memory for the packed tiles.
     """
     _C.attention_forward(
-        o, lse, *x[:_N_TENSORS], x.sequences, x.sm_scale, x.causal, _or_none_as_negative(x.window),
+        o, lse, *x[:_N_TENSORS], x.sequences, x.sm_scale, x.causal, x.window,
         torch.get_num_threads(), _isa, distance=distance,
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ def attention_backward(
     """
     _C.attention_backward(
         *gradients, do, dlse, o, lse, *x[:_N_TENSORS], x.sequences, x.sm_scale, x.causal,
-        _or_none_as_negative(x.window), torch.get_num_threads(), _isa,
+        x.window, torch.get_num_threads(), _isa,
     )  # fmt: skip
 
 
@@ -100,13 +100,9 @@ def attention_statistics(out: Statistics, x: StatisticsProblem) -> None:
         MemoryError: no memory for the packed keys.
     """
     _C.attention_statistics(
-        *out, *x[:_N_TENSORS], x.sequences, x.sm_scale, _or_none_as_negative(x.attention_window), x.window, *x.horizon,
+        *out, *x[:_N_TENSORS], x.sequences, x.sm_scale, x.attention_window, x.window, *x.horizon,
         torch.get_num_threads(), _isa,
     )  # fmt: skip
-
-
-def _or_none_as_negative(window: int | None) -> int:
-    return -1 if window is None else window
 
 
 _HOW_TO_BUILD = "install the package (pip install .) or build it in place (see CONTRIBUTING.md)"

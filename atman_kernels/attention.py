@@ -15,10 +15,9 @@ from torch.autograd import forward_ad
 
 from atman_kernels import ops
 from atman_kernels.plan import PREFIX_LENGTH, PREFIX_START, AttentionPlan, SharedPrefix, dense_plan
+from atman_kernels.problem import NO_WINDOW
 
 MAX_HEAD_DIM = 256
-# No sequence is as long; kernels add window and position in 32 bits.
-_FARTHEST = 2**30
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Plain globals: torch.compile guards on them, which it cannot do for context variables.
@@ -337,8 +336,8 @@ def scale_of(q: Tensor, sm_scale: float | None) -> float:
 
 
 def bounded(distance: int | None) -> int:
-    """A window or other distance between positions as the operators take it: -1 for none, and never beyond 2^30."""
-    return -1 if distance is None else min(distance, _FARTHEST)
+    """A window or other distance between positions as the operators take it: at most NO_WINDOW, which is none."""
+    return NO_WINDOW if distance is None else min(distance, NO_WINDOW)
 
 
 def checks_values(tensor: Tensor) -> bool:

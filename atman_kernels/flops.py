@@ -9,7 +9,6 @@ prefix. That is exact for dense batches and the most that a packed one can be.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from atman_kernels.plan import K_LENGTH, PREFIX_LENGTH, Q_LENGTH, SEQUENCE_COLUMNS
+from atman_kernels.problem import NO_WINDOW
 
 __all__ = ["attention_backward_flops", "attention_forward_flops", "attention_statistics_flops", "visible_pairs"]
 
@@ -96,8 +96,8 @@ def attention_statistics_flops(
     sequence itself receives those of the horizon. Arguments as in :func:`atman_kernels.attention_statistics`.
     """
     low, high = horizon
-    seen = attention_window or sys.maxsize
-    pairs = sum(visible_pairs(sequences, causal=True, window=attention_window)) if need_distance else 0
+    seen = NO_WINDOW if attention_window is None else attention_window
+    pairs = sum(visible_pairs(sequences, causal=True, window=seen)) if need_distance else 0
     pairs += sum(visible_pairs(sequences, causal=True, window=min(window, seen)))
     if low < seen:
         pairs += visible_pairs(sequences, causal=True, window=min(high + 1, seen))[0]
@@ -108,7 +108,7 @@ def attention_statistics_flops(
 @register_flop_formula(torch.ops.atman_kernels.attention_forward, get_raw=True)
 def _forward_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
     k, _, _, prefix_k, _, sequences, _, _, _, causal, window = operands[:11]
-    own, prefix = visible_pairs(_table(sequences, q, k, prefix_k), causal=causal, window=None if window < 0 else window)
+    own, prefix = visible_pairs(_table(sequences, q, k, prefix_k), causal=causal, window=window)
     return attention_forward_flops(own + prefix, q.shape[2], q.shape[3])
 
 
@@ -116,7 +116,7 @@ def _forward_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
 def _backward_formula(do: Tensor, dlse: Any, o: Any, lse: Any, q: Tensor, *operands: Any, out_val: Any = None) -> int:
     k, _, _, prefix_k, _, sequences, _, _, _, causal, window = operands[:11]
     need_dq, need_dk, need_dv, _ = operands[-4:]
-    own, prefix = visible_pairs(_table(sequences, q, k, prefix_k), causal=causal, window=None if window < 0 else window)
+    own, prefix = visible_pairs(_table(sequences, q, k, prefix_k), causal=causal, window=window)
     return attention_backward_flops(
         own, prefix, q.shape[2], q.shape[3], need_dq=need_dq, need_dk=need_dk, need_dv=need_dv
     )
@@ -126,7 +126,7 @@ def _backward_formula(do: Tensor, dlse: Any, o: Any, lse: Any, q: Tensor, *opera
 def _forward_distance_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
     # The distances are sums, not products.
     k, _, _, prefix_k, _, sequences, _, _, _, window, _ = operands
-    pairs = sum(visible_pairs(_table(sequences, q, k, prefix_k), causal=True, window=None if window < 0 else window))
+    pairs = sum(visible_pairs(_table(sequences, q, k, prefix_k), causal=True, window=window))
     return attention_forward_flops(pairs, q.shape[2], q.shape[3])
 
 
@@ -137,7 +137,7 @@ def _statistics_formula(q: Tensor, *operands: Any, out_val: Any = None) -> int:
         _table(sequences, q, k, prefix_k),
         q.shape[2],
         q.shape[3],
-        attention_window=None if attention_window < 0 else attention_window,
+        attention_window=attention_window,
         window=window,
         horizon=(low, high),
         need_distance=need_distance,

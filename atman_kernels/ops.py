@@ -10,7 +10,7 @@ Arguments that every kernel takes, in this order:
     key_bias (B, Tk) fp32 or None
     prefix_k, prefix_v (P, Hkv, D) or None
     sequences (n_seq, 7), tiles_q (n, 2), tiles_k (m, 2) int32
-    sm_scale; causal; window, -1 for none; covers: whether every row and key belongs to a sequence
+    sm_scale; causal; window, NO_WINDOW for none; covers: whether every row and key belongs to a sequence
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def without_autocast(q: Tensor) -> AbstractContextManager[None]:
 
 
 def _problem(operands: tuple[Any, ...]) -> AttentionProblem:
-    *tensors_and_tables, sm_scale, causal, window, _, _ = operands
-    return AttentionProblem._make((*tensors_and_tables, sm_scale, causal, None if window < 0 else window))
+    *problem, _covers, _backend = operands
+    return AttentionProblem._make(problem)
 
 
 def _forward(*operands: Any) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# The window of an attention without one, from here to the kernels of every backend: it hides nothing. No sequence is as
+# long, and window plus position fits 32 bits.
+NO_WINDOW = 2**30
 # Rounded to fp32, an lse up to this moves the p of its row by at most 2^-19. Where it is larger, p = exp(score - lse)
 # does not sum to 1, and p is normalised by the row's own sum again.
 LARGEST_LSE = 64.0
@@ -19,7 +22,7 @@ class AttentionProblem(NamedTuple):
         key_bias: (B, Tk) fp32, or None.
         prefix_k, prefix_v: (P, Hkv, D), or None.
         sequences, tiles_q, tiles_k: tables of an :class:`atman_kernels.plan.AttentionPlan`.
-        sm_scale, causal, window: as in :func:`atman_kernels.attention`.
+        sm_scale, causal, window: as in :func:`atman_kernels.attention`, but the window is a number up to NO_WINDOW.
     """
 
     q: Tensor
@@ -33,7 +36,7 @@ class AttentionProblem(NamedTuple):
     tiles_k: Tensor
     sm_scale: float
     causal: bool
-    window: int | None
+    window: int
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -56,7 +59,7 @@ class StatisticsProblem(NamedTuple):
     Attributes:
         lse: (B, Hq, Tq) of the attention whose statistics are wanted.
         rows: (B, Tq) bool, the chosen query rows, or None for all.
-        attention_window: keys that a row of the attention sees, or None for all.
+        attention_window: keys that a row of the attention sees, NO_WINDOW for all.
         window, horizon: as in :func:`atman_kernels.attention_statistics`.
     """
 
@@ -70,7 +73,7 @@ class StatisticsProblem(NamedTuple):
     tiles_q: Tensor
     tiles_k: Tensor
     sm_scale: float
-    attention_window: int | None
+    attention_window: int
     window: int
     horizon: tuple[int, int]
 

@@ -4,7 +4,7 @@
 
     lse (B, Hq, Tq)   of the attention whose statistics are wanted
     rows (B, Tq) bool or None   the chosen query rows; None: all
-    attention_window   keys that a row of the attention sees, -1 for all
+    attention_window   keys that a row of the attention sees, NO_WINDOW for all
     window, low, high, need_distance   see :func:`atman_kernels.attention_statistics`
 
 and returns distance (n_seq, Hq), (0, Hq) unless needed; windowed_distance (B, Hq, Tq); received (B, Hq, Tk);
@@ -48,8 +48,7 @@ attention_statistics = torch.ops.atman_kernels.attention_statistics.default
 def _statistics(*operands: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operands of the schema, in its order."""
     *tensors_and_tables, sm_scale, attention_window, covers, backend, window, low, high, need_distance = operands
-    bounds = (sm_scale, None if attention_window < 0 else attention_window, window, (low, high))
-    x = StatisticsProblem._make((*tensors_and_tables, *bounds))
+    x = StatisticsProblem._make((*tensors_and_tables, sm_scale, attention_window, window, (low, high)))
     kernels = ops.kernels_for(backend, x.q, trust.STATISTICS)
     if kernels is None:
         with ops.without_autocast(x.q):
@@ -94,8 +93,7 @@ def _forward_distance(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operands of the schema, in its order."""
     *tensors, sequences, tiles_q, tiles_k, sm_scale, window, covers = operands
     tensors = [None if tensor is None else ops.unit_stride(tensor) for tensor in tensors]
-    bounds = (sm_scale, True, None if window < 0 else window)
-    x = AttentionProblem._make((*tensors, sequences, tiles_q, tiles_k, *bounds))
+    x = AttentionProblem._make((*tensors, sequences, tiles_q, tiles_k, sm_scale, True, window))
     o, lse, distance = outputs = _forward_distance_fake(x.q)
     if not covers:
         o.zero_()

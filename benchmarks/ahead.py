@@ -15,7 +15,7 @@ import torch
 from atman_kernels._triton.backward import backward_launches
 from atman_kernels._triton.forward import forward_launches
 from atman_kernels._triton.launch import Launch, block_size_table, device_family
-from atman_kernels.problem import AttentionProblem, Gradients
+from atman_kernels.problem import NO_WINDOW, AttentionProblem, Gradients
 from benchmarks.cases import AttentionCase
 from benchmarks.compiled import TARGETS, compile_launch, count
 from benchmarks.device import Device
@@ -59,7 +59,7 @@ def launches(program: Program, family: str, dtype: torch.dtype, torch_device: st
     plan = case.plan(torch_device)
     o, lse = torch.empty_like(q), torch.empty(1, heads_q, n_rows, device=torch_device)
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    problem = AttentionProblem(q, k, v, bias, *prefix, *tables, case.sm_scale, True, None)
+    problem = AttentionProblem(q, k, v, bias, *prefix, *tables, case.sm_scale, True, NO_WINDOW)
     found = []
     if program.direction == "forward" or program.only:
         found += forward_launches(family, o, lse, problem)

@@ -30,7 +30,7 @@ from atman_kernels._triton.backward import backward_launches
 from atman_kernels._triton.forward import forward_launches
 from atman_kernels._triton.launch import Launch
 from atman_kernels._triton.statistics import statistics_launches
-from atman_kernels.problem import AttentionProblem, Gradients, Statistics, StatisticsProblem
+from atman_kernels.problem import NO_WINDOW, AttentionProblem, Gradients, Statistics, StatisticsProblem
 from benchmarks.compiled import SHARED_CAPACITY, Counts, compile_launch, count
 
 TABLE = Path(__file__).parent / "results" / "compiled_kernels.json"
@@ -78,7 +78,7 @@ class Configuration(NamedTuple):
         prefix = empty(512, heads_kv, self.head_dim) if self.prefix else None
         sequences, tiles = empty(8, 7, dtype=torch.int32), empty(n_tiles, 2, dtype=torch.int32)
         tables = (sequences, tiles, tiles)
-        sm_scale, window = self.head_dim**-0.5, 1024 if self.window else None
+        sm_scale, window = self.head_dim**-0.5, 1024 if self.window else NO_WINDOW
         if self.statistics:
             distance, sums = empty(8, heads_q, dtype=torch.float32), torch.empty_like(lse)
             counts, rows = empty(1, n_rows, dtype=torch.int32), empty(1, n_rows, dtype=torch.uint8)
@@ -142,8 +142,8 @@ def measure(configuration: Configuration) -> Iterator[tuple[str, Counts]]:
     """(row name, counts) of each attention kernel of a configuration."""
     for launch in configuration.launches():
         a = launch.arguments
-        multiplies = {"BLOCK_M", "BLOCK_N"} <= a.keys() and not (a.get("PREFIX_ONLY") and not a["HAS_PREFIX"])
-        if multiplies:
+        idle = getattr(a.get("needs"), "PREFIX_ONLY", False) and not a["flags"].HAS_PREFIX
+        if "flags" in a and not idle:
             near = "near_" if a.get("NEAR") else ""
             name = f"{configuration} {near}{launch.kernel.__name__.removesuffix('_kernel')}"
             yield name, count(compile_launch(launch, configuration.target))

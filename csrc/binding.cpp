@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -119,8 +120,8 @@ struct Operands {
     p.n_seq = sequences.shape[0];
     p.sm_scale = static_cast<float>(sm_scale);
     p.causal = causal;
-    p.window = window < 0 ? kNoWindow : window;
-    if (window == 0 || (window > 0 && !causal))
+    p.window = std::min(window, kNoWindow);
+    if (window < 1 || (window < kNoWindow && !causal))
       throw nb::value_error("window must be at least 1 and needs causal=True");
     check_sequences(p, prefix_k ? prefix_k->shape[0] : 0);
   }
@@ -253,7 +254,7 @@ NB_MODULE(_C, m) {
         nb::arg("key_bias").none(), nb::arg("prefix_k").none(), nb::arg("prefix_v").none(), nb::arg("sequences"),
         nb::arg("sm_scale"), nb::arg("causal"), nb::arg("window"), nb::arg("threads"), nb::arg("isa") = "",
         nb::arg("distance") = nb::none(),
-        "Writes o, lse and, unless it is None, the distance of each row; window -1 means none.");
+        "Writes o, lse and, unless it is None, the distance of each row; window 2^30 means none.");
   m.def("attention_backward", &atman::backward, nb::arg("dq").none(), nb::arg("dk").none(), nb::arg("dv").none(),
         nb::arg("dkey_bias").none(), nb::arg("do"), nb::arg("dlse").none(), nb::arg("o"), nb::arg("lse"), nb::arg("q"),
         nb::arg("k"), nb::arg("v"), nb::arg("key_bias").none(), nb::arg("prefix_k").none(), nb::arg("prefix_v").none(),
@@ -263,6 +264,6 @@ NB_MODULE(_C, m) {
         nb::arg("received"), nb::arg("received_count"), nb::arg("q"), nb::arg("k"), nb::arg("lse"),
         nb::arg("key_bias").none(), nb::arg("prefix_k").none(), nb::arg("rows").none(), nb::arg("sequences"),
         nb::arg("sm_scale"), nb::arg("attention_window"), nb::arg("window"), nb::arg("low"), nb::arg("high"),
-        nb::arg("threads"), nb::arg("isa") = "", "Writes the statistics that are not None; attention_window -1: none.");
+        nb::arg("threads"), nb::arg("isa") = "", "Writes the statistics that are not None; attention_window 2^30: none.");
   m.def("isas", &atman::isa_names, "Instruction sets this processor runs, best first.");
 }

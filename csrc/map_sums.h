@@ -79,7 +79,6 @@ template <class T>
 void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bool run) {
   const Sequence& s = p.sequences[task.sequence];
   const Visibility visible(p, s);
-  const bool near = p.reach != kNoWindow;
   Range keys = visible.keys(task.row_begin, task.row_end - 1);
   keys.begin = round_down(keys.begin, kKeyTile);
   const int64_t n_keys = keys.empty() ? 0 : round_up(keys.end - keys.begin, kKeyTile);
@@ -91,10 +90,10 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
   pack_bias(p, s, keys, b.bias);
   const Vec lanes = lane_numbers();
   // The sum is subtracted from it: its rounding must not exceed that of distances in the sequence.
-  const float reach = near ? static_cast<float>(minimum<int64_t>(p.reach, visible.n_keys)) : 0.0f;
+  const float reach = p.near ? static_cast<float>(minimum<int64_t>(p.window, visible.n_keys)) : 0.0f;
   for (int64_t first = task.row_begin; first < task.row_end; first += kStatisticsRows) {
     const int64_t rows = minimum<int64_t>(kStatisticsRows, task.row_end - first);
-    bool any = near;
+    bool any = p.near;
     for (int64_t i = 0; i < rows && !any; ++i) any = p.is_chosen(s.batch, s.q_start + first + i);
     const Range seen = visible.keys(first, first + rows - 1);
     for (int64_t head = task.head_kv * p.group(); any && head < (task.head_kv + 1) * p.group(); ++head) {
@@ -110,7 +109,7 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
           for (int64_t j = vectors.begin; j < vectors.end; ++j) {
             const Vec key_in_tile = add(lanes, broadcast(static_cast<float>(j * kLanes)));
             const Vec d = sub(broadcast(back), key_in_tile);
-            const Vec weight = near ? max(sub(broadcast(reach), d), zero()) : d;
+            const Vec weight = p.near ? max(sub(broadcast(reach), d), zero()) : d;
             sum = fma(load(b.scores + row * kTileRow + j * kLanes), weight, sum);
           }
           store(b.sums + row * kLanes, sum);
@@ -120,7 +119,7 @@ void row_statistics_task(const Statistics& p, const Task& task, Arena& arena, bo
         const float sum = sum_lanes(load(b.sums + i * kLanes));
         const bool without_key = b.lse[i] == kInfinity;
         // The p of a row sum to 1: sum p min(d, W) = W - sum p max(W - d, 0).
-        p.row_sums.at(s.batch, head, s.q_start + first + i) = without_key ? 0.0f : near ? reach - sum : sum;
+        p.row_sums.at(s.batch, head, s.q_start + first + i) = without_key ? 0.0f : p.near ? reach - sum : sum;
       }
     }
   }
@@ -131,7 +130,7 @@ void column_statistics_task(const Statistics& p, const Task& task, Arena& arena,
   const Sequence& s = p.sequences[task.sequence];
   // Distances low .. high are a window that ends `low` positions before the row.
   Visibility band(p, s);
-  const int64_t high = p.window == kNoWindow ? p.high : minimum<int64_t>(p.high, p.window - 1);
+  const int64_t high = minimum<int64_t>(p.high, p.window - 1);
   band.shift -= p.low;
   band.window = high - p.low + 1;
   const StatisticsBuffers<Packed<T>> b(arena, kKeyTile, p.head_dim);

@@ -44,7 +44,8 @@ struct Sequence {
   int32_t batch, q_start, q_length, k_start, k_length, prefix_start, prefix_length;
 };
 
-constexpr int64_t kNoWindow = INT64_MAX;
+// The window that hides nothing: NO_WINDOW of atman_kernels/problem.py. No sequence is as long.
+constexpr int64_t kNoWindow = int64_t{1} << 30;
 
 // Keys per tile. Tiles lie at multiples of it, so that a row's result does not depend on the split into tasks.
 constexpr int64_t kKeyTile = 128;
@@ -97,14 +98,16 @@ struct Backward : Problem {
 };
 
 // Statistics of the attention map p = exp(scores - lse): of rows, sum_v p d over the distance d back to a key, or, with
-// `reach`, sum_v p min(d, reach); of own keys, the mean p over the chosen rows `low` to `high` positions later.
+// `near`, sum_v p min(d, window); of own keys, the mean p over the chosen rows `low` to `high` positions later.
 struct Statistics : Problem {
   Scalars lse;
   SplitLse split;
   // Nonzero where a row is chosen; without data all are.
   const uint8_t* rows_chosen;
   int64_t stride_chosen;
-  int64_t reach, low, high;
+  // Whether the row sums are those of min(d, window); the window is then that of the distance.
+  bool near;
+  int64_t low, high;
   // Outputs: per row and head; per own key and head; per own key, in the layout of `received` without its heads.
   Scalars row_sums, received;
   const int32_t* received_count;

@@ -45,7 +45,7 @@ void average_rows(const Statistics& p, float* distance) {
 
 }  // namespace
 
-void attention_statistics(Statistics p, const Scalars& windowed, float* distance, int32_t* counts, int64_t reach,
+void attention_statistics(Statistics p, const Scalars& windowed, float* distance, int32_t* counts, int64_t window,
                           const Kernels& kernels, int threads) {
   count_rows(p, counts);
   p.received_count = counts;
@@ -54,12 +54,13 @@ void attention_statistics(Statistics p, const Scalars& windowed, float* distance
   if (distance != nullptr) {
     const auto row_sums = allocate<float>(static_cast<size_t>(p.batches * p.heads_q * p.rows));
     p.row_sums = {row_sums.get(), p.heads_q * p.rows, p.rows, 1};
-    p.reach = kNoWindow;
+    p.near = false;
     run_all(p, kernels.row_statistics, row_tasks(p, threads), threads);
     average_rows(p, distance);
   }
   p.row_sums = windowed;
-  p.reach = p.window = std::min(reach, attention_window);
+  p.near = true;
+  p.window = std::min(window, attention_window);
   run_all(p, kernels.row_statistics, row_tasks(p, threads), threads);
 
   // Tasks are cut as if the horizon were the window, which is what they cost.

@@ -5,9 +5,9 @@
 
 namespace atman {
 
-// Writes windowed (the row sums with `reach`), p.received and counts, laid out as Statistics says, and, unless it is
+// Writes windowed (the row sums of min(d, window)), p.received and counts, laid out as Statistics says, and, unless it is
 // null, distance, (n_seq, heads_q).
-void attention_statistics(Statistics p, const Scalars& windowed, float* distance, int32_t* counts, int64_t reach,
+void attention_statistics(Statistics p, const Scalars& windowed, float* distance, int32_t* counts, int64_t window,
                           const Kernels& kernels, int threads);
 
 }  // namespace atman

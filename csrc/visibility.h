@@ -29,7 +29,7 @@ struct Visibility {
   ATMAN_SHARED Range keys(int64_t first, int64_t last) const {
     if (!causal) return {0, n_keys};
     const int64_t end = clamp(last + shift + 1, n_keys);
-    const int64_t begin = window == kNoWindow ? 0 : clamp(first + shift - window + 1, n_keys);
+    const int64_t begin = clamp(first + shift - window + 1, n_keys);
     return {begin, end};
   }
 
@@ -37,7 +37,7 @@ struct Visibility {
   ATMAN_SHARED Range rows(int64_t first, int64_t last) const {
     if (!causal) return {0, n_rows};
     const int64_t begin = clamp(first - shift, n_rows);
-    const int64_t end = window == kNoWindow ? n_rows : clamp(last - shift + window, n_rows);
+    const int64_t end = clamp(last - shift + window, n_rows);
     return {begin, end};
   }
 

@@ -17,21 +17,24 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-from atman_kernels._triton.backward_keys import backward_keys_kernel, scale_dq_kernel, sum_heads_kernel
-from atman_kernels._triton.backward_queries import backward_queries_kernel
+from atman_kernels._triton.backward_keys import KeyNeeds, backward_keys_kernel, scale_dq_kernel, sum_heads_kernel
+from atman_kernels._triton.backward_queries import RowNeeds, backward_queries_kernel
 from atman_kernels._triton.launch import (
     BlockSizes,
     Launch,
-    attention_operands,
     block_sizes,
+    descriptors_of,
+    flags_of,
     kept_launches,
+    operands_of,
     padded_head_dim,
     row_copies,
-    streamed_operands,
-    strides_of,
+    rows_of,
     tile_descriptor,
+    varying_of,
 )
 from atman_kernels._triton.tiles import ROW_ALIGNMENT, aligned_size
 from atman_kernels.plan import TILE
@@ -72,11 +75,10 @@ def _require_reductions(family: str, dq_sum: Tensor) -> None:
 def _scale_dq_launch(dq: Tensor, dq_sum: Tensor, sequences: Tensor, tiles_q: Tensor, sm_scale: float) -> Launch:
     heads_q, head_dim = dq.shape[2:]
     arguments = {
-        "dq_ptr": dq,
+        "dq": rows_of(dq),
         "dq_sum_ptr": dq_sum,
         "sequences_ptr": sequences,
         "tiles_ptr": tiles_q,
-        **strides_of("dq", dq, "bth"),
         "sm_scale": sm_scale,
         "HEADS_Q": heads_q,
         "HEAD_DIM": head_dim,
@@ -92,7 +94,8 @@ def _sum_heads_launch(dkey_bias: Tensor, partial: Tensor, sequences: Tensor, til
         "partial_ptr": partial,
         "sequences_ptr": sequences,
         "tiles_ptr": tiles_k,
-        **strides_of("g", partial, "hb"),
+        "partial_head": partial.stride(0),
+        "partial_batch": partial.stride(1),
         "HEADS_KV": partial.shape[0],
         "BLOCK_N": TILE,
     }
@@ -163,27 +166,41 @@ def _build(
     dq, dk, dv, dkey_bias = gradients
     row_term, lse_log2, dq_sum, partial = scratch
     heads_q, heads_kv, head_dim = x.q.shape[2], x.k.shape[2], x.q.shape[3]
-    common = {**attention_operands(x), "do_ptr": do, "row_term_ptr": row_term, "lse_log2_ptr": lse_log2}
-    common |= strides_of("do", do, "bth")
-    common |= {f"stride_r{axis}": row_term.stride(i) // ROW_ALIGNMENT.value for i, axis in enumerate("bh")}
+    scratch_batch, scratch_head, _ = (stride // ROW_ALIGNMENT.value for stride in row_term.stride())
+    varying = varying_of(
+        x,
+        lse_batch=lse.stride(0),
+        lse_head=lse.stride(1),
+        scratch_batch=scratch_batch,
+        scratch_head=scratch_head,
+        partial_head=0 if partial is None else partial.stride(0),
+        partial_batch=0 if partial is None else partial.stride(1),
+    )
+    shared = {
+        **operands_of(x),
+        "do": rows_of(do),
+        "row_term_ptr": row_term,
+        "lse_log2_ptr": lse_log2,
+        "varying": varying,
+    }
     # Without dq and dkey_bias it computes the terms of its rows and visits no keys; fused, it visits the prefix's.
     own = blocks.queries
+    needs = RowNeeds(
+        DLSE=dlse is not None,
+        DQ=dq is not None,
+        EXACT_DELTA=dkey_bias is not None and not fused,
+        PREFIX_ONLY=fused,
+    )
     arguments = {
-        **common,
-        **streamed_operands(family, own, x),
+        **shared,
+        **descriptors_of(family, own, x),
         "dq_ptr": o if dq is None else dq_sum,
         "dlse_ptr": lse if dlse is None else dlse,
-        "o_ptr": o,
+        "o": rows_of(o),
         "lse_ptr": lse,
         "tiles_ptr": x.tiles_q,
-        **strides_of("o", o, "bth"),
-        **strides_of("l", lse, "bh"),
-        "HAS_DLSE": dlse is not None,
-        "NEED_DQ": dq is not None,
-        "EXACT_DELTA": dkey_bias is not None and not fused,
-        "PREFIX_ONLY": fused,
-        "BLOCK_M": own.block_m,
-        "BLOCK_N": own.block_n,
+        "flags": flags_of(family, own, x),
+        "needs": RowNeeds(*map(tl.constexpr, needs)),
     }
     programs = x.tiles_q.shape[0] * (TILE // own.block_m) * heads_q
     launches = [Launch(backward_queries_kernel, programs, arguments, own.num_warps, own.num_stages)]
@@ -193,25 +210,25 @@ def _build(
     own, dq_desc = blocks.keys, None
     if fused:
         dq_desc = tile_descriptor(family, dq_sum, [1, own.block_m, 1, padded_head_dim(head_dim)])
+    needs = KeyNeeds(
+        DK=dk is not None,
+        DV=dv is not None,
+        DKEY_BIAS=dkey_bias is not None,
+        FUSED_DQ=fused,
+        INTERPRETED=family == "interpreter",
+        ROW_COPIES=row_copies(family, own, head_dim, biased=x.key_bias is not None, fused=fused),
+    )
+    shared = {name: value for name, value in shared.items() if not name.startswith("prefix_")}
     arguments = {
-        **common,
+        **shared,
         "dq_sum_desc": dq_desc,
-        "dq_sum_ptr": dq_sum if fused else x.q,
-        **strides_of("dq", dq_sum if fused else None, "bth"),
-        "FUSE_DQ": fused,
-        "INTERPRETED": family == "interpreter",
-        "ROW_COPIES": row_copies(family, own, head_dim, biased=x.key_bias is not None, fused=fused),
-        "dk_ptr": x.k if dk is None else dk,
-        "dv_ptr": x.v if dv is None else dv,
+        "dq_sum": rows_of(dq_sum if fused else None, x.q),
+        "dk": rows_of(dv if dk is None else dk, x.k),
+        "dv_ptr": x.k if dv is None else dv,
         "dkey_bias_ptr": lse if partial is None else partial,
         "tiles_ptr": x.tiles_k,
-        **strides_of("dk", dv if dk is None else dk, "bth"),
-        **strides_of("g", partial, "hb"),
-        "NEED_DK": dk is not None,
-        "NEED_DV": dv is not None,
-        "NEED_DKEY_BIAS": dkey_bias is not None,
-        "BLOCK_M": own.block_m,
-        "BLOCK_N": own.block_n,
+        "flags": flags_of(family, own, x),
+        "needs": KeyNeeds(*map(tl.constexpr, needs)),
     }
     programs = x.tiles_k.shape[0] * (TILE // own.block_n) * heads_kv
     launches.append(Launch(backward_keys_kernel, programs, arguments, own.num_warps, own.num_stages))

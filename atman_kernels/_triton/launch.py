@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atman_kernels.problem import AttentionProblem
+from atman_kernels._triton.tiles import Flags, Rows, Varying
+from atman_kernels.problem import NO_WINDOW, AttentionProblem
 
 # {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
 # from the registers, spills and shared memory of ahead-of-time compilation, or by benchmarks/tune.py on a GPU. "sm_86"
@@ -83,10 +85,11 @@ class Launch(NamedTuple):
 
 
 class _Template(NamedTuple):
-    """A launch without its tensors: ``slots`` and ``descriptors`` say which tensor of a call each argument takes."""
+    """A launch without its tensors: the others say which tensor of a call each argument takes."""
 
     launch: Launch
     slots: tuple[tuple[str, int], ...]
+    rows: tuple[tuple[str, int], ...]
     descriptors: tuple[tuple[str, int], ...]
 
     def fill(self, tensors: tuple[Tensor | None, ...]) -> Launch:
@@ -94,6 +97,8 @@ class _Template(NamedTuple):
         arguments = self.launch.arguments.copy()
         for name, slot in self.slots:
             arguments[name] = tensors[slot]
+        for name, slot in self.rows:
+            arguments[name] = arguments[name]._replace(ptr=tensors[slot])
         for name, slot in self.descriptors:
             # Its checks were passed by another tensor of this layout.
             moved = TensorDescriptor.__new__(TensorDescriptor)
@@ -133,17 +138,20 @@ def kept_launches(
 
 
 def _template(launch: Launch, slot_of: dict[int, int]) -> _Template:
-    slots, descriptors, arguments = [], [], dict(launch.arguments)
+    slots, rows, descriptors, arguments = [], [], [], dict(launch.arguments)
     for name, value in launch.arguments.items():
         if isinstance(value, Tensor):
             slots.append((name, slot_of[id(value)]))
             # Kept, it would keep a call's memory.
             arguments[name] = None
+        elif isinstance(value, Rows):
+            rows.append((name, slot_of[id(value.ptr)]))
+            arguments[name] = value._replace(ptr=None)
         elif isinstance(value, TensorDescriptor):
             descriptors.append((name, slot_of[id(value.base)]))
             arguments[name] = TensorDescriptor.__new__(TensorDescriptor)
             arguments[name].__dict__ = {**value.__dict__, "base": None}
-    return _Template(launch._replace(arguments=arguments), tuple(slots), tuple(descriptors))
+    return _Template(launch._replace(arguments=arguments), tuple(slots), tuple(rows), tuple(descriptors))
 
 
 @lru_cache(maxsize=16)
@@ -175,12 +183,6 @@ def device_family(device: torch.device) -> str:
     if major == 10:
         return "sm_100"
     return "sm_80" if (major, minor) == (8, 0) else "sm_86"
-
-
-def strides_of(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
-    """{"stride_qb": ..., "stride_qt": ...} for the leading axes of a tensor; zeros where it is absent."""
-    strides = (0,) * len(axes) if x is None else x.stride()
-    return {f"stride_{name}{axis}": stride for axis, stride in zip(axes, strides, strict=False)}
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -225,51 +227,56 @@ def _growing_strides(shape: list[int], strides: list[int], element_size: int) ->
     return found
 
 
-def attention_operands(x: AttentionProblem) -> dict[str, object]:
-    """The arguments that forward and backward kernels share; absent operands are stood in for by tensors never read."""
-    q, k, v, head_dim = x.q, x.k, x.v, x.q.shape[3]
+def rows_of(x: Tensor | None, absent: Tensor | None = None) -> Rows:
+    """A (B, T, H, D) or (T, H, D) tensor for a kernel; without it ``absent``, never read, stands in with strides 0."""
+    return Rows(absent, 0, 0, 0) if x is None else Rows(x, *(0, *x.stride())[-4:-1])
+
+
+def operands_of(x: AttentionProblem) -> dict[str, object]:
+    """The tensors that forward and backward kernels share; absent ones are stood in for by tensors never read."""
     return {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "key_bias_ptr": q if x.key_bias is None else x.key_bias,
-        "prefix_k_ptr": k if x.prefix_k is None else x.prefix_k,
-        "prefix_v_ptr": v if x.prefix_v is None else x.prefix_v,
+        "q": rows_of(x.q),
+        "k": rows_of(x.k),
+        "v": rows_of(x.v),
+        "key_bias_ptr": x.q if x.key_bias is None else x.key_bias,
+        "prefix_k": rows_of(x.prefix_k, x.k),
+        "prefix_v": rows_of(x.prefix_v, x.v),
         "sequences_ptr": x.sequences,
-        **strides_of("q", q, "bth"),
-        **strides_of("k", k, "bth"),
-        **strides_of("v", v, "bth"),
-        **strides_of("b", x.key_bias, "b"),
-        **strides_of("pk", x.prefix_k, "th"),
-        **strides_of("pv", x.prefix_v, "th"),
         "sm_scale": x.sm_scale,
-        "window": 0 if x.window is None else x.window,
-        "HEADS_Q": q.shape[2],
-        "GROUP": q.shape[2] // k.shape[2],
-        "HEAD_DIM": head_dim,
-        "HAS_KEY_BIAS": x.key_bias is not None,
-        "HAS_PREFIX": x.prefix_k is not None,
-        "IS_CAUSAL": x.causal,
-        "HAS_WINDOW": x.causal and x.window is not None,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "PRECISION": dot_precision(q.dtype),
     }
 
 
-def streamed_operands(family: str, blocks: BlockSizes, x: AttentionProblem) -> dict[str, object]:
-    """How a row-owned kernel gets keys, values and bias, and how it scales scores and sums along its rows."""
-    block = [1, blocks.block_n, 1, padded_head_dim(x.k.shape[3])]
-    sources = {
-        "k_desc": x.k,
-        "v_desc": x.v,
-        "prefix_k_desc": x.prefix_k,
-        "prefix_v_desc": x.prefix_v,
-    }
-    return {
-        **{name: None if t is None else tile_descriptor(family, t, block) for name, t in sources.items()},
-        "SCALE_FIRST": not 1e-6 < x.sm_scale < 1e6,
+def varying_of(x: AttentionProblem, **strides: int) -> Varying:
+    """The integers of a problem that no kernel specialises, with those strides that only some kernels need."""
+    return Varying(x.window, 0 if x.key_bias is None else x.key_bias.stride(0), **strides)
+
+
+def flags_of(family: str, blocks: BlockSizes, x: AttentionProblem) -> Flags:
+    """What a kernel is compiled for in a problem."""
+    head_dim = x.q.shape[3]
+    values = Flags(
+        HEADS_Q=x.q.shape[2],
+        GROUP=x.q.shape[2] // x.k.shape[2],
+        HEAD_DIM=head_dim,
+        HAS_KEY_BIAS=x.key_bias is not None,
+        HAS_PREFIX=x.prefix_k is not None,
+        IS_CAUSAL=x.causal,
+        HAS_WINDOW=x.causal and x.window < NO_WINDOW,
+        BLOCK_M=blocks.block_m,
+        BLOCK_N=blocks.block_n,
+        BLOCK_D=padded_head_dim(head_dim),
+        PRECISION=dot_precision(x.q.dtype),
+        SCALE_FIRST=not 1e-6 < x.sm_scale < 1e6,
         **vector_shapes(family, blocks, x.q.dtype),
-    }
+    )
+    return Flags(*map(tl.constexpr, values))
+
+
+def descriptors_of(family: str, blocks: BlockSizes, x: AttentionProblem) -> dict[str, TensorDescriptor | None]:
+    """How a row-owned kernel gets tiles of keys and values; None: through pointers."""
+    block = [1, blocks.block_n, 1, padded_head_dim(x.k.shape[3])]
+    sources = {"k_desc": x.k, "v_desc": x.v, "prefix_k_desc": x.prefix_k, "prefix_v_desc": x.prefix_v}
+    return {name: None if t is None else tile_descriptor(family, t, block) for name, t in sources.items()}
 
 
 def vector_shapes(family: str, blocks: BlockSizes, dtype: torch.dtype) -> dict[str, int]:

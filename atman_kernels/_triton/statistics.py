@@ -7,12 +7,14 @@ one program: no atomics, and the same bits every time.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from atman_kernels._triton.launch import Launch, attention_operands, block_sizes, streamed_operands, strides_of
+from atman_kernels._triton.launch import Launch, block_sizes, flags_of, operands_of
 from atman_kernels._triton.tiles import (
     BATCH,
     LOG2_E,
@@ -28,6 +30,7 @@ from atman_kernels._triton.tiles import (
     locate_keys,
     locate_prefix,
     locate_tile,
+    rows_from,
     tile_bounds,
     tile_start,
     transposed_weights,
@@ -36,39 +39,44 @@ from atman_kernels.plan import TILE
 from atman_kernels.problem import AttentionProblem, Statistics, StatisticsProblem
 
 
+class Varying(NamedTuple):
+    """Integers that change with the packed length, the window and the horizon; no kernel specialises them.
+
+    Attributes:
+        window: NO_WINDOW or less.
+        low, high: the horizon.
+        bias_batch, lse_batch, lse_head, chosen_batch, received_batch, received_head, count_batch: strides.
+    """
+
+    window: Any
+    low: Any
+    high: Any
+    bias_batch: Any
+    lse_batch: Any
+    lse_head: Any
+    chosen_batch: Any
+    received_batch: Any
+    received_head: Any
+    count_batch: Any
+
+
 @triton.jit
 def _weighted_sum(
-    total,
-    q,
-    lse_log2,
-    keys,
-    first,
-    last,
-    sm_scale,
-    window,
-    HAS_KEY_BIAS: tl.constexpr,
-    BIAS_ROWS: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    NEAR: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    total, q, lse_log2, keys, first, last, sm_scale, window, flags, HAS_KEY_BIAS: tl.constexpr, NEAR: tl.constexpr
 ):
     """Add sum_v p d (NEAR: p (window - d)) of the rows ``first`` .. ``last`` over one run of keys."""
-    row_position = keys.shift + first + tl.arange(0, BLOCK_M)
+    BLOCK_N: tl.constexpr = flags.BLOCK_N
+    row_position = keys.shift + first + tl.arange(0, flags.BLOCK_M)
     begin, full_begin, full_end, end = key_bounds(
-        keys.shift + first, keys.shift + last, keys.length, window, True, HAS_WINDOW, BLOCK_N
+        keys.shift + first, keys.shift + last, keys.length, window, True, flags.HAS_WINDOW, BLOCK_N
     )
     for MASKED in tl.static_range(2):
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_N)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_N)
-            k = load_keys(None, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, HEAD_DIM, BLOCK_D)
+            k = load_keys(None, keys.k_ptr, keys.stride_kt, keys, start, MASKED, BLOCK_N, flags.HEAD_DIM, flags.BLOCK_D)
             scores, to_log2 = attention_scores(
-                q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, BIAS_ROWS, SCALE_FIRST,
-                True, HAS_WINDOW, MASKED, BLOCK_M, BLOCK_N, PRECISION,
+                q, k, keys, start, row_position, sm_scale, window, HAS_KEY_BIAS, flags.BIAS_ROWS, flags.SCALE_FIRST,
+                True, flags.HAS_WINDOW, MASKED, flags.BLOCK_M, BLOCK_N, flags.PRECISION,
             )  # fmt: skip
             p = tl.exp2(scores * to_log2 - lse_log2[:, None])
             distance = row_position[:, None] - (start + tl.arange(0, BLOCK_N))[None, :]
@@ -77,101 +85,75 @@ def _weighted_sum(
     return total
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb", "stride_bb", "window"])
+@triton.jit(do_not_specialize=["varying"])
 def row_statistics_kernel(
     out_ptr,
     lse_ptr,
     rows_ptr,
-    q_ptr,
-    k_ptr,
+    q,
+    k,
     key_bias_ptr,
-    prefix_k_ptr,
+    prefix_k,
     sequences_ptr,
     tiles_ptr,
-    stride_lb,
-    stride_lh,
-    stride_rb,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_bb,
-    stride_pkt,
-    stride_pkh,
+    varying,
     sm_scale,
-    window,
-    HEADS_Q: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HAS_KEY_BIAS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    flags,
     HAS_ROWS: tl.constexpr,
     NEAR: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-    BIAS_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The distance (NEAR: min(distance, window)) of a tile of rows of one head; ``out`` is laid out as ``lse``.
 
     Distances of rows that are not chosen are 0, and tiles without a chosen row cost nothing.
     """
+    BLOCK_M: tl.constexpr = flags.BLOCK_M
     head, sequence, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(
-        tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_M
+        tiles_ptr, sequences_ptr, flags.HEADS_Q, BLOCK_M
     )
     if first >= n_rows:
         return
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
     rows = first + tl.arange(0, BLOCK_M)
-    row_offset = batch * stride_lb + head * stride_lh + q_start
+    row_offset = batch * varying.lse_batch + head * varying.lse_head + q_start
     inside = rows < n_rows
     lse_log2 = tl.load(lse_ptr + row_offset + rows, mask=inside, other=float("-inf")) * LOG2_E
     without_key = lse_log2 == float("-inf")
     lse_log2 = tl.where(without_key, float("inf"), lse_log2)
     if HAS_ROWS and not NEAR:
-        chosen = tl.load(rows_ptr + batch * stride_rb + q_start + rows, mask=inside, other=0) != 0
+        chosen = tl.load(rows_ptr + batch * varying.chosen_batch + q_start + rows, mask=inside, other=0) != 0
         lse_log2 = tl.where(chosen, lse_log2, float("inf"))
         if tl.max(chosen.to(tl.int32), 0) == 0:
             tl.store(out_ptr + row_offset + rows, tl.zeros([BLOCK_M], tl.float32), mask=inside)
             return
 
-    q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
-    q = load_rows(q_base, first, n_rows, stride_qt, True, BLOCK_M, HEAD_DIM, BLOCK_D)
+    q_base = rows_from(q, batch, q_start, head)
+    q_tile = load_rows(q_base, first, n_rows, q.time, True, BLOCK_M, flags.HEAD_DIM, flags.BLOCK_D)
+    window = varying.window
     total = tl.zeros([BLOCK_M], tl.float32)
     if NEAR:
         # The sum is subtracted from the window, whose rounding must not exceed that of distances in the sequence.
-        n_prefix = locate_prefix(sequences_ptr, sequence)[1] if HAS_PREFIX else 0
+        n_prefix = locate_prefix(sequences_ptr, sequence)[1] if flags.HAS_PREFIX else 0
         window = tl.minimum(window, n_prefix + n_keys)
-    for OWN in tl.static_range(1 - HAS_PREFIX, 2):
+    for OWN in tl.static_range(1 - flags.HAS_PREFIX, 2):
         keys = locate_keys(
-            OWN, k_ptr, k_ptr, key_bias_ptr, prefix_k_ptr, prefix_k_ptr,
-            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // GROUP,
-            stride_kb, stride_kt, stride_kh, stride_kb, stride_kt, stride_kh, stride_bb,
-            stride_pkt, stride_pkh, stride_pkt, stride_pkh,
+            OWN, k, k, key_bias_ptr, prefix_k, prefix_k,
+            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // flags.GROUP, varying.bias_batch,
         )  # fmt: skip
         total = _weighted_sum(
-            total, q, lse_log2, keys, first, last, sm_scale, window, HAS_KEY_BIAS and OWN, BIAS_ROWS,
-            SCALE_FIRST, HAS_WINDOW, NEAR, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
+            total, q_tile, lse_log2, keys, first, last, sm_scale, window, flags, flags.HAS_KEY_BIAS and OWN, NEAR
+        )
     if NEAR:
         total = tl.where(without_key, 0.0, window - total)
     tl.store(out_ptr + row_offset + rows, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_rb"])
+@triton.jit(do_not_specialize=["varying"])
 def mean_distance_kernel(
     distance_ptr,
     row_distance_ptr,
     rows_ptr,
     sequences_ptr,
-    stride_lb,
-    stride_lh,
-    stride_rb,
+    varying,
     HEADS_Q: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -188,10 +170,10 @@ def mean_distance_kernel(
     for start in range(0, n_rows, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         inside = rows < n_rows
-        offset = batch * stride_lb + head.to(tl.int64) * stride_lh + q_start
+        offset = batch * varying.lse_batch + head.to(tl.int64) * varying.lse_head + q_start
         total += tl.load(row_distance_ptr + offset + rows, mask=inside, other=0.0)
         if HAS_ROWS:
-            chosen = tl.load(rows_ptr + batch * stride_rb + q_start + rows, mask=inside, other=0) != 0
+            chosen = tl.load(rows_ptr + batch * varying.chosen_batch + q_start + rows, mask=inside, other=0) != 0
             count += chosen.to(tl.int32)
         else:
             count += inside.to(tl.int32)
@@ -199,16 +181,13 @@ def mean_distance_kernel(
     tl.store(distance_ptr + program, mean)
 
 
-@triton.jit(do_not_specialize=["stride_rb", "stride_cb", "low", "high"])
+@triton.jit(do_not_specialize=["varying"])
 def count_rows_kernel(
     count_ptr,
     rows_ptr,
     sequences_ptr,
     tiles_ptr,
-    stride_rb,
-    stride_cb,
-    low,
-    high,
+    varying,
     HAS_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -216,83 +195,62 @@ def count_rows_kernel(
     _, _, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(tiles_ptr, sequences_ptr, 1, BLOCK)
     keys = first + tl.arange(0, BLOCK)
     # The first row of each key's horizon, and one past the last.
-    begin = keys + low - (n_keys - n_rows)
-    end = keys + high - (n_keys - n_rows) + 1
+    begin = keys + varying.low - (n_keys - n_rows)
+    end = keys + varying.high - (n_keys - n_rows) + 1
     count = tl.maximum(tl.minimum(end, n_rows) - tl.maximum(begin, 0), 0)
     if HAS_ROWS:
         count = tl.zeros([BLOCK], tl.int32)
-        rows_base = rows_ptr + batch * stride_rb + q_start
+        rows_base = rows_ptr + batch * varying.chosen_batch + q_start
         for start in range(tl.maximum(tl.min(begin, 0), 0), tl.minimum(tl.max(end, 0), n_rows), BLOCK):
             rows = start + tl.arange(0, BLOCK)
             chosen = tl.load(rows_base + rows, mask=rows < n_rows, other=0) != 0
             counted = chosen[None, :] & (rows[None, :] >= begin[:, None]) & (rows[None, :] < end[:, None])
             count += tl.sum(counted.to(tl.int32), 1)
-    tl.store(count_ptr + batch * stride_cb + k_start + keys, count, mask=keys < n_keys)
+    tl.store(count_ptr + batch * varying.count_batch + k_start + keys, count, mask=keys < n_keys)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("stride_lb", "stride_lh", "stride_rb", "stride_eb", "stride_eh", "stride_cb"),
-        *("stride_bb", "window", "low", "high"),
-    ]
-)
+@triton.jit(do_not_specialize=["varying"])
 def column_statistics_kernel(
     received_ptr,
     count_ptr,
     lse_ptr,
     rows_ptr,
-    q_ptr,
-    k_ptr,
+    q,
+    k,
     key_bias_ptr,
     sequences_ptr,
     tiles_ptr,
-    stride_lb,
-    stride_lh,
-    stride_rb,
-    stride_eb,
-    stride_eh,
-    stride_cb,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_bb,
+    varying,
     sm_scale,
-    window,
-    low,
-    high,
-    HEADS_Q: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HAS_KEY_BIAS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    flags,
     HAS_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """The mean p that a tile of own keys receives from the chosen rows ``low`` to ``high`` positions later."""
-    head, _, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(tiles_ptr, sequences_ptr, HEADS_Q, BLOCK_N)
+    HAS_KEY_BIAS: tl.constexpr = flags.HAS_KEY_BIAS
+    HEAD_DIM: tl.constexpr = flags.HEAD_DIM
+    BLOCK_M: tl.constexpr = flags.BLOCK_M
+    BLOCK_N: tl.constexpr = flags.BLOCK_N
+    BLOCK_D: tl.constexpr = flags.BLOCK_D
+    head, _, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(
+        tiles_ptr, sequences_ptr, flags.HEADS_Q, BLOCK_N
+    )
     if first >= n_keys:
         return
-    head_kv = head // GROUP
 
-    k_base = k_ptr + batch * stride_kb + k_start * stride_kt + head_kv * stride_kh
-    k = load_rows(k_base, first, n_keys, stride_kt, True, BLOCK_N, HEAD_DIM, BLOCK_D)
+    k_base = rows_from(k, batch, k_start, head // flags.GROUP)
+    k_tile = load_rows(k_base, first, n_keys, k.time, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     keys = first + tl.arange(0, BLOCK_N)
-    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, stride_bb, HAS_KEY_BIAS, BLOCK_N)
-    q_base = q_ptr + batch * stride_qb + q_start * stride_qt + head * stride_qh
-    lse_base = lse_ptr + batch * stride_lb + head * stride_lh + q_start
-    rows_base = rows_ptr + batch * stride_rb + q_start
+    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, varying.bias_batch, HAS_KEY_BIAS, BLOCK_N)
+    q_base = rows_from(q, batch, q_start, head)
+    lse_base = lse_ptr + batch * varying.lse_batch + head * varying.lse_head + q_start
+    rows_base = rows_ptr + batch * varying.chosen_batch + q_start
+    low, high = varying.low, varying.high
     total = tl.zeros([BLOCK_N], tl.float32)
     offs_m = tl.arange(0, BLOCK_M)
     shift = n_keys - n_rows
     last_key = tl.minimum(first + BLOCK_N, n_keys) - 1
     # With a window in the attention, rows beyond it have p = 0.
-    last = tl.minimum(high, window - 1) if HAS_WINDOW else high
+    last = tl.minimum(high, varying.window - 1) if flags.HAS_WINDOW else high
     begin, full_begin, full_end, end = tile_bounds(
         first + low - shift,
         last_key + low - shift,
@@ -305,7 +263,7 @@ def column_statistics_kernel(
         for tile in range(count_tiles(begin, full_begin, full_end, end, MASKED, BLOCK_M)):
             start = tile_start(tile, begin, full_begin, full_end, MASKED, BLOCK_M)
             rows = start + offs_m
-            q = load_rows(q_base, start, n_rows, stride_qt, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
+            q_tile = load_rows(q_base, start, n_rows, q.time, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
             lse_log2 = tl.load(lse_base + rows, mask=rows < n_rows, other=float("-inf")) * LOG2_E
             absent = lse_log2 == float("-inf")
             if HAS_ROWS:
@@ -313,15 +271,17 @@ def column_statistics_kernel(
             # p is 0 in rows that are not chosen or see no key.
             lse_log2 = tl.where(absent, float("inf"), lse_log2)
             # Transposed, (BLOCK_N, BLOCK_M): the sums then stay inside a warp.
-            p = transposed_weights(k, q, bias_log2, lse_log2[None, :], sm_scale, HAS_KEY_BIAS, PRECISION)
+            p = transposed_weights(
+                k_tile, q_tile, bias_log2, lse_log2[None, :], sm_scale, HAS_KEY_BIAS, flags.PRECISION
+            )
             if MASKED:
                 distance = (rows + shift)[None, :] - keys[:, None]
                 p = tl.where((distance >= low) & (distance <= last), p, 0.0)
             total += tl.sum(p, 1)
 
     inside = keys < n_keys
-    count = tl.load(count_ptr + batch * stride_cb + k_start + keys, mask=inside, other=1)
-    received_base = received_ptr + batch * stride_eb + head * stride_eh + k_start
+    count = tl.load(count_ptr + batch * varying.count_batch + k_start + keys, mask=inside, other=1)
+    received_base = received_ptr + batch * varying.received_batch + head * varying.received_head + k_start
     tl.store(received_base + keys, total / tl.maximum(count, 1).to(tl.float32), mask=inside)
 
 
@@ -337,22 +297,32 @@ def statistics_launches(family: str, out: Statistics, x: StatisticsProblem) -> l
         x.q, x.k, x.k, x.key_bias, x.prefix_k, x.prefix_k, x.sequences, x.tiles_q, x.tiles_k,
         x.sm_scale, True, x.attention_window,
     )  # fmt: skip
+    varying = Varying(
+        window=x.attention_window,
+        low=x.horizon[0],
+        high=x.horizon[1],
+        bias_batch=0 if x.key_bias is None else x.key_bias.stride(0),
+        lse_batch=x.lse.stride(0),
+        lse_head=x.lse.stride(1),
+        chosen_batch=0 if x.rows is None else x.rows.stride(0),
+        received_batch=out.received.stride(0),
+        received_head=out.received.stride(1),
+        count_batch=out.received_count.stride(0),
+    )
     common = {
-        **attention_operands(attention),
-        **streamed_operands(family, blocks, attention),
+        **operands_of(attention),
         "lse_ptr": x.lse,
         "rows_ptr": x.lse if x.rows is None else x.rows,
         "HAS_ROWS": x.rows is not None,
-        **strides_of("l", x.lse, "bh"),
-        **strides_of("r", x.rows, "b"),
-        "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n,
+        "varying": varying,
+        "HEADS_Q": heads_q,
     }
 
-    def row_launch(out: Tensor, bound: int | None, near: bool) -> Launch:
+    def row_launch(out: Tensor, window: int, near: bool) -> Launch:
         arguments = {
             **common,
-            **attention_operands(attention._replace(window=bound)),
+            "varying": varying._replace(window=window),
+            "flags": flags_of(family, blocks, attention._replace(window=window)),
             "out_ptr": out,
             "tiles_ptr": x.tiles_q,
             "NEAR": near,
@@ -366,26 +336,13 @@ def statistics_launches(family: str, out: Statistics, x: StatisticsProblem) -> l
         launches.append(row_launch(row_distance, x.attention_window, near=False))
         arguments = {**common, "distance_ptr": out.distance, "row_distance_ptr": row_distance, "BLOCK": TILE}
         launches.append(_launch(mean_distance_kernel, x.sequences.shape[0] * heads_q, arguments, 4, 1))
-    near = x.window if x.attention_window is None else min(x.window, x.attention_window)
-    launches.append(row_launch(out.windowed_distance, near, near=True))
-    common |= {
-        "count_ptr": out.received_count,
-        "tiles_ptr": x.tiles_k,
-        **strides_of("c", out.received_count, "b"),
-        "low": x.horizon[0],
-        "high": x.horizon[1],
-    }
+    launches.append(row_launch(out.windowed_distance, min(x.window, x.attention_window), near=True))
+    common |= {"count_ptr": out.received_count, "tiles_ptr": x.tiles_k}
     launches.append(_launch(count_rows_kernel, x.tiles_k.shape[0], {**common, "BLOCK": TILE}, 4, 1))
-    blocks = block_sizes(family, "backward_keys", x.q.shape[3], x.q.dtype)
-    arguments = {
-        **common,
-        "received_ptr": out.received,
-        **strides_of("e", out.received, "bh"),
-        "BLOCK_M": blocks.block_m,
-        "BLOCK_N": blocks.block_n,
-    }
-    programs = x.tiles_k.shape[0] * (TILE // blocks.block_n) * heads_q
-    launches.append(_launch(column_statistics_kernel, programs, arguments, blocks.num_warps, blocks.num_stages))
+    own = block_sizes(family, "backward_keys", x.q.shape[3], x.q.dtype)
+    arguments = {**common, "received_ptr": out.received, "flags": flags_of(family, own, attention)}
+    programs = x.tiles_k.shape[0] * (TILE // own.block_n) * heads_q
+    launches.append(_launch(column_statistics_kernel, programs, arguments, own.num_warps, own.num_stages))
     return launches
 
 

@@ -27,6 +27,62 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+class Rows(NamedTuple):
+    """A tensor (B, T, H, D), or (T, H, D) with batch stride 0: where it begins and its strides; that of D is 1."""
+
+    ptr: Any
+    batch: Any
+    time: Any
+    head: Any
+
+
+class Varying(NamedTuple):
+    """Integers that change with the packed length; a kernel that specialises them would compile again for each.
+
+    Attributes:
+        window: NO_WINDOW or less.
+        bias_batch, lse_batch, lse_head: strides of key_bias (B, Tk) and lse (B, Hq, Tq).
+        scratch_batch, scratch_head: of the numbers per row between the backward kernels, in units of ROW_ALIGNMENT.
+        partial_batch, partial_head: of the (Hkv, B, Tk) parts of dkey_bias.
+    """
+
+    window: Any
+    bias_batch: Any
+    lse_batch: Any = 0
+    lse_head: Any = 0
+    scratch_batch: Any = 0
+    scratch_head: Any = 0
+    partial_batch: Any = 0
+    partial_head: Any = 0
+
+
+class Flags(NamedTuple):
+    """What a kernel is compiled for; each member is a ``tl.constexpr``.
+
+    Attributes:
+        HEADS_Q, GROUP: query heads, and how many of them share a kv head.
+        HEAD_DIM, BLOCK_D: numbers of a row, and its padded length.
+        BLOCK_M, BLOCK_N: query rows and keys of a tile.
+        PRECISION: of the products.
+        SCALE_FIRST, BIAS_ROWS, SUM_COLUMNS: see :func:`attention_scores`, :func:`load_bias` and :func:`partial_sums`.
+    """
+
+    HEADS_Q: Any
+    GROUP: Any
+    HEAD_DIM: Any
+    HAS_KEY_BIAS: Any
+    HAS_PREFIX: Any
+    IS_CAUSAL: Any
+    HAS_WINDOW: Any
+    BLOCK_M: Any
+    BLOCK_N: Any
+    BLOCK_D: Any
+    PRECISION: Any
+    SCALE_FIRST: Any
+    BIAS_ROWS: Any
+    SUM_COLUMNS: Any
+
+
 class Keys(NamedTuple):
     """A run of keys that the rows of a program see: the sequence's own, or its range of the shared prefix.
 
@@ -83,13 +139,19 @@ def locate_prefix(sequences_ptr, sequence):
 
 
 @triton.jit
+def rows_from(x, batch, start, head):
+    """Where row ``start`` of a batch row and head begins in :class:`Rows`."""
+    return x.ptr + batch * x.batch + start * x.time + head * x.head
+
+
+@triton.jit
 def locate_keys(
     OWN: tl.constexpr,
-    k_ptr,
-    v_ptr,
+    k,
+    v,
     key_bias_ptr,
-    prefix_k_ptr,
-    prefix_v_ptr,
+    prefix_k,
+    prefix_v,
     sequences_ptr,
     sequence,
     batch,
@@ -97,32 +159,22 @@ def locate_keys(
     n_keys,
     n_rows,
     head,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_bb,
-    stride_pkt,
-    stride_pkh,
-    stride_pvt,
-    stride_pvh,
+    bias_batch,
 ):
     """The :class:`Keys` of a sequence and kv head: its own (OWN), or its range of the shared prefix before them."""
     if OWN:
         return Keys(
-            k_ptr + batch * stride_kb + k_start * stride_kt + head * stride_kh,
-            v_ptr + batch * stride_vb + k_start * stride_vt + head * stride_vh,
-            key_bias_ptr + batch * stride_bb + k_start,
-            batch, k_start, head, n_keys, n_keys - n_rows, stride_kt, stride_vt,
+            rows_from(k, batch, k_start, head),
+            rows_from(v, batch, k_start, head),
+            key_bias_ptr + batch * bias_batch + k_start,
+            batch, k_start, head, n_keys, n_keys - n_rows, k.time, v.time,
         )  # fmt: skip
     prefix_start, n_prefix = locate_prefix(sequences_ptr, sequence)
     return Keys(
-        prefix_k_ptr + prefix_start * stride_pkt + head * stride_pkh,
-        prefix_v_ptr + prefix_start * stride_pvt + head * stride_pvh,
+        prefix_k.ptr + prefix_start * prefix_k.time + head * prefix_k.head,
+        prefix_v.ptr + prefix_start * prefix_v.time + head * prefix_v.head,
         key_bias_ptr,
-        tl.cast(0, tl.int64), prefix_start, head, n_prefix, n_prefix + n_keys - n_rows, stride_pkt, stride_pvt,
+        tl.cast(0, tl.int64), prefix_start, head, n_prefix, n_prefix + n_keys - n_rows, prefix_k.time, prefix_v.time,
     )  # fmt: skip
 
 

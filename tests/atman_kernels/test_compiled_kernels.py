@@ -102,7 +102,11 @@ from benchmarks.compiled_kernels import Configuration
 lines = compile_launch(launch, "sm_90").asm["ttir"].splitlines()
 # From a group's first head to another: the member of the group times a stride of heads, inside the loops.
 first = next(i for i, line in enumerate(lines) if "scf.for" in line)
-wide = {match[1] for line in lines if (match := re.match(r"\s*(%\w+) = arith.extsi %stride_(?:q|do)h", line))}
+function = next(line for line in lines if "tt.func public" in line)
+# Rows: pointer, strides of batch, time and head.
+heads = [re.findall(rf"(%{name}(?:_\d+)?):", function)[3] for name in ("q", "do")]
+widened = [match.groups() for line in lines if (match := re.match(r"\s*(%\w+) = arith.extsi (%\w+) :", line))]
+wide = {name for name, of in widened if of in heads}
 products = [line for line in lines[first:] if "arith.muli" in line and any(f"{name} " in line for name in wide)]
 print(launch.kernel.__name__, len(wide), len(products), all(": i64" in line for line in products))
 """

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atman_kernels import _cpu, reference
-from atman_kernels.problem import AttentionProblem
+from atman_kernels.problem import NO_WINDOW, AttentionProblem
 from tests.atman_kernels.definition import OneSequence, terms_of_sequences
 from tests.oracle import assert_as_exact_as_reference
 from tests.random_cases import random_cases
@@ -48,7 +48,7 @@ def arguments(
     swap: bool = False,
     prefix: int = 0,
     causal: bool = True,
-    window: int = -1,
+    window: int = NO_WINDOW,
     threads: int = 1,
     isa: str = "",
 ) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def sequences_of(x: dict[str, Any]) -> Iterator[OneSequence]:
     gap=st.integers(0, 3),
     swap=st.booleans(),
     prefix=st.sampled_from([0, 0, 1, 130]),
-    bounds=st.sampled_from([(True, -1), (True, 1), (True, 60), (False, -1)]),
+    bounds=st.sampled_from([(True, NO_WINDOW), (True, 1), (True, 60), (False, NO_WINDOW)]),
     threads=st.sampled_from([1, 2, 5]),
     isa=st.sampled_from(["", *_cpu.isas()]),
 )
@@ -118,7 +118,7 @@ def test_any_shapes_and_strides_are_computed_and_nothing_else_is_written(
 
 def test_gradients_that_cancel_are_as_exact_as_their_terms() -> None:
     """Found by the random cases: with one key behind a prefix, dkey_bias is a hundredth of the terms it sums."""
-    check_results_and_writes([(1, 1)], (True, -1), heads=(4, 2), head_dim=1, prefix=130)
+    check_results_and_writes([(1, 1)], (True, NO_WINDOW), heads=(4, 2), head_dim=1, prefix=130)
 
 
 def check_results_and_writes(lengths: list[tuple[int, int]], bounds: tuple[bool, int], **shape: Any) -> None:
@@ -127,7 +127,6 @@ def check_results_and_writes(lengths: list[tuple[int, int]], bounds: tuple[bool,
     g = backward_arguments(x, shape.get("gap", 0))
     _cpu._C.attention_backward(**g)
     table = x["sequences"]
-    bounds_of_reference = (x["sm_scale"], x["causal"], None if x["window"] < 0 else x["window"])
     names = ("q", "k", "v", "key_bias", "prefix_k", "prefix_v")
     same = [x[name] for name in names]
     wide = [None if t is None else t.double() for t in same]
@@ -135,12 +134,12 @@ def check_results_and_writes(lengths: list[tuple[int, int]], bounds: tuple[bool,
     for operands in (same, wide):
         do = g["do"].to(operands[0].dtype)
         # The reference has no use for tile schedules.
-        problem = AttentionProblem(*operands, table, table, table, *bounds_of_reference)
+        problem = AttentionProblem(*operands, table, table, table, x["sm_scale"], x["causal"], x["window"])
         forward = reference.attention_forward(problem)
         dlse = g["dlse"].to(forward[1].dtype)
         backward = reference.attention_backward(do, dlse, problem)
         results.append([*forward, *backward])
-    terms = terms_of_sequences(sequences_of(g), *bounds_of_reference[1:])
+    terms = terms_of_sequences(sequences_of(g), x["causal"], x["window"])
     for i, name in enumerate(("o", "lse", "dq", "dk", "dv", "dkey_bias")):
         of_rows = name in ("o", "lse", "dq")
         for b, first_q, n_q, first_k, n_k, *_ in table.tolist():
@@ -181,6 +180,7 @@ BAD = {
     "overflow": ({"sequences": torch.tensor([[0, 0, 1, 2**31 - 1, 2**31 - 1, 0, 0]], dtype=torch.int32)}, "key range"),
     "prefix range": ({"sequences": torch.tensor([[0, 0, 1, 0, 1, 0, 3]], dtype=torch.int32)}, "prefix range of seq"),
     "window": ({"window": 0}, "window must be at least 1"),
+    "negative window": ({"window": -1}, "window must be at least 1"),
     "window without causal": ({"window": 3, "causal": False}, "needs causal=True"),
     "threads": ({"threads": 0}, "threads must be at least 1, got 0"),
     "output shape": ({"o": torch.zeros(1, 8, 1, 16)}, r"o must have shape \(1, 8, 2, 16\)"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels import AttentionPlan, SharedPrefix, attention_varlen, backend
-from atman_kernels.problem import AttentionProblem
+from atman_kernels.problem import NO_WINDOW, AttentionProblem
 from atman_kernels.reference import attention, attention_backward, visible_keys
 
 
@@ -82,7 +82,8 @@ def test_the_explicit_backward_equals_autograd(bounds):
     expected = torch.autograd.grad([o, lse], [q, k, v, key_bias], [do, dlse])
     plan = AttentionPlan([5], [7])
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    problem = AttentionProblem(q, k, v, key_bias, None, None, *tables, 1 / math.sqrt(8), **bounds)
+    window = NO_WINDOW if bounds["window"] is None else bounds["window"]
+    problem = AttentionProblem(q, k, v, key_bias, None, None, *tables, 1 / math.sqrt(8), bounds["causal"], window)
     with torch.no_grad():
         actual = attention_backward(do, dlse, problem)
     for a, b in zip(actual, expected, strict=True):

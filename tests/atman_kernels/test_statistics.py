@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen, backend, statistics_ops
 from atman_kernels.attention import attention_rows
-from atman_kernels.problem import Statistics, StatisticsProblem
+from atman_kernels.problem import NO_WINDOW, Statistics, StatisticsProblem
 from atman_kernels.statistics import attention_with_distance, mean_of_chosen_rows, statistics_of_rows
 from tests.atman_kernels.definition import largest_terms
 from tests.atman_kernels.grid import LAYOUTS, Case, Operands, make_operands, poisoned_memory, restrided
@@ -364,7 +364,7 @@ def test_the_operator_is_registered_soundly(name: str) -> None:
         statistics_ops.attention_statistics,
         (
             *(x.q[None], x.k[None], torch.randn(1, 2, 14), x.key_bias[None], None, rows),
-            *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, -1, True, name, 10, 1, 5, True),
+            *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, NO_WINDOW, True, name, 10, 1, 5, True),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )
@@ -378,7 +378,7 @@ def test_the_operator_of_attention_with_distance_is_registered_soundly() -> None
         statistics_ops.attention_forward_distance,
         (
             *(x.q[None], x.k[None], x.v[None], x.key_bias[None], None, None),
-            *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, -1, True),
+            *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, NO_WINDOW, True),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )
@@ -455,7 +455,7 @@ def test_the_extension_refuses_arrays_it_would_overrun(changes: dict, message: s
         tiles_q=plan.tiles_q,
         tiles_k=plan.tiles_k,
         sm_scale=1.0,
-        attention_window=None,
+        attention_window=NO_WINDOW,
         window=10,
         horizon=(1, 2),
     )

@@ -7,7 +7,7 @@ import torch
 
 from atman_kernels import AttentionPlan, backend
 from atman_kernels._triton.backward import backward_launches
-from atman_kernels.problem import AttentionProblem, Gradients
+from atman_kernels.problem import NO_WINDOW, AttentionProblem, Gradients
 from tests.atman_kernels.gpu_checks import fused_gradients
 from tests.atman_kernels.grid import Case, make_operands, run
 
@@ -55,9 +55,12 @@ def _launched(family: str, needed: tuple[bool, bool, bool, bool], head_dim: int 
     lse = torch.zeros(1, 4, 100)
     gradients = Gradients(*(t if need else None for t, need in zip((q, k, v, bias), needed, strict=True)))
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, None)
+    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, NO_WINDOW)
     launches = backward_launches(family, gradients, do, None, q, lse, problem, fused=True)
-    return [each.kernel.__name__ + ("+dq" if each.arguments.get("FUSE_DQ") else "") for each in launches]
+    return [
+        each.kernel.__name__ + ("+dq" if getattr(each.arguments.get("needs"), "FUSED_DQ", False) else "")
+        for each in launches
+    ]
 
 
 def test_the_fused_kernel_takes_the_place_of_the_products_of_dq() -> None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atman_kernels import AttentionPlan, ops
 from atman_kernels._triton import launch
+from atman_kernels.problem import NO_WINDOW
 from tests.atman_kernels.grid import Case, make_operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +52,7 @@ def _count(length: int, *, need: tuple[bool, bool, bool, bool] = (True, True, Tr
     plan = AttentionPlan((length,), device=DEVICE)
     q, k, v, do = (t[None] for t in (x.q, x.k, x.v, x.do))
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    operands = (q, k, v, x.key_bias[None], None, None, *tables, 0.25, True, -1, True, "triton")
+    operands = (q, k, v, x.key_bias[None], None, None, *tables, 0.25, True, NO_WINDOW, True, "triton")
     with _Allocations() as forward:
         o, lse = ops._forward(*operands)
     with _Allocations() as backward:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from atman_kernels import AttentionPlan
-from atman_kernels._triton.launch import BlockSizes, block_sizes, streamed_operands, tile_descriptor, vector_shapes
-from atman_kernels.problem import AttentionProblem
+from atman_kernels._triton.launch import BlockSizes, block_sizes, flags_of, tile_descriptor, vector_shapes
+from atman_kernels.problem import NO_WINDOW, AttentionProblem
 
 BLOCK = [1, 32, 1, 16]
 
@@ -60,8 +60,8 @@ def test_devices_without_a_bulk_engine_get_no_descriptor() -> None:
 def test_scores_are_scaled_before_the_maximum_where_it_would_be_another(sm_scale: float, scales_first: bool) -> None:
     plan, k = AttentionPlan([40]), _keys(1, 40, 1, 16)
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    problem = AttentionProblem(k, k, k, None, None, None, *tables, sm_scale, True, None)
-    assert streamed_operands("sm_90", BlockSizes(64, 32, 4, 1), problem)["SCALE_FIRST"] is scales_first
+    problem = AttentionProblem(k, k, k, None, None, None, *tables, sm_scale, True, NO_WINDOW)
+    assert flags_of("sm_90", BlockSizes(64, 32, 4, 1), problem).SCALE_FIRST.value is scales_first
 
 
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "interpreter"])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from atman_kernels import (
@@ -22,7 +23,7 @@ from atman_kernels import (
     ops,
 )
 from atman_kernels._triton import backward, forward, launch
-from atman_kernels.problem import AttentionProblem, Gradients
+from atman_kernels.problem import NO_WINDOW, AttentionProblem, Gradients
 from tests.atman_kernels.grid import Case, make_operands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +35,7 @@ def _operands(requires_grad: bool) -> tuple:
     plan = AttentionPlan(CASE.lengths, prefix_start=(0, 0), prefix_length=(10, 5), device=DEVICE)
     q, k, v, bias = (t[None].requires_grad_(requires_grad) for t in (x.q, x.k, x.v, x.key_bias))
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    return x, (q, k, v, bias, x.prefix.k, x.prefix.v, *tables, 0.25, True, -1, True, "triton")
+    return x, (q, k, v, bias, x.prefix.k, x.prefix.v, *tables, 0.25, True, NO_WINDOW, True, "triton")
 
 
 def test_forward_operator_is_registered_soundly() -> None:
@@ -84,7 +85,7 @@ def _backward_launches(case: Case, needed: str, dtype: torch.dtype = torch.float
         )
     )
     tables = (plan.sequences, plan.tiles_q, plan.tiles_k)
-    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, None)
+    problem = AttentionProblem(q, k, v, bias, None, None, *tables, 1.0, True, NO_WINDOW)
     return backward.backward_launches("sm_90", gradients, do, None, o, lse, problem)
 
 
@@ -94,12 +95,12 @@ def _backward_launches(case: Case, needed: str, dtype: torch.dtype = torch.float
         (
             "dq dk dv dkey_bias",
             ["queries", "keys", "sum"],
-            {"NEED_DQ", "EXACT_DELTA", "NEED_DK", "NEED_DV", "NEED_DKEY_BIAS"},
+            {"DQ", "EXACT_DELTA", "DK", "DV", "DKEY_BIAS"},
         ),
-        ("dkey_bias", ["queries", "keys", "sum"], {"EXACT_DELTA", "NEED_DKEY_BIAS"}),
-        ("dq", ["queries"], {"NEED_DQ"}),
-        ("dk dv", ["queries", "keys"], {"NEED_DK", "NEED_DV"}),
-        ("dv", ["queries", "keys"], {"NEED_DV"}),
+        ("dkey_bias", ["queries", "keys", "sum"], {"EXACT_DELTA", "DKEY_BIAS"}),
+        ("dq", ["queries"], {"DQ"}),
+        ("dk dv", ["queries", "keys"], {"DK", "DV"}),
+        ("dv", ["queries", "keys"], {"DV"}),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -108,10 +109,9 @@ def test_only_the_products_of_needed_gradients_are_compiled(needed: str, kernels
     found = [launch.kernel.__name__ for launch in launches]
     assert len(found) == len(kernels)
     assert all(kernel in name for kernel, name in zip(kernels, found, strict=True))
-    constants = {name: value for launch in launches for name, value in launch.arguments.items()}
-    assert {
-        name for name in constants if (name.startswith("NEED_") or name == "EXACT_DELTA") and constants[name]
-    } == flags
+    needs = [launch.arguments["needs"]._asdict() for launch in launches if "needs" in launch.arguments]
+    products = {"DQ", "EXACT_DELTA", "DK", "DV", "DKEY_BIAS"}
+    assert {name for each in needs for name, value in each.items() if name in products and value} == flags
 
 
 def _described(launches: list) -> list:
@@ -122,6 +122,10 @@ def _described(launches: list) -> list:
             return value.data_ptr(), value.shape, value.stride()
         if isinstance(value, TensorDescriptor):
             return value.base.data_ptr(), value.shape, value.strides, value.block_shape
+        if isinstance(value, tl.constexpr):
+            return value.value
+        if isinstance(value, tuple):
+            return type(value), [plain(member) for member in value]
         return value
 
     return [
@@ -141,7 +145,9 @@ def test_launches_kept_from_an_equal_call_are_those_that_would_be_built(monkeypa
     def make(shared: bool, shifted: bool) -> tuple:
         q, k, v = (torch.zeros(1 + 40 * 2 * 16)[int(shifted) : 1280 + shifted].view(1, 40, 2, 16) for _ in range(3))
         tiles = plan.tiles_q, plan.tiles_q if shared else plan.tiles_k.clone()
-        problem = AttentionProblem(q, k, v, torch.zeros(1, 40), None, None, plan.sequences, *tiles, 1.0, True, None)
+        problem = AttentionProblem(
+            q, k, v, torch.zeros(1, 40), None, None, plan.sequences, *tiles, 1.0, True, NO_WINDOW
+        )
         return torch.empty_like(q), torch.empty(1, 2, 40), problem
 
     seen = []
@@ -167,7 +173,7 @@ def test_kept_launches_hold_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     alive = weakref.ref(x)
     plan = AttentionPlan([40])
     tables = plan.sequences, plan.tiles_q, plan.tiles_k
-    problem = AttentionProblem(x, x, x, None, None, None, *tables, 1.0, True, None)
+    problem = AttentionProblem(x, x, x, None, None, None, *tables, 1.0, True, NO_WINDOW)
     assert forward.forward_launches("sm_90", torch.empty_like(x), torch.empty(1, 2, 40), problem)
     assert launch._templates
     del x, problem
