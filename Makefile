@@ -39,18 +39,20 @@ rewards: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.reward_estimators
 	$(BIN)/python -m benchmarks.tables
 
+# One test file at a time per core, and a thread per process (tests/conftest.py).
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 test: check docs
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 # The C++ kernel and the models on it under every instruction set that this processor runs, also those it would not choose.
 ISA_TESTS := $(addprefix tests/atman_kernels/,test_cpu.py test_hf.py test_hf_gradients.py test_hf_key_bias.py test_hf_packed.py)
 isa: setup
 	set -e; for isa in $$($(BIN)/python -c "from atman_kernels import _cpu; print(*_cpu.isas())"); do \
-	  echo "ATMAN_CPU_ISA=$$isa"; ATMAN_CPU_ISA=$$isa $(BIN)/pytest -q $(ISA_TESTS); done
+	  echo "ATMAN_CPU_ISA=$$isa"; ATMAN_CPU_ISA=$$isa $(BIN)/pytest $(PARALLEL) -q $(ISA_TESTS); done
 
 # The tests without those marked slow.
 quick: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 check: setup
 	$(BIN)/ruff format --check .

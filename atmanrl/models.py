@@ -193,6 +193,9 @@ def encode_prompt(
     if isinstance(prompt, str):
         ids = _without_suffix(tokenizer, check_unicode(prompt, "the prompt"))
     else:
+        for message in prompt:
+            if isinstance(content := message.get("content"), str):
+                check_unicode(content, "the prompt")
         text = _rendered(tokenizer, [dict(message) for message in prompt], template_kwargs or {})
         ids = tokenizer.encode(check_unicode(text, "the prompt"), add_special_tokens=False)
     bos = tokenizer.bos_token_id

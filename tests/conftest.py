@@ -8,6 +8,11 @@ import re
 import sys
 
 import pytest
+
+# Beside others each process of the tests has one thread; it must be known before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from hypothesis import settings
 

@@ -58,15 +58,18 @@ def load_splits(
     if _is_local(path):
         train, test = _local_splits(Path(path).expanduser(), config, train_split, test_split, faults)
         if not test:
-            _refuse(faults if left_out is None else None)
+            if left_out is None:
+                # Before some are held out, so that one error names all that cannot be used.
+                list(_converted(train, source.columns, convert, faults.test))
+                _refuse(faults)
             train, test = _hold_out(Path(path), train, config)
     else:
         subset = config.subset or source.subset
         train = _hub_rows(path, subset, train_split, source.columns)
         test = _hub_rows(path, subset, test_split, source.columns)
     converted = [
-        list(_converted(train, source.columns, convert, faults.train)),
-        list(_converted(test, source.columns, convert, faults.test)),
+        list(_converted(train, source.columns, convert, faults.train, placed=left_out is not None)),
+        list(_converted(test, source.columns, convert, faults.test, placed=left_out is not None)),
     ]
     if left_out is None:
         _refuse(faults)
@@ -85,10 +88,10 @@ class _Faults:
     test: list[str]
 
 
-def _refuse(faults: _Faults | None) -> None:
+def _refuse(faults: _Faults) -> None:
     """One error for all rows that cannot be used: the first few, and how many there are."""
     # The same file may serve both splits.
-    messages = [] if faults is None else list(dict.fromkeys(faults.train + faults.test))
+    messages = list(dict.fromkeys(faults.train + faults.test))
     if len(messages) == 1:
         raise DataError(messages[0])
     if messages:
@@ -265,6 +268,8 @@ def _converted(
     columns: Sequence[str],
     convert: Callable[[Mapping[str, Any]], dict[str, Any]],
     left_out: list[str],
+    *,
+    placed: bool = False,
 ) -> Iterator[dict[str, Any]]:
     for row in rows:
         try:
@@ -273,7 +278,7 @@ def _converted(
             left_out.append(str(error))
             continue
         # A row may still turn out not to fit a model; then it has to be found again.
-        yield values if left_out is None else {**values, "place": row.place}
+        yield {**values, "place": row.place} if placed else values
 
 
 def _convert(

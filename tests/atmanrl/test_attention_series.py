@@ -15,6 +15,7 @@ from atmanrl.rhythm.series import SeriesCollector, attention_series
 from atmanrl.saliency import batches
 from atmanrl.saliency.attention import layers_of, sampled_layers, select_heads
 from atmanrl.saliency.likelihood import ModelLikelihood
+from atmanrl.saliency.support import check_model
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 CONFIG = SeriesConfig(window=4, horizon=(2, 12))
@@ -189,6 +190,8 @@ def test_equal_prompts_run_once() -> None:
     (rollout,) = random_rollouts([(9, 1, 2)])
     model = tiny_model()
     rows: list[int] = []
+    # Once per model, before anything is computed.
+    check_model(model)
     model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )

@@ -30,6 +30,7 @@ from atmanrl.saliency import (
 )
 from atmanrl.saliency.leave_one_out import Suffix, similar_tokens, suffix_losses
 from atmanrl.saliency.packing import PackedRollouts, whole
+from atmanrl.saliency.support import check_model
 from tests.atmanrl.tiny_models import random_rollouts, tiny_model
 
 # transformers' norms round to float32, whatever the model's dtype.
@@ -293,6 +294,8 @@ def test_stated_passes_are_the_rows_that_the_model_runs(estimator):
         if output.logits.requires_grad:
             output.logits.register_hook(lambda grad: backward.append(rows))
 
+    # Once per model, before anything is computed.
+    check_model(model)
     handle = model.register_forward_hook(watch, with_kwargs=True)
     # Without a budget the general path first probes what it keeps for a backward.
     estimate_saliency(model, [rollout], estimator, token_budget=1000)
@@ -308,6 +311,7 @@ def test_stated_passes_are_the_rows_that_the_model_runs(estimator):
 def test_the_unaltered_run_is_computed_once_however_many_batches_its_variants_take():
     model, (rollout,) = tiny_model("gemma3"), random_rollouts([(9, 2, 3)])
     rows = []
+    check_model(model)
     model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
