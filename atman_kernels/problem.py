@@ -1,4 +1,4 @@
-"""What one call of an operator computes on, as the kernels of every backend take it."""
+"""Operands and results of one operator call, in the form that the kernels of every backend take."""
 
 from __future__ import annotations
 

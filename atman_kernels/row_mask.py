@@ -123,7 +123,7 @@ def unsupported(what: str) -> ValueError:
 
 
 class _Visible:
-    """What a mask function computes, if it is a causal triangle, a window, or both."""
+    """The function of a mask, if it is a causal triangle, a window, or both."""
 
     device = None
 

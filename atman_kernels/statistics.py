@@ -20,7 +20,7 @@ from atman_kernels.plan import K_START, AttentionPlan, SharedPrefix
 
 
 class AttentionStatistics(NamedTuple):
-    """What :func:`attention_statistics` returns, per query head.
+    """The results of :func:`attention_statistics`, per query head.
 
     Attributes:
         distance: (n_seq, Hq), mean over the chosen rows t of sum_s p[t,s] (t - s); 0 where no row is chosen.

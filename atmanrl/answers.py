@@ -69,7 +69,7 @@ class ParsedAnswer:
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How a task's answers are announced, written and compared.
+    """Answer format of a task: announcement, syntax, comparison.
 
     Attributes:
         kind: "number", "choice" (a letter A to D) or "words".

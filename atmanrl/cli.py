@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, metavar="RECIPE", help=f"a YAML file, or one of: {', '.join(builtin_recipes())}"
     )
     train.add_argument(
-        "--dry-run", action="store_true", help="print the batch arithmetic and what an update costs, and stop"
+        "--dry-run", action="store_true", help="print batch sizes and the estimated cost of an update, then stop"
     )
     train.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
     again = train.add_mutually_exclusive_group()
@@ -228,7 +228,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--faithfulness",
         action="store_true",
-        help="also cut, hide and replace parts of every chain of thought and see what becomes of the answer",
+        help="also change every chain of thought (cut, hide, replace) and measure the effect on the answer",
     )
     evaluate.add_argument(
         "--initial-model",
@@ -240,8 +240,8 @@ def _add_evaluate(commands: Any) -> None:
 def _add_explain(commands: Any) -> None:
     explain = commands.add_parser(
         "explain",
-        help="show which tokens of a chain of thought its answer rests on",
-        description="Show which tokens of a chain of thought its answer rests on.",
+        help="score each token of a chain of thought by its effect on the answer",
+        description="Score each token of a chain of thought by its effect on the answer.",
         epilog="Each estimator's own settings are a section of its name: --mask.steps 100 (or --mask.preset half), "
         "--sparse-mask.sparsity 0.2, --integrated.steps 9, --fai.horizon [10,50].",
         allow_abbrev=False,
@@ -254,7 +254,7 @@ def _add_explain(commands: Any) -> None:
         "--input",
         type=Path,
         metavar="FILE.jsonl",
-        help='one object per line: "prompt" (text or messages), and if given "completion", "answer", "expected", "id"',
+        help='one object per line: "prompt" (text or messages); optionally "completion", "answer", "expected", "id"',
     )
     given.add_argument("--prompt", help="one prompt")
     explain.add_argument("--completion", help="its completion; the model writes one if left out")
@@ -273,7 +273,7 @@ def _add_explain(commands: Any) -> None:
         "--estimator",
         nargs="+",
         metavar="NAME",
-        help="what scores the tokens: mask (the paper's, the default), best, sparse-mask, integrated, gradient, "
+        help="estimators of saliency: mask (the paper's, the default), best, sparse-mask, integrated, gradient, "
         "leave-one-out, atman, atman-concept, attention, fai or random; the page can switch between several",
     )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
@@ -285,8 +285,8 @@ def _add_explain(commands: Any) -> None:
     explain.add_argument(
         "--statistics",
         action="store_true",
-        help="instead: which tokens attention treats as boundaries and as anchors (WAAD, FAI), how they couple, what "
-        "replaced tokens change; --series.window and --series.horizon can be set",
+        help="instead of scores: WAAD and FAI of every token, their coupling, and the effect of replaced tokens; "
+        "--series.window and --series.horizon can be set",
     )
     explain.add_argument("--plot", type=Path, metavar="FILE", help="with --statistics: picture of the first completion")
     explain.add_argument(

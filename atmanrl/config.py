@@ -17,7 +17,7 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """How one mask is optimised; the defaults are the paper's (AtManRL, arXiv 2604.16158).
+    """Settings of the mask optimisation. The defaults are the paper's (AtManRL, arXiv 2604.16158).
 
     The trainable number of a CoT token is H; the bias its key column gets is ``scale * min(H, upper)``, natural-log
     units. AdamW updates H alone, for a fixed number of steps.
@@ -84,7 +84,7 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class SeriesConfig:
-    """Which heads WAAD and FAI are averaged over, and their windows; defaults are those of arXiv 2510.13554 (v2).
+    """Heads and windows of WAAD and FAI. The defaults are those of arXiv 2510.13554 (v2).
 
     Attributes:
         layers: number of evenly spaced layers from the first to the last third of the model.
@@ -113,7 +113,7 @@ class SeriesConfig:
 
 @dataclass(frozen=True)
 class CreditConfig:
-    """How the advantage of a rollout is spread over its tokens: gamma_t per token; defaults as in arXiv 2510.13554.
+    """Credit assignment: gamma_t multiplies the advantage of token t. The defaults are those of arXiv 2510.13554.
 
     Where the paper leaves a choice open, the default is this project's (docs/math.md).
 
@@ -199,7 +199,7 @@ class LedgerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which task is trained and evaluated on, and where its rows come from.
+    """The task of training and evaluation, and the source of its rows.
 
     Attributes:
         name: "ledger", "gsm8k" or "mmlu".

@@ -1,4 +1,4 @@
-"""``atmanrl doctor``: what is installed, and whether every available kernel computes what the reference does."""
+"""``atmanrl doctor``: installed versions, and a comparison of every available kernel with the reference."""
 
 from __future__ import annotations
 

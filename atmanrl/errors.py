@@ -31,7 +31,7 @@ _LESS_MEMORY = {
 
 @contextmanager
 def explained_without_training(part: str, note: str) -> Iterator[None]:
-    """Turn want of disk or memory of what is no training into a `RunError` that ends with ``note``.
+    """Outside training, turn a full disk or an out-of-memory error into a `RunError` that ends with ``note``.
 
     Args:
         part: "evaluation" or "explanation".
@@ -46,7 +46,7 @@ def explained_without_training(part: str, note: str) -> Iterator[None]:
 
 
 def what_lacked(error: Exception, part: str) -> str | None:
-    """What lacked and what can be done about it; None for an error that its traceback explains best."""
+    """The missing resource and its remedy; None if the traceback explains the error best."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         return f"cannot write: {text}"

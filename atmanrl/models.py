@@ -132,7 +132,7 @@ def load_model(config: ModelConfig, *, autocast: bool = False, device: torch.dev
 
 @contextmanager
 def _loading(config: ModelConfig) -> Iterator[None]:
-    """What transformers says of a name it cannot load, with the name in front; of a path, what is missing there."""
+    """The message of transformers for a name that it cannot load; for a path, the missing files."""
     path = Path(source_of(config))
     refused = f"model {config.name!r} cannot be loaded"
     if not path.exists() and (path.is_absolute() or config.name.startswith((".", "~"))):

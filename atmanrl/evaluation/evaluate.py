@@ -58,7 +58,7 @@ def evaluate(
         label: what a reader calls this run.
         generation: how completions are drawn; see `GenerationSettings` for the defaults.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
+        estimator: the estimator of token scores: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
         saliency: whether they are scored at all.
         chat_template_kwargs: see `encode_prompt`; those of the training, whose prompts are other ones without them.
         seed: of the sampling.
@@ -191,7 +191,7 @@ def evaluate_command(
         output: directory the results go to.
         faithfulness: also intervene on every chain of thought: see `atmanrl.evaluation.faithfulness`.
         initial_model: also intervene with this model as the reader of every checkpoint's chains of thought, measures
-            named "initial ...": what changed in the chains is then told apart from what changed in the reader.
+            named "initial ...". This separates a change of the chains from a change of the reader.
 
     Raises:
         ValueError: for a recipe, data or a checkpoint that cannot be used.
@@ -276,7 +276,7 @@ def labels(names: Sequence[str]) -> list[str]:
 
 
 def _dtype(recipe: Settings) -> Dtype:
-    """What the recipe's training computes in; a CPU has no use for half precision."""
+    """The compute dtype of the recipe's training. A CPU computes in the dtype of the parameters."""
     half = recipe.values["bf16"] and torch.cuda.is_available()
     return "bfloat16" if half else recipe.model.dtype
 

@@ -80,7 +80,7 @@ def explain(
         generation: how missing completions are drawn, one per prompt; None: at ``temperature``, to the context's end.
         temperature: of the sampling where ``generation`` is None; 0 is greedy.
         mask: how masks are optimised; the paper's numbers where None.
-        estimator: what scores the tokens: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
+        estimator: the estimator of token scores: one of `atmanrl.ESTIMATORS`, "best", or an estimator itself.
         chat_template_kwargs: see `encode_prompt`, for prompts that are messages.
         seed: of the sampling.
         settings: what else to write into the run's settings, such as the model's name.
@@ -265,7 +265,7 @@ def explain_command(
     """Explain the examples of a JSONL file, or one prompt, and return the exit status: 1 where a line was skipped.
 
     Args:
-        model: what explains its own answers.
+        model: the model to explain.
         overrides: keys of the estimators' sections (``mask.*``, ``sparse_mask.*``), as on ``train``'s command
             line, and ``chat_template_kwargs.*``.
         examples: JSONL file, see `read_examples`.
@@ -273,7 +273,7 @@ def explain_command(
         html, json, csv: files to write.
         max_new_tokens, temperature, seed: of completions that the model writes.
         color: whether the terminal's colours may be used.
-        estimators: what scores the tokens, of `atmanrl.ESTIMATORS` and "best"; the first one's scores are summarised
+        estimators: names from `atmanrl.ESTIMATORS`, or "best"; the first one's scores are summarised
             and shown first.
         deletion: also hide each token in turn and record how much the answer's loss rises.
         record_every: also record the masks' and losses' course, every so many optimiser steps.

@@ -1,4 +1,4 @@
-"""How far a saliency score, and a chain of thought itself, can be believed: interventions turned into numbers.
+"""Faithfulness of saliency scores and of chains of thought, measured by interventions.
 
 Everything is measured on the answer that the rollout holds, teacher forced, with `Outcome.probability` or with whether
 greedy decoding would still write it. Nothing is sampled from the model; random draws are seeded.

@@ -1,4 +1,4 @@
-"""What becomes of an answer when its chain of thought is altered: packed forwards of many variants, teacher forced."""
+"""Losses of an answer under altered chains of thought: packed, teacher-forced forwards of many variants."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def answer_log_probabilities(
     Args:
         model: see :func:`atmanrl.saliency.batches.prepared` (where it is sharded every rank must call); borrowed frozen
             while a batch runs.
-        variants: in the order of what is returned.
+        variants: in the order of the results.
         rows: packed rows per batch, see ``token_budget`` of :func:`atmanrl.saliency.batches.in_batches`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What was measured about a set of completions, and the one file format all views of it share.
+"""Measurements of a set of completions, and their file format.
 
 A `Run` holds one model's rollouts with a saliency score per chain-of-thought token. `explain` and `evaluate` write
 it, the terminal, HTML, JSON and CSV views read it. Importing this module loads no torch.

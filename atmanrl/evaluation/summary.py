@@ -241,7 +241,7 @@ class Summary:
 
     @property
     def warning(self) -> str:
-        """What a reader of the saliency must know: masks that had nothing to restore. "" where there is nothing."""
+        """A warning about masks that had nothing to restore; "" if there are few."""
         row = next((row for row in self.rows if row.name == "saturated"), None)
         shares = [] if row is None else [estimate.value or 0.0 for estimate in row.runs]
         if not shares or max(shares) < _WORTH_A_WARNING:

@@ -155,5 +155,5 @@ _MEANINGS |= dict.fromkeys(IN_NATS, _NATS)
 
 
 def meaning_of(score: str) -> Meaning:
-    """What the score of that name says."""
+    """The meaning of the score of that name."""
     return _MEANINGS.get(score, _OTHER)

@@ -81,7 +81,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def footnote(summary: Summary) -> str:
-    """How many prompts and completions there were, and what the intervals are."""
+    """Numbers of prompts and completions, and the kind of the intervals."""
     paired = ", paired differences" if len(summary.labels) == 2 else ""
     return (
         f"{counted(summary.prompts, 'prompt')}, {counted(summary.rollouts, 'completion')} per run; "

@@ -1,7 +1,7 @@
 """From series over a rollout's tokens to gamma_t, the factor of each token's advantage, and a batch's by a strategy.
 
-Source: "Attention Illuminates LLM Reasoning" (arXiv 2510.13554, v2), equations 14 to 19; what it leaves open is a named
-argument whose default is `atmanrl.config.CreditConfig`'s.
+Source: "Attention Illuminates LLM Reasoning" (arXiv 2510.13554, v2), equations 14 to 19. Each choice that the paper
+leaves open is a named argument with the default of `atmanrl.config.CreditConfig`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``atmanrl explain --statistics``: WAAD and FAI of completions, how they couple, and what changed tokens do.
+"""``atmanrl explain --statistics``: coupling of the peaks of WAAD and FAI, and the effect of replaced tokens.
 
 Source: "Attention Illuminates LLM Reasoning" (arXiv 2510.13554), its Tables 1 and 2 and Figure 2.
 """

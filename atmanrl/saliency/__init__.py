@@ -1,4 +1,4 @@
-"""Which tokens of a chain of thought the answer rests on: estimators of token saliency behind one front door."""
+"""Saliency of chain-of-thought tokens: its estimators, and one function that runs them."""
 
 from atmanrl.models import working_copy
 from atmanrl.saliency.attention import FutureInfluence, ReceivedAttention

@@ -1,4 +1,4 @@
-"""Scores read off the attention of one forward: what the answer's rows look at, and what later rows look back to.
+"""Scores from the attention of one forward: attention from the answer's rows, and attention from later rows.
 
 Local and global heads are those that look back least and furthest, in the layers of the middle third of a model.
 Source: arXiv 2510.13554 (v2), section 3.

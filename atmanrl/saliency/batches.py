@@ -114,7 +114,7 @@ def in_batches(
     what: str = "",
     passes: int = 1,
 ) -> Iterator[_Result]:
-    """What ``compute`` finds for each of ``segments``, batch by batch, in their order.
+    """The results of ``compute`` for each of ``segments``, batch by batch, in their order.
 
     The model is borrowed frozen while a batch runs, and given back before its results are handed out. Where memory
     runs out, what is left goes on with half the rows; where it runs out again, the error is the caller's.

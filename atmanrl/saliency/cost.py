@@ -1,4 +1,4 @@
-"""What a step must cost, counted from shapes: operations, and bytes at the peak; and the memory that is free."""
+"""Necessary cost of mask optimisation, from shapes: operations of a step, bytes at the peak; and the free memory."""
 
 from __future__ import annotations
 

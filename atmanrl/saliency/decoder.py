@@ -226,7 +226,7 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
 
 
 def _why_altered(model: PreTrainedModel) -> str | None:
-    """What computes something else than the family's own modules do: quantised layers, hooks, replaced norms."""
+    """Modules that compute something else than the family's own: quantised layers, hooks, replaced norms."""
     inside_projection: tuple[str, ...] = ()
     for name, module in model.named_modules():
         # These two run as they are.

@@ -1,4 +1,4 @@
-"""The one front door: token scores of any rollouts by any estimator, and the estimators by name."""
+"""Token scores of any rollouts by any estimator, and the estimators by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from atmanrl.saliency.sparse_mask import SparseMask
 
 @dataclass(frozen=True)
 class Random:
-    """score_v uniform in 0..1: what every other estimator must beat.
+    """score_v uniform in 0..1, the baseline of all estimators.
 
     Attributes:
         seed: of the draws, which depend on it and on the rollout's tokens alone.
@@ -111,7 +111,7 @@ def estimate_saliency(
     token_budget: int | None = None,
     progress: bool | None = None,
 ) -> list[TokenScores]:
-    """How far each rollout's answer rests on each of its chain-of-thought tokens, by the estimator chosen.
+    """Score each chain-of-thought token of each rollout with one estimator.
 
     All rollouts are packed into few calls, each distinct prompt runs once, and only the rows that predict answer tokens
     reach the vocabulary. Rollouts are independent problems: a rollout's scores do not depend on its companions.

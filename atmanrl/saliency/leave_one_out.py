@@ -139,8 +139,8 @@ def substitution_effects(
 ) -> list[Tensor]:
     """Mean rise of the answer's loss, in nats, when another token stands in a token's place, for each token in turn.
 
-    The substitutes are drawn from the chain of thought's other distinct tokens. It asks whether the answer rests on
-    what the token says, where leave-one-out asks whether it rests on the token's being there. One rollout costs about
+    The substitutes are drawn from the chain of thought's other distinct tokens. This measures the
+    effect of the token's content. Leave-one-out measures the effect of its presence. One rollout costs about
     draws * T / 2 forwards.
 
     Args:

@@ -1,4 +1,4 @@
-"""How mask optimisation is otherwise written, to measure against: same problem, same frozen weights, other code.
+"""Other implementations of mask optimisation, for comparison: same problem, same frozen weights.
 
 Every arm maps the bias of all CoT tokens, (C_total,), to the rollouts' losses (n,) and the gradient of their sum. The
 peers cover models with full causal attention.

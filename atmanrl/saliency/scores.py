@@ -1,4 +1,4 @@
-"""What every estimator is asked and gives back: rollouts in, one number per chain-of-thought token and its cost out."""
+"""Interface of estimators: rollouts in; one number per chain-of-thought token, and the cost, out."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TokenScores:
         estimator: the name of what gave them.
         rollout: whose tokens these are.
         scores: (T,) in the estimator's own unit, whose ranking and zero mean what its documentation says.
-        restored: (T,) the same brought to 0..1, what a reward averages: 1 - H / init of the paper's mask; of a sparse
+        restored: (T,) scores mapped to 0..1. The reward averages them: 1 - H / init of the paper's mask; of a sparse
             mask its score, 0 for a negative one; for scores in nats the share 1 - exp(-score) of the answer's
             probability that the token carries, 0 for a negative score.
         loss_initial: mean negative log-likelihood of the answer, in nats, where the estimator starts suppressed.

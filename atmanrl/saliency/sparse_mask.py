@@ -17,11 +17,11 @@ from atmanrl.saliency.scores import Passes, TokenScores, Trajectory
 
 @dataclass(frozen=True)
 class SparseMask:
-    """How long a token stays enabled when that has a price: argmin over m in [0, 1]^T of L(m) + sparsity * |m|_1.
+    """Sparse mask: argmin over m in [0, 1]^T of L(m) + sparsity * |m|_1. The score says how long a token is enabled.
 
     The key bias is depth * (1 - m_v). All tokens start enabled, m = 1. A step of each rollout goes down its gradient
     divided by the gradient's largest magnitude, which keeps the ratios between tokens; clipping to the box follows.
-    Beside a rollout's tokens goes one that the loss does not see, so that the price alone moves it. With the means of m
+    One extra token per rollout is invisible to the loss, so only the price moves it. With the means of m
     over the steps, which tell early leavers from late ones, score_v = (m_v - m_idle) / (1 - m_idle), at least -1: 1 for
     a token that never left, 0 for one that left like an idle one.
 

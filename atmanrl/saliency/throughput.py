@@ -155,7 +155,7 @@ def measure(
 ) -> Iterator[Measurement]:
     """Run the named arms one after another: one step each to warm up, one to count, then ``steps`` timed ones.
 
-    A step is forward and backward of all rollouts' losses, without AdamW and what is done once per batch.
+    A step is forward and backward of all rollouts' losses. AdamW and the work per batch are excluded.
 
     Raises:
         ValueError: for an unknown arm.

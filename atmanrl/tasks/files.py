@@ -27,7 +27,7 @@ class DataError(InputError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task's rows come from unless the configuration says otherwise, and the columns they must have."""
+    """Default source and required columns of a task's rows."""
 
     path: str
     subset: str

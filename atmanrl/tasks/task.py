@@ -1,4 +1,4 @@
-"""What a task is to the trainer and the evaluation: two data sets of prompts, and a way to read answers."""
+"""A task: two data sets of prompts and an answer format."""
 
 from __future__ import annotations
 

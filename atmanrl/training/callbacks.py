@@ -1,4 +1,4 @@
-"""What a run writes and shows while it trains, and how it stops."""
+"""Callbacks: files and progress during training, and stopping."""
 
 from __future__ import annotations
 

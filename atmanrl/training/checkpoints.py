@@ -95,7 +95,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if they are as they were written."""
+    """The fault of a checkpoint's files; None if they are unchanged."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -140,7 +140,9 @@ def _sync(path: Path) -> None:
 
 
 class ResumableGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
-    """Saves whole checkpoints with what is not logged yet, and draws each epoch's order from the seed and the epoch.
+    """Saves whole checkpoints with the measurements that are not logged yet.
+
+    The order of an epoch depends on seed and epoch only.
 
     Its arguments are an :class:`atmanrl.training.config.AtManGRPOConfig`, which knows where a generation batch ends.
     """

@@ -221,8 +221,8 @@ class AtManGRPOConfig(GRPOConfig):  # type: ignore[misc]
         reduction: see :func:`atmanrl.saliency_reward`.
         target: which answer the mask's loss teacher-forces: the rollout's own ("predicted") or the gold ("correct").
         mask: how masks are optimised.
-        saliency_estimator: what scores the tokens, "mask" (the paper's) or another of `atmanrl.ESTIMATORS`, or "best",
-            or an estimator with settings of its own; R_sal then averages `TokenScores.restored`.
+        saliency_estimator: the estimator of token scores: "mask" (the paper's), another of `atmanrl.ESTIMATORS`,
+            "best", or an estimator with settings of its own; R_sal then averages `TokenScores.restored`.
         credit_assignment: how a rollout's advantage is spread over its tokens; by default evenly.
         log_saliency: compute and log the saliency also where ``saliency_weight`` is 0; it changes no number of the run.
         skip_non_finite: leave a rollout with a NaN or infinite loss, mask or reward out instead of stopping; a loss

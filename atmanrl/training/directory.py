@@ -1,4 +1,4 @@
-"""A run's directory: what stands in it, and when one may be written to. Importing this module loads no torch.
+"""The directory of a run: its files, and the check before writing. Importing this module loads no torch.
 
 config.yaml          every setting with its value, itself a recipe
 inputs.json          fingerprints of the data rows, the tokenizer and the base model
@@ -127,7 +127,7 @@ def start(path: Path, recipe: Settings, inputs: Mapping[str, Any], *, resume: bo
 
 
 def _check_writable(path: Path) -> None:
-    """What the run will write again, or into, must let it."""
+    """Check that the files and folders that the run will write again are writable."""
     for item in (item for pattern in _WRITTEN for item in path.glob(pattern)):
         if item.name in _DIRECTORIES and not item.is_dir():
             raise RunDirectoryError(f"{item} is a file, and the run writes a directory of that name")

@@ -1,4 +1,4 @@
-"""What one GRPO update takes, and ``atmanrl train --dry-run``, which prints it from the configuration alone.
+"""Cost of one GRPO update; ``atmanrl train --dry-run`` prints it from the configuration alone.
 
 Operations and bytes are counted from shapes, seconds follow from a device's assumed rates.
 

@@ -172,7 +172,7 @@ def _train(
 
 @contextmanager
 def _explained(run: Path, trainer: AtManGRPOTrainer) -> Iterator[None]:
-    """Turn want of disk or memory inside the block into a `RunError`, and add how to go on to any other error.
+    """Turn a full disk or an out-of-memory error into a `RunError`; add the next step to any other error.
 
     Args:
         run: the run's directory.

@@ -397,7 +397,7 @@ class AtManGRPOTrainer(ResumableGRPOTrainer):
             yield
         finally:
             self.seconds[part] += time.perf_counter() - start
-        # Not after an exception: what it ended is what is asked for then.
+        # Not after an exception: the message then names the part that the exception ended.
         self._enter("update")
 
     def _enter(self, part: str) -> None:
