@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,10 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
 # Of keys relative to the largest: one embedding and one projection.
 _EPS_OF_KEYS = 64
+
+_ADVICE = (
+    "use a model whose layers get position_ids and keyword arguments, as those of Llama, Mistral, Qwen and Gemma do"
+)
 
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -46,6 +52,29 @@ def check_model(model: PreTrainedModel, owner: nn.Module | None = None) -> None:
     owner = model if owner is None else owner
     if owner in _checked:
         return
+    with _naming(type(model).__name__):
+        if _compare(model):
+            _checked.update((owner, model))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """What a model's own code raises in the check, with the model's name in front and what to do behind it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "DefaultCPUAllocator" in text or text.endswith(_ADVICE):
+            raise
+        said = (text if name in text else f"{name}: {text}").removesuffix('; use "eager" or "sdpa" for it')
+        lost = "" if "saliency would be wrong" in said else "; its saliency cannot be computed"
+        raise ValueError(f"{said}{lost}; {_ADVICE}") from error
+
+
+def _compare(model: PreTrainedModel) -> bool:
+    """Whether the comparison could be made: not where the model's own losses are no numbers."""
     name = type(model).__name__
     _refuse_factors_by_length(model, name)
     rollouts = _rollouts(model.config.get_text_config(decoder=True).vocab_size)
@@ -55,8 +84,8 @@ def check_model(model: PreTrainedModel, owner: nn.Module | None = None) -> None:
             own = torch.stack([_own_loss(model, rollout) for rollout in rollouts])
             without_key = _own_loss(model, rollouts[0], hidden)
         if not bool(own.isfinite().all()):
-            # Nothing can be compared; whoever computes with such weights names the rollout.
-            return
+            # Whoever computes with such weights names the rollout.
+            return False
         with frozen(model), torch.no_grad():
             packed, biased, seen = _packed_losses(model, rollouts, name)
             _check_calls(model, seen, name)
@@ -71,7 +100,7 @@ def check_model(model: PreTrainedModel, owner: nn.Module | None = None) -> None:
         raise _ignoring(
             name, "key_bias", f"loss without a key {biased[0]:.4g}, by its attention mask {without_key:.4g}"
         )
-    _checked.update((owner, model))
+    return True
 
 
 def _rollouts(vocabulary: int) -> list[Rollout]:
@@ -140,8 +169,6 @@ def _packed_losses(
         if "(1, 1, 0, 0)" not in str(error):
             raise
         raise _ignoring(name, "key_bias", "its layers get none of the forward's keyword arguments") from error
-    except TypeError as error:
-        raise ValueError(f"{name} does not take what packed rollouts need: {error}") from error
     return batch.mean_per_rollout(packed.double()).cpu(), batch.mean_per_rollout(biased.double()).cpu(), seen.calls
 
 
@@ -179,7 +206,4 @@ def _check_positions(model: PreTrainedModel, rollouts: list[Rollout], calls: lis
 
 
 def _ignoring(name: str, what: str, found: str) -> ValueError:
-    return ValueError(
-        f"{name} ignores {what} ({found}): its saliency would be wrong; use a model whose layers get position_ids and"
-        " keyword arguments, as those of Llama, Mistral, Qwen and Gemma do"
-    )
+    return ValueError(f"{name} ignores {what} ({found}): its saliency would be wrong; {_ADVICE}")

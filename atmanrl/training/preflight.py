@@ -29,6 +29,7 @@ from atmanrl.config import EvaluationConfig
 from atmanrl.errors import CANNOT_WRITE, InputError
 from atmanrl.generation import context_length
 from atmanrl.models import encode_prompt, is_whole, plain_copy, unfilled
+from atmanrl.saliency.support import check_model
 from atmanrl.tasks import Task
 from atmanrl.training.checkpoints import STAGING
 from atmanrl.training.config import AtManGRPOConfig
@@ -70,6 +71,22 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{what} cannot be used: {error}") from error
+
+
+def check_support(model: PreTrainedModel, args: AtManGRPOConfig) -> None:
+    """Refuse a model that the saliency cannot read, before anything is generated.
+
+    A model that ZeRO-3 shards while it is loaded is checked when the trainer is made.
+
+    Raises:
+        InputError: see :func:`atmanrl.saliency.support.check_model`.
+    """
+    if not args.scores_tokens or not is_whole(model):
+        return
+    try:
+        check_model(model)
+    except ValueError as error:
+        raise InputError(f"{error}; or set saliency_weight: 0") from error
 
 
 def check_rows(

@@ -94,6 +94,7 @@ def train(
     model, tokenizer = load_policy(recipe.model, autocast=bool(args.bf16 or args.fp16), device=device)
     steps = args.arithmetic.optimizer_steps(len(task.train), args.num_train_epochs)
     preflight.check_rows(model, tokenizer, task, args, recipe.evaluation)
+    preflight.check_support(model, args)
     if process.is_main_process:
         inputs = preflight.inputs_of(model, tokenizer, task)
         if resume:

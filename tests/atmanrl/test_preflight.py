@@ -217,6 +217,19 @@ def test_a_checkpoint_that_cannot_be_saved_again_trains_no_step(
     assert status == 0 or "step 1/2" not in printed
 
 
+def test_a_model_that_the_saliency_cannot_read_is_refused_before_anything_is_generated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(model: Any) -> None:
+        raise ValueError("TinyForCausalLM ignores key_bias")
+
+    monkeypatch.setattr(preflight, "check_model", refuse)
+    monkeypatch.setattr(preflight, "is_whole", lambda model: True)
+    with pytest.raises(InputError, match="TinyForCausalLM ignores key_bias; or set saliency_weight: 0"):
+        preflight.check_support(torch.nn.Identity(), SimpleNamespace(scores_tokens=True))
+    preflight.check_support(torch.nn.Identity(), SimpleNamespace(scores_tokens=False))
+
+
 def test_a_page_is_tried_with_the_first_batch_and_kept_where_it_is_due(tmp_path: Path) -> None:
     taken: list[int] = []
 

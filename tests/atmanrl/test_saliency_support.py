@@ -66,6 +66,12 @@ def test_a_model_that_drops_an_argument_is_refused_by_name(family):
         optimize_masks(random_model(family, **settings), ROLLOUTS)
 
 
+@pytest.mark.parametrize("family", ["Gemma2", "Bloom", "DiffLlama"])
+def test_every_refusal_names_the_model_and_says_which_ones_to_use(family):
+    with pytest.raises(ValueError, match=f"^{family}ForCausalLM.*use a model whose layers get .* as those of Llama"):
+        optimize_masks(random_model(family), ROLLOUTS)
+
+
 def test_a_model_is_checked_once(monkeypatch):
     model = random_model("Llama")
     check_model(model)
