@@ -167,21 +167,14 @@ def _build(
     row_term, lse_log2, dq_sum, partial = scratch
     heads_q, heads_kv, head_dim = x.q.shape[2], x.k.shape[2], x.q.shape[3]
     scratch_batch, scratch_head, _ = (stride // ROW_ALIGNMENT.value for stride in row_term.stride())
-    varying = varying_of(
-        x,
-        lse_batch=lse.stride(0),
-        lse_head=lse.stride(1),
-        scratch_batch=scratch_batch,
-        scratch_head=scratch_head,
-        partial_head=0 if partial is None else partial.stride(0),
-        partial_batch=0 if partial is None else partial.stride(1),
-    )
     shared = {
         **operands_of(x),
         "do": rows_of(do),
         "row_term_ptr": row_term,
         "lse_log2_ptr": lse_log2,
-        "varying": varying,
+        **varying_of(x),
+        "scratch_batch": scratch_batch,
+        "scratch_head": scratch_head,
     }
     # Without dq and dkey_bias it computes the terms of its rows and visits no keys; fused, it visits the prefix's.
     own = blocks.queries
@@ -198,6 +191,8 @@ def _build(
         "dlse_ptr": lse if dlse is None else dlse,
         "o": rows_of(o),
         "lse_ptr": lse,
+        "lse_batch": lse.stride(0),
+        "lse_head": lse.stride(1),
         "tiles_ptr": x.tiles_q,
         "flags": flags_of(family, own, x),
         "needs": RowNeeds(*map(tl.constexpr, needs)),
@@ -226,6 +221,8 @@ def _build(
         "dk": rows_of(dv if dk is None else dk, x.k),
         "dv_ptr": x.k if dv is None else dv,
         "dkey_bias_ptr": lse if partial is None else partial,
+        "partial_batch": 0 if partial is None else partial.stride(1),
+        "partial_head": 0 if partial is None else partial.stride(0),
         "tiles_ptr": x.tiles_k,
         "flags": flags_of(family, own, x),
         "needs": KeyNeeds(*map(tl.constexpr, needs)),

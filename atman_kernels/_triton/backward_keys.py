@@ -63,7 +63,9 @@ def _add_rows(
         desc.atomic_add([batch.to(tl.int32), (start + row).to(tl.int32), head.to(tl.int32), 0], tile)
 
 
-@triton.jit(do_not_specialize=["varying"])
+@triton.jit(
+    do_not_specialize=["window", "bias_batch", "scratch_batch", "scratch_head", "partial_batch", "partial_head"]
+)
 def backward_keys_kernel(
     dq_sum_desc,
     dq_sum,
@@ -79,7 +81,12 @@ def backward_keys_kernel(
     key_bias_ptr,
     sequences_ptr,
     tiles_ptr,
-    varying,
+    window,
+    bias_batch,
+    scratch_batch,
+    scratch_head,
+    partial_batch,
+    partial_head,
     sm_scale,
     flags,
     needs,
@@ -104,7 +111,7 @@ def backward_keys_kernel(
     k_tile = load_rows(k_base, first, n_keys, k.time, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     v_tile = load_rows(v_base, first, n_keys, v.time, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     keys = first + tl.arange(0, BLOCK_N)
-    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, varying.bias_batch, HAS_KEY_BIAS, BLOCK_N)
+    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, bias_batch, HAS_KEY_BIAS, BLOCK_N)
 
     # Every program of the group starts from the group's first query head.
     head = head_kv * flags.GROUP
@@ -116,7 +123,7 @@ def backward_keys_kernel(
     shift = n_keys - n_rows
     last_key = tl.minimum(first + BLOCK_N, n_keys) - 1
     begin, full_begin, full_end, end = query_bounds(
-        first, last_key, shift, n_rows, varying.window, IS_CAUSAL, HAS_WINDOW, BLOCK_M
+        first, last_key, shift, n_rows, window, IS_CAUSAL, HAS_WINDOW, BLOCK_M
     )
     if needs.FUSED_DQ:
         # dq sums over keys: those past the end, whose exp(0 - lse) may overflow, must be masked and not only zero.
@@ -130,9 +137,7 @@ def backward_keys_kernel(
             member = member.to(tl.int64)
             rows = start + offs_m
             q_tile = load_rows(q_base + member * q.head, start, n_rows, q.time, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
-            row_offsets = rows + aligned_rows(
-                batch, head + member, q_start, sequence, varying.scratch_batch, varying.scratch_head
-            )
+            row_offsets = rows + aligned_rows(batch, head + member, q_start, sequence, scratch_batch, scratch_head)
             inside = rows < n_rows
             lse_log2 = load_row_numbers(
                 lse_log2_ptr, row_offsets, inside, float("inf"), MASKED, ROW_COPIES, BLOCK_M, BLOCK_N
@@ -141,7 +146,7 @@ def backward_keys_kernel(
             # Transposed, (BLOCK_N, BLOCK_M), p and ds are the left operands of the products below.
             p = transposed_weights(k_tile, q_tile, bias_log2, lse_log2, sm_scale, HAS_KEY_BIAS, PRECISION)
             if MASKED:
-                seen = is_visible(rows[None, :] + shift, keys[:, None], n_keys, varying.window, IS_CAUSAL, HAS_WINDOW)
+                seen = is_visible(rows[None, :] + shift, keys[:, None], n_keys, window, IS_CAUSAL, HAS_WINDOW)
                 p = tl.where(seen, p, 0.0)
             do_tile = load_rows(do_base + member * do.head, start, n_rows, do.time, MASKED, BLOCK_M, HEAD_DIM, BLOCK_D)
             if needs.DV:
@@ -168,7 +173,7 @@ def backward_keys_kernel(
         dv_base = dv_ptr + batch * dk.batch + k_start * dk.time + head_kv * dk.head
         store_rows(dv_base, dv_sum, first, n_keys, dk.time, BLOCK_N, HEAD_DIM, BLOCK_D)
     if needs.DKEY_BIAS:
-        partial_ptrs = dkey_bias_ptr + head_kv * varying.partial_head + batch * varying.partial_batch + k_start + keys
+        partial_ptrs = dkey_bias_ptr + head_kv * partial_head + batch * partial_batch + k_start + keys
         tl.store(partial_ptrs, dkey_bias, mask=keys < n_keys)
 
 

@@ -88,7 +88,7 @@ def _accumulate_dq(
     return dq, ds_sum
 
 
-@triton.jit(do_not_specialize=["varying"])
+@triton.jit(do_not_specialize=["window", "bias_batch", "lse_batch", "lse_head", "scratch_batch", "scratch_head"])
 def backward_queries_kernel(
     dq_ptr,
     row_term_ptr,
@@ -109,7 +109,12 @@ def backward_queries_kernel(
     prefix_v_desc,
     sequences_ptr,
     tiles_ptr,
-    varying,
+    window,
+    bias_batch,
+    lse_batch,
+    lse_head,
+    scratch_batch,
+    scratch_head,
     sm_scale,
     flags,
     needs,
@@ -126,7 +131,7 @@ def backward_queries_kernel(
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
 
     rows = first + tl.arange(0, BLOCK_M)
-    row_offset = batch * varying.lse_batch + head * varying.lse_head + q_start
+    row_offset = batch * lse_batch + head * lse_head + q_start
     lse = tl.load(lse_ptr + row_offset + rows, mask=rows < n_rows, other=float("-inf"))
     has_key = lse != float("-inf")
     # exp2(s - inf) = 0: rows past the end and rows without a key take no part.
@@ -148,11 +153,11 @@ def backward_queries_kernel(
         for OWN in tl.static_range(1 - flags.HAS_PREFIX, 1 if needs.PREFIX_ONLY else 2):
             keys = locate_keys(
                 OWN, k, v, key_bias_ptr, prefix_k, prefix_v,
-                sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // flags.GROUP, varying.bias_batch,
+                sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // flags.GROUP, bias_batch,
             )  # fmt: skip
             dq, ds_sum = _accumulate_dq(
                 dq, ds_sum, q_tile, do_tile, lse_log2, row_term, keys, k_desc if OWN else prefix_k_desc,
-                v_desc if OWN else prefix_v_desc, first, last, sm_scale, varying.window, flags, needs,
+                v_desc if OWN else prefix_v_desc, first, last, sm_scale, window, flags, needs,
                 flags.HAS_KEY_BIAS and OWN,
             )  # fmt: skip
         if needs.DQ:
@@ -164,6 +169,6 @@ def backward_queries_kernel(
             row_term += tl.sum(ds_sum, 1)
             if needs.DLSE:
                 row_term -= dlse
-    aligned_offset = aligned_rows(batch, head, q_start, sequence, varying.scratch_batch, varying.scratch_head)
+    aligned_offset = aligned_rows(batch, head, q_start, sequence, scratch_batch, scratch_head)
     tl.store(row_term_ptr + aligned_offset + rows, row_term, mask=rows < n_rows)
     tl.store(lse_log2_ptr + aligned_offset + rows, lse_log2, mask=rows < n_rows)

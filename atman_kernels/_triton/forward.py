@@ -74,7 +74,7 @@ def _attend(
     return acc, row_sum, max_log2
 
 
-@triton.jit(do_not_specialize=["varying"])
+@triton.jit(do_not_specialize=["window", "bias_batch", "lse_batch", "lse_head"])
 def forward_kernel(
     o,
     lse_ptr,
@@ -90,7 +90,10 @@ def forward_kernel(
     prefix_v_desc,
     sequences_ptr,
     tiles_ptr,
-    varying,
+    window,
+    bias_batch,
+    lse_batch,
+    lse_head,
     sm_scale,
     flags,
 ):
@@ -111,11 +114,11 @@ def forward_kernel(
     for OWN in tl.static_range(1 - flags.HAS_PREFIX, 2):
         keys = locate_keys(
             OWN, k, v, key_bias_ptr, prefix_k, prefix_v,
-            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // flags.GROUP, varying.bias_batch,
+            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // flags.GROUP, bias_batch,
         )  # fmt: skip
         acc, row_sum, max_log2 = _attend(
             acc, row_sum, max_log2, q_tile, keys, k_desc if OWN else prefix_k_desc, v_desc if OWN else prefix_v_desc,
-            first, last, sm_scale, varying.window, flags, flags.HAS_KEY_BIAS and OWN,
+            first, last, sm_scale, window, flags, flags.HAS_KEY_BIAS and OWN,
         )  # fmt: skip
 
     row_sum = tl.sum(row_sum, 1)
@@ -123,7 +126,7 @@ def forward_kernel(
     row_sum = tl.where(without_key, 1.0, row_sum)
     lse = tl.where(without_key, float("-inf"), (max_log2 + tl.log2(row_sum)) * LN_2)
     rows = first + tl.arange(0, BLOCK_M)
-    lse_base = lse_ptr + batch * varying.lse_batch + head * varying.lse_head + q_start
+    lse_base = lse_ptr + batch * lse_batch + head * lse_head + q_start
     tl.store(lse_base + rows, lse, mask=rows < n_rows)
     o_base = rows_from(o, batch, q_start, head)
     store_rows(o_base, acc / row_sum[:, None], first, n_rows, o.time, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -143,7 +146,9 @@ def _build(family: str, blocks: BlockSizes, o: Tensor, lse: Tensor, x: Attention
         "tiles_ptr": x.tiles_q,
         **operands_of(x),
         **descriptors_of(family, blocks, x),
-        "varying": varying_of(x, lse_batch=lse.stride(0), lse_head=lse.stride(1)),
+        **varying_of(x),
+        "lse_batch": lse.stride(0),
+        "lse_head": lse.stride(1),
         "flags": flags_of(family, blocks, x),
     }
     programs = x.tiles_q.shape[0] * (TILE // blocks.block_m) * x.q.shape[2]

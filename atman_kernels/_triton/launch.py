@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atman_kernels._triton.tiles import Flags, Rows, Varying
+from atman_kernels._triton.tiles import Flags, Rows
 from atman_kernels.problem import NO_WINDOW, AttentionProblem
 
 # {device family: {kernel: {bytes per element: {padded head_dim: [BLOCK_M, BLOCK_N, num_warps, num_stages]}}}}, chosen
@@ -246,9 +246,9 @@ def operands_of(x: AttentionProblem) -> dict[str, object]:
     }
 
 
-def varying_of(x: AttentionProblem, **strides: int) -> Varying:
-    """The integers of a problem that no kernel specialises, with those strides that only some kernels need."""
-    return Varying(x.window, 0 if x.key_bias is None else x.key_bias.stride(0), **strides)
+def varying_of(x: AttentionProblem) -> dict[str, int]:
+    """The integers of a problem that no kernel specialises: Triton 3.6 specialises every integer inside a tuple."""
+    return {"window": x.window, "bias_batch": 0 if x.key_bias is None else x.key_bias.stride(0)}
 
 
 def flags_of(family: str, blocks: BlockSizes, x: AttentionProblem) -> Flags:

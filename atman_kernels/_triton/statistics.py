@@ -7,8 +7,6 @@ one program: no atomics, and the same bits every time.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -39,27 +37,6 @@ from atman_kernels.plan import TILE
 from atman_kernels.problem import AttentionProblem, Statistics, StatisticsProblem
 
 
-class Varying(NamedTuple):
-    """Integers that change with the packed length, the window and the horizon; no kernel specialises them.
-
-    Attributes:
-        window: NO_WINDOW or less.
-        low, high: the horizon.
-        bias_batch, lse_batch, lse_head, chosen_batch, received_batch, received_head, count_batch: strides.
-    """
-
-    window: Any
-    low: Any
-    high: Any
-    bias_batch: Any
-    lse_batch: Any
-    lse_head: Any
-    chosen_batch: Any
-    received_batch: Any
-    received_head: Any
-    count_batch: Any
-
-
 @triton.jit
 def _weighted_sum(
     total, q, lse_log2, keys, first, last, sm_scale, window, flags, HAS_KEY_BIAS: tl.constexpr, NEAR: tl.constexpr
@@ -85,7 +62,7 @@ def _weighted_sum(
     return total
 
 
-@triton.jit(do_not_specialize=["varying"])
+@triton.jit(do_not_specialize=["window", "bias_batch", "lse_batch", "lse_head", "chosen_batch"])
 def row_statistics_kernel(
     out_ptr,
     lse_ptr,
@@ -96,7 +73,11 @@ def row_statistics_kernel(
     prefix_k,
     sequences_ptr,
     tiles_ptr,
-    varying,
+    window,
+    bias_batch,
+    lse_batch,
+    lse_head,
+    chosen_batch,
     sm_scale,
     flags,
     HAS_ROWS: tl.constexpr,
@@ -114,13 +95,13 @@ def row_statistics_kernel(
         return
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
     rows = first + tl.arange(0, BLOCK_M)
-    row_offset = batch * varying.lse_batch + head * varying.lse_head + q_start
+    row_offset = batch * lse_batch + head * lse_head + q_start
     inside = rows < n_rows
     lse_log2 = tl.load(lse_ptr + row_offset + rows, mask=inside, other=float("-inf")) * LOG2_E
     without_key = lse_log2 == float("-inf")
     lse_log2 = tl.where(without_key, float("inf"), lse_log2)
     if HAS_ROWS and not NEAR:
-        chosen = tl.load(rows_ptr + batch * varying.chosen_batch + q_start + rows, mask=inside, other=0) != 0
+        chosen = tl.load(rows_ptr + batch * chosen_batch + q_start + rows, mask=inside, other=0) != 0
         lse_log2 = tl.where(chosen, lse_log2, float("inf"))
         if tl.max(chosen.to(tl.int32), 0) == 0:
             tl.store(out_ptr + row_offset + rows, tl.zeros([BLOCK_M], tl.float32), mask=inside)
@@ -128,7 +109,6 @@ def row_statistics_kernel(
 
     q_base = rows_from(q, batch, q_start, head)
     q_tile = load_rows(q_base, first, n_rows, q.time, True, BLOCK_M, flags.HEAD_DIM, flags.BLOCK_D)
-    window = varying.window
     total = tl.zeros([BLOCK_M], tl.float32)
     if NEAR:
         # The sum is subtracted from the window, whose rounding must not exceed that of distances in the sequence.
@@ -137,7 +117,7 @@ def row_statistics_kernel(
     for OWN in tl.static_range(1 - flags.HAS_PREFIX, 2):
         keys = locate_keys(
             OWN, k, k, key_bias_ptr, prefix_k, prefix_k,
-            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // flags.GROUP, varying.bias_batch,
+            sequences_ptr, sequence, batch, k_start, n_keys, n_rows, head // flags.GROUP, bias_batch,
         )  # fmt: skip
         total = _weighted_sum(
             total, q_tile, lse_log2, keys, first, last, sm_scale, window, flags, flags.HAS_KEY_BIAS and OWN, NEAR
@@ -147,13 +127,15 @@ def row_statistics_kernel(
     tl.store(out_ptr + row_offset + rows, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["varying"])
+@triton.jit(do_not_specialize=["lse_batch", "lse_head", "chosen_batch"])
 def mean_distance_kernel(
     distance_ptr,
     row_distance_ptr,
     rows_ptr,
     sequences_ptr,
-    varying,
+    lse_batch,
+    lse_head,
+    chosen_batch,
     HEADS_Q: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -170,10 +152,10 @@ def mean_distance_kernel(
     for start in range(0, n_rows, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         inside = rows < n_rows
-        offset = batch * varying.lse_batch + head.to(tl.int64) * varying.lse_head + q_start
+        offset = batch * lse_batch + head.to(tl.int64) * lse_head + q_start
         total += tl.load(row_distance_ptr + offset + rows, mask=inside, other=0.0)
         if HAS_ROWS:
-            chosen = tl.load(rows_ptr + batch * varying.chosen_batch + q_start + rows, mask=inside, other=0) != 0
+            chosen = tl.load(rows_ptr + batch * chosen_batch + q_start + rows, mask=inside, other=0) != 0
             count += chosen.to(tl.int32)
         else:
             count += inside.to(tl.int32)
@@ -181,13 +163,16 @@ def mean_distance_kernel(
     tl.store(distance_ptr + program, mean)
 
 
-@triton.jit(do_not_specialize=["varying"])
+@triton.jit(do_not_specialize=["low", "high", "chosen_batch", "count_batch"])
 def count_rows_kernel(
     count_ptr,
     rows_ptr,
     sequences_ptr,
     tiles_ptr,
-    varying,
+    low,
+    high,
+    chosen_batch,
+    count_batch,
     HAS_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -195,21 +180,34 @@ def count_rows_kernel(
     _, _, first, batch, q_start, n_rows, k_start, n_keys = locate_tile(tiles_ptr, sequences_ptr, 1, BLOCK)
     keys = first + tl.arange(0, BLOCK)
     # The first row of each key's horizon, and one past the last.
-    begin = keys + varying.low - (n_keys - n_rows)
-    end = keys + varying.high - (n_keys - n_rows) + 1
+    begin = keys + low - (n_keys - n_rows)
+    end = keys + high - (n_keys - n_rows) + 1
     count = tl.maximum(tl.minimum(end, n_rows) - tl.maximum(begin, 0), 0)
     if HAS_ROWS:
         count = tl.zeros([BLOCK], tl.int32)
-        rows_base = rows_ptr + batch * varying.chosen_batch + q_start
+        rows_base = rows_ptr + batch * chosen_batch + q_start
         for start in range(tl.maximum(tl.min(begin, 0), 0), tl.minimum(tl.max(end, 0), n_rows), BLOCK):
             rows = start + tl.arange(0, BLOCK)
             chosen = tl.load(rows_base + rows, mask=rows < n_rows, other=0) != 0
             counted = chosen[None, :] & (rows[None, :] >= begin[:, None]) & (rows[None, :] < end[:, None])
             count += tl.sum(counted.to(tl.int32), 1)
-    tl.store(count_ptr + batch * varying.count_batch + k_start + keys, count, mask=keys < n_keys)
+    tl.store(count_ptr + batch * count_batch + k_start + keys, count, mask=keys < n_keys)
 
 
-@triton.jit(do_not_specialize=["varying"])
+@triton.jit(
+    do_not_specialize=[
+        "window",
+        "low",
+        "high",
+        "bias_batch",
+        "lse_batch",
+        "lse_head",
+        "chosen_batch",
+        "received_batch",
+        "received_head",
+        "count_batch",
+    ]
+)
 def column_statistics_kernel(
     received_ptr,
     count_ptr,
@@ -220,7 +218,16 @@ def column_statistics_kernel(
     key_bias_ptr,
     sequences_ptr,
     tiles_ptr,
-    varying,
+    window,
+    low,
+    high,
+    bias_batch,
+    lse_batch,
+    lse_head,
+    chosen_batch,
+    received_batch,
+    received_head,
+    count_batch,
     sm_scale,
     flags,
     HAS_ROWS: tl.constexpr,
@@ -240,17 +247,16 @@ def column_statistics_kernel(
     k_base = rows_from(k, batch, k_start, head // flags.GROUP)
     k_tile = load_rows(k_base, first, n_keys, k.time, True, BLOCK_N, HEAD_DIM, BLOCK_D)
     keys = first + tl.arange(0, BLOCK_N)
-    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, varying.bias_batch, HAS_KEY_BIAS, BLOCK_N)
+    bias_log2 = load_own_bias(key_bias_ptr, batch, k_start, first, n_keys, bias_batch, HAS_KEY_BIAS, BLOCK_N)
     q_base = rows_from(q, batch, q_start, head)
-    lse_base = lse_ptr + batch * varying.lse_batch + head * varying.lse_head + q_start
-    rows_base = rows_ptr + batch * varying.chosen_batch + q_start
-    low, high = varying.low, varying.high
+    lse_base = lse_ptr + batch * lse_batch + head * lse_head + q_start
+    rows_base = rows_ptr + batch * chosen_batch + q_start
     total = tl.zeros([BLOCK_N], tl.float32)
     offs_m = tl.arange(0, BLOCK_M)
     shift = n_keys - n_rows
     last_key = tl.minimum(first + BLOCK_N, n_keys) - 1
     # With a window in the attention, rows beyond it have p = 0.
-    last = tl.minimum(high, varying.window - 1) if flags.HAS_WINDOW else high
+    last = tl.minimum(high, window - 1) if flags.HAS_WINDOW else high
     begin, full_begin, full_end, end = tile_bounds(
         first + low - shift,
         last_key + low - shift,
@@ -280,8 +286,8 @@ def column_statistics_kernel(
             total += tl.sum(p, 1)
 
     inside = keys < n_keys
-    count = tl.load(count_ptr + batch * varying.count_batch + k_start + keys, mask=inside, other=1)
-    received_base = received_ptr + batch * varying.received_batch + head * varying.received_head + k_start
+    count = tl.load(count_ptr + batch * count_batch + k_start + keys, mask=inside, other=1)
+    received_base = received_ptr + batch * received_batch + head * received_head + k_start
     tl.store(received_base + keys, total / tl.maximum(count, 1).to(tl.float32), mask=inside)
 
 
@@ -297,31 +303,28 @@ def statistics_launches(family: str, out: Statistics, x: StatisticsProblem) -> l
         x.q, x.k, x.k, x.key_bias, x.prefix_k, x.prefix_k, x.sequences, x.tiles_q, x.tiles_k,
         x.sm_scale, True, x.attention_window,
     )  # fmt: skip
-    varying = Varying(
-        window=x.attention_window,
-        low=x.horizon[0],
-        high=x.horizon[1],
-        bias_batch=0 if x.key_bias is None else x.key_bias.stride(0),
-        lse_batch=x.lse.stride(0),
-        lse_head=x.lse.stride(1),
-        chosen_batch=0 if x.rows is None else x.rows.stride(0),
-        received_batch=out.received.stride(0),
-        received_head=out.received.stride(1),
-        count_batch=out.received_count.stride(0),
-    )
     common = {
         **operands_of(attention),
         "lse_ptr": x.lse,
         "rows_ptr": x.lse if x.rows is None else x.rows,
         "HAS_ROWS": x.rows is not None,
-        "varying": varying,
+        "window": x.attention_window,
+        "low": x.horizon[0],
+        "high": x.horizon[1],
+        "bias_batch": 0 if x.key_bias is None else x.key_bias.stride(0),
+        "lse_batch": x.lse.stride(0),
+        "lse_head": x.lse.stride(1),
+        "chosen_batch": 0 if x.rows is None else x.rows.stride(0),
+        "received_batch": out.received.stride(0),
+        "received_head": out.received.stride(1),
+        "count_batch": out.received_count.stride(0),
         "HEADS_Q": heads_q,
     }
 
     def row_launch(out: Tensor, window: int, near: bool) -> Launch:
         arguments = {
             **common,
-            "varying": varying._replace(window=window),
+            "window": window,
             "flags": flags_of(family, blocks, attention._replace(window=window)),
             "out_ptr": out,
             "tiles_ptr": x.tiles_q,

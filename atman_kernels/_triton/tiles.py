@@ -36,26 +36,6 @@ class Rows(NamedTuple):
     head: Any
 
 
-class Varying(NamedTuple):
-    """Integers that change with the packed length; a kernel that specialises them would compile again for each.
-
-    Attributes:
-        window: NO_WINDOW or less.
-        bias_batch, lse_batch, lse_head: strides of key_bias (B, Tk) and lse (B, Hq, Tq).
-        scratch_batch, scratch_head: of the numbers per row between the backward kernels, in units of ROW_ALIGNMENT.
-        partial_batch, partial_head: of the (Hkv, B, Tk) parts of dkey_bias.
-    """
-
-    window: Any
-    bias_batch: Any
-    lse_batch: Any = 0
-    lse_head: Any = 0
-    scratch_batch: Any = 0
-    scratch_head: Any = 0
-    partial_batch: Any = 0
-    partial_head: Any = 0
-
-
 class Flags(NamedTuple):
     """What a kernel is compiled for; each member is a ``tl.constexpr``.
 
