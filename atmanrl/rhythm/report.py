@@ -32,6 +32,7 @@ from atmanrl.evaluation.recording import token_texts
 from atmanrl.evaluation.summary import auroc
 from atmanrl.generation import GenerationSettings, generate
 from atmanrl.models import load_policy
+from atmanrl.recipe import RecipeError
 from atmanrl.report.plots import FIGURE_STYLE
 from atmanrl.rhythm import credit
 from atmanrl.rhythm.series import RolloutSeries, attention_series
@@ -125,6 +126,9 @@ def series_config(overrides: Sequence[tuple[str, str]]) -> SeriesConfig:
     Raises:
         RecipeError: for any other key, or a value out of its range.
     """
+    for key, _ in overrides:
+        if key.partition(".")[0] != "series":
+            raise RecipeError(f"--{key}: besides the options of this command only --series.* can be set")
     return read_settings(overrides, {"series": SeriesConfig}).made["series"]  # type: ignore[no-any-return]
 
 
