@@ -14,9 +14,10 @@ _Item = TypeVar("_Item")
 
 
 def display() -> Progress:
-    """A bar with its name, what is done of how much, and the time left; it goes when it is finished."""
+    """A bar with its name, the count and the time left. It disappears from a terminal when it is finished."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=console, transient=console.is_terminal)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
         stack.enter_context(torch.autocast(model.device.type, enabled=False))
         stack.enter_context(eval_mode(model))
         stack.enter_context(_no_parameter_gradients(model))
-        stack.enter_context(_atman_attention(model))
+        stack.enter_context(attention(model, "atman"))
         yield
 
 
@@ -154,18 +154,23 @@ def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _atman_attention(model: PreTrainedModel) -> Iterator[None]:
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model attends through the implementation of that name inside the block, and through its own afterwards.
+
+    Raises:
+        ValueError: where the model does not take it.
+    """
     config = model.config
     before = {"": config._attn_implementation}
-    for name in config.sub_configs:
-        sub_config = getattr(config, name, None)
+    for part in config.sub_configs:
+        sub_config = getattr(config, part, None)
         if sub_config is not None:
-            before[name] = sub_config._attn_implementation
-    model.set_attn_implementation("atman")
+            before[part] = sub_config._attn_implementation
+    model.set_attn_implementation(name)
     try:
-        if config._attn_implementation != "atman":
+        if config._attn_implementation != name:
             raise ValueError(
-                f"{type(model).__name__} does not support attn_implementation='atman': its attention does not go"
+                f"{type(model).__name__} does not support attn_implementation={name!r}: its attention does not go"
                 " through transformers' AttentionInterface"
             )
         yield

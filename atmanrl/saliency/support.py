@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels.hf import AttentionCall, observing
 from atmanrl.rollout import Rollout
-from atmanrl.saliency.likelihood import ModelLikelihood, eval_mode, frozen
+from atmanrl.saliency.likelihood import ModelLikelihood, attention, eval_mode, frozen
 from atmanrl.saliency.packing import pack, whole
 
 # They choose their factors by the longest sequence of the call, so that a rollout would depend on its companions.
@@ -80,7 +80,8 @@ def _compare(model: PreTrainedModel) -> bool:
     rollouts = _rollouts(model.config.get_text_config(decoder=True).vocab_size)
     hidden = len(rollouts[0].prompt_ids) + 1
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-        with eval_mode(model):
+        # Another implementation may not take these dtypes, as flash-attn does not take float32.
+        with eval_mode(model), attention(model, "eager"):
             own = torch.stack([_own_loss(model, rollout) for rollout in rollouts])
             without_key = _own_loss(model, rollouts[0], hidden)
         if not bool(own.isfinite().all()):
@@ -124,7 +125,7 @@ def _refuse_factors_by_length(model: PreTrainedModel, name: str) -> None:
 
 
 def _own_loss(model: PreTrainedModel, rollout: Rollout, hidden: int | None = None) -> Tensor:
-    """The answer's mean loss as the model alone computes it, with its own attention; ``hidden`` is a key to mask."""
+    """The answer's mean loss as the model alone computes it; ``hidden`` is a key to mask."""
     ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=model.device)
     arguments: dict[str, Tensor] = {}
     if hidden is not None:
