@@ -93,7 +93,7 @@ def attention_backward(
 
 
 def attention_statistics(out: Statistics, x: StatisticsProblem) -> None:
-    """Write the outputs that are not None; rows as uint8. See ``atman_kernels.statistics_ops``.
+    """Write the outputs that are not None; rows as uint8. See ``atman_kernels.statistics``.
 
     Raises:
         ValueError: the tensors disagree in shape or dtype, or a sequence lies outside of them.

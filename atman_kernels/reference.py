@@ -157,7 +157,7 @@ def attention_backward(do: Tensor, dlse: Tensor | None, x: AttentionProblem) -> 
 
 
 def attention_statistics(x: StatisticsProblem, need_distance: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row and column sums of the attention map, from the map itself; see ``atman_kernels.statistics_ops``.
+    """Row and column sums of the attention map, from the map itself; see ``atman_kernels.statistics``.
 
     With p = exp(scores - lse), or the softmax of the scores where lse is beyond LARGEST_LSE, and d the distance from a
     row back to a key::

@@ -66,7 +66,7 @@ def attention_backward(
 
 
 def attention_statistics(out: Statistics, x: StatisticsProblem) -> None:
-    """Fill the contiguous outputs that are not None; ``rows`` as uint8. See ``atman_kernels.statistics_ops``."""
+    """Fill the contiguous outputs that are not None; ``rows`` as uint8. See ``atman_kernels.statistics``."""
     from atman_kernels._triton import launch, statistics
 
     with torch.cuda.device_of(x.q):

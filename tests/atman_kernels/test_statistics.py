@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen, backend, statistics_ops
+from atman_kernels import AttentionPlan, _cpu, attention_statistics, attention_varlen, backend
 from atman_kernels.attention import attention_rows
 from atman_kernels.problem import NO_WINDOW, Statistics, StatisticsProblem
 from atman_kernels.statistics import attention_with_distance, mean_of_chosen_rows, statistics_of_rows
@@ -361,7 +361,7 @@ def test_the_operator_is_registered_soundly(name: str) -> None:
     plan = AttentionPlan((9, 5))
     rows = torch.ones(1, 14, dtype=torch.bool)
     torch.library.opcheck(
-        statistics_ops.attention_statistics,
+        torch.ops.atman_kernels.attention_statistics.default,
         (
             *(x.q[None], x.k[None], torch.randn(1, 2, 14), x.key_bias[None], None, rows),
             *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, NO_WINDOW, True, name, 10, 1, 5, True),
@@ -375,7 +375,7 @@ def test_the_operator_of_attention_with_distance_is_registered_soundly() -> None
     x = make_operands(Case((9, 5), heads=(2, 1)), torch.float32)
     plan = AttentionPlan((9, 5))
     torch.library.opcheck(
-        statistics_ops.attention_forward_distance,
+        torch.ops.atman_kernels.attention_forward_distance.default,
         (
             *(x.q[None], x.k[None], x.v[None], x.key_bias[None], None, None),
             *(plan.sequences, plan.tiles_q, plan.tiles_k, 0.25, NO_WINDOW, True),
