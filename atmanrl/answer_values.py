@@ -1,13 +1,12 @@
 """Values of answers: numbers, choices and words, as they are written and as what they stand for.
 
-A value counts only where all that surrounds it is understood: `_LEAD_IN` and `_Tail` list what may stand before and
+A value counts only where all that surrounds it is understood: `LEAD_IN` and `_Tail` list what may stand before and
 behind a number. Anything else ("10²", "20 or 30", "5x", "18!") makes the answer unreadable: a number is never cut
 short, and of two values none is chosen.
 """
 
 from __future__ import annotations
 
-import enum
 import re
 import unicodedata
 from collections import deque
@@ -15,21 +14,25 @@ from collections.abc import Hashable
 from fractions import Fraction
 from typing import Literal, Protocol
 
+from atmanrl.answer_choices import Choices
+from atmanrl.answer_surroundings import (
+    CODE_WORDS,
+    CODES,
+    CURRENCY,
+    EXPLANATION,
+    LEAD_IN,
+    TAKEN_BACK,
+    WINDOW,
+    Absent,
+    Span,
+    after,
+    plain,
+    why_absent,
+)
+
 Kind = Literal["number", "choice", "words"]
-Span = tuple[int, int]
 # A number and the half-open span that it takes.
 _Read = tuple[Fraction, int, int]
-
-# An answer and what is looked at around it, in characters: no text can make the search longer than this per marker.
-WINDOW = 512
-
-
-class Absent(enum.Enum):
-    """Why no value stands behind an announcement."""
-
-    BLANK = "the text ends"
-    REMARK = "the answer is spoken of, not given"
-    UNREADABLE = "what stands there is no value of this kind, or more than one"
 
 
 class ValueKind(Protocol):
@@ -57,11 +60,11 @@ class Numbers:
 
     def find_after(self, text: str, start: int) -> Span | Absent:
         base = max(0, start - 2)
-        found = self._read_after(_plain(text[base : start + WINDOW]), start - base, ends=start + WINDOW >= len(text))
+        found = self._read_after(plain(text[base : start + WINDOW]), start - base, ends=start + WINDOW >= len(text))
         return found if isinstance(found, Absent) else (base + found[1], base + found[2])
 
     def find_last(self, text: str) -> Span | None:
-        text = _plain(text)
+        text = plain(text)
         last = deque(_NUMBER.finditer(text), maxlen=1)
         if not last or _is_part_of_more(last[0]):
             return None
@@ -69,41 +72,15 @@ class Numbers:
         return found and found[1:]
 
     def canonical(self, value: str) -> Fraction | None:
-        found = self._read_after(_plain(value[:WINDOW]), 0, ends=len(value) <= WINDOW)
+        found = self._read_after(plain(value[:WINDOW]), 0, ends=len(value) <= WINDOW)
         return None if isinstance(found, Absent) else found[0]
 
     def _read_after(self, window: str, start: int, *, ends: bool) -> _Read | Absent:
-        begin = _after(_LEAD_IN, window, start)
+        begin = after(LEAD_IN, window, start)
         match = _NUMBER.match(window, begin)
         if match is None:
-            return _why_absent(window, begin, ends=ends)
+            return why_absent(window, begin, ends=ends)
         return _understood(match, ends=ends) or Absent.UNREADABLE
-
-
-class Choices:
-    """One of the letters A to D: "B", "(B)", "b)", "option B"; compared without case."""
-
-    def find_after(self, text: str, start: int) -> Span | Absent:
-        window = _plain(text[start : start + WINDOW])
-        ends = start + WINDOW >= len(text)
-        match = _CHOICE.match(window)
-        if match is None:
-            return _why_absent(window, _after(_LEAD_IN, window, 0), ends=ends)
-        begin, end = match.span("letter")
-        return (start + begin, start + end) if _stands_alone(window, begin, end) else Absent.UNREADABLE
-
-    def find_last(self, text: str) -> Span | None:
-        text = _plain(text)
-        last = deque(_LONE_LETTER.finditer(text), maxlen=1)
-        if not last:
-            return None
-        begin, end = last[0].span("letter")
-        alone = not _LETTER_BEFORE.search(text, max(0, begin - 16), begin) and _stands_alone(text, begin, end)
-        return (begin, end) if alone else None
-
-    def canonical(self, value: str) -> str | None:
-        span = self.find_after(value, 0)
-        return None if isinstance(span, Absent) else _plain(value[slice(*span)]).upper()
 
 
 class Words:
@@ -123,42 +100,6 @@ class Words:
 KINDS: dict[Kind, ValueKind] = {"number": Numbers(), "choice": Choices(), "words": Words()}
 
 
-class _Plain(dict[int, str]):
-    """Digits of every script, full-width forms, minus signs and fraction slashes as ASCII, one character for one."""
-
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        if unicodedata.category(character) == "Nd":
-            plain = str(unicodedata.decimal(character))
-        else:
-            plain = chr(code - 0xFEE0) if 0xFF01 <= code <= 0xFF5E else character
-        self[code] = plain
-        return plain
-
-
-_TABLE = _Plain(zip(map(ord, "−–‒‐‑﹣⁻⁄∕٫٬’‘“”«»∗⋅"), "------" + "⁻" + '//.,\'\'""""*·', strict=True))
-
-
-def _plain(text: str) -> str:
-    return text if text.isascii() else text.translate(_TABLE)
-
-
-# What may stand between a marker and its value. Bounded and possessive: no text may make the search quadratic.
-_CODES = r"(?:USD|EUR|GBP|INR|CAD|AUD|NZD|SGD|HKD|JPY|CNY|RMB|CHF|KRW|BRL|MXN|SEK|NOK|DKK|PLN|CZK|Rs\.?)"
-_CODE_WORDS = frozenset(re.findall("[A-Z]{3}", _CODES))
-_CURRENCY = r"[$€£¥₹₽₩₺₴₫₱₪฿₦₿¢]"
-_DELIMITERS = (
-    rf"""(?:\s|[:*_"'`(\[{{≈~]|{_CURRENCY}|\\[(\[{{,;:!\s$]|(?:US|CA|AU|NZ|HK|[CAR])(?=\$)|{_CODES}(?=\s?[+-]?[0-9])"""
-    r"""|[\u200b-\u200f\u2060\ufeff]|</?(?:b|i|u|em|strong|code|span|p|answer|ans)>"""
-    r"""|\\(?:boxed|fbox|text(?:bf|it|rm)?|math(?:bf|rm|it)|displaystyle|left|approx|quad)(?![a-zA-Z])"""
-    r"""|(?:approximately|about|roughly|around|exactly|precisely|simply|just|only|thus|therefore|hence|indeed"""
-    r"""|clearly|equal\s+to|a\s+total\s+of)(?=\s)){0,40}+"""
-)
-# "x =", "5 + 3 =", "profit =": the value is what the equation comes to.
-_OPERATORS = r"(?:[0-9 .,+\-*/×÷()$%]|\\times|\\cdot|\\div){0,80}?"
-_EQUATION = rf"(?:(?:\\?[A-Za-z]{{1,20}}|[0-9$]{_OPERATORS})[ ]?={_DELIMITERS}){{0,4}}"
-_LEAD_IN = re.compile(_DELIMITERS + "=?" + _DELIMITERS + _EQUATION)
-
 # Behind a word or a closing bracket a minus subtracts; before a space it may be a bullet.
 _SIGN = r"(?<![\w)\]}])[+-](?![ ])"
 # As far as digits and separators go; `_integer` says whether the groups make a number.
@@ -174,7 +115,7 @@ _EXPONENT = (
 _MAGNITUDES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NUMBER = re.compile(
     # Atomic: a number is never cut short to make what follows fit.
-    rf"(?>(?:(?P<sign>{_SIGN})(?:\\?{_CURRENCY})?)?"
+    rf"(?>(?:(?P<sign>{_SIGN})(?:\\?{CURRENCY})?)?"
     rf"(?:(?P<whole>[0-9]++)?[ ]?\\[dtc]?frac[ ]?"
     rf"(?:\{{[ ]?(?P<top>-?{_INTEGER})[ ]?\}}[ ]?\{{[ ]?(?P<bottom>-?{_INTEGER})[ ]?\}}"
     rf"|(?P<short_top>[0-9])[ ]?(?P<short_bottom>[0-9]))"
@@ -186,15 +127,7 @@ _NUMBER = re.compile(
 # "10k" and "5M" always, "$5m" and "$5 M" behind a currency: "5 m" are metres.
 _SUFFIX = re.compile(r"(?P<gap>[ ]?)(?P<letter>k|K|mm|MM|[mM](?:n|ln|il)?|[bB]n?|[tT]n?)(?![^\W_])")
 _SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_CURRENCY_BEFORE = re.compile(rf"(?:\\?{_CURRENCY}|{_CODES})[ ]?\Z")
-
-# Behind the announcement: nothing, or words about the answer that give none.
-_BLANK = re.compile(r"(?:\s|</?[|\w]{1,30}>)*\Z")
-_REMARK = re.compile(
-    r"(?:indeed\s+|really\s+|also\s+)?(?:correct|right|wrong|incorrect|verified|confirmed|consistent|reasonable)\b",
-    re.IGNORECASE,
-)
-
+_CURRENCY_BEFORE = re.compile(rf"(?:\\?{CURRENCY}|{CODES})[ ]?\Z")
 
 _PART_OF_MORE = re.compile(
     r"(?:[^\W_]|[0-9][.,:/^*'_-]|[^\W\d_][\^*/_-]|(?:sqrt|log|overline|\^)\{|[√±≠≤≥]"
@@ -205,23 +138,19 @@ _PART_OF_MORE = re.compile(
 _MILD = re.compile(
     r"""[*_"'`)\]}$|%°\s\u200b-\u200f\u2060\ufeff\ufe0f\u20e3]|\\[)\],;: %$]"""
     r"""|\\(?:right|quad|qquad|degree)(?![a-zA-Z])"""
-    rf"""|{_CURRENCY}|\^\{{?\s?\\circ\s?\}}?[CFK]?|(?<=[°º])[CFK]\b"""
+    rf"""|{CURRENCY}|\^\{{?\s?\\circ\s?\}}?[CFK]?|(?<=[°º])[CFK]\b"""
     r"""|\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|[mh]box|operatorname)\s?\{"""
 )
 _END = re.compile(r"\n|[.!](?=[*_\"'`)\]}$\\|]{0,8}(?:\s|\Z|<|[A-Z]))|<(?=[/|a-zA-Z])")
 _ASIDE = re.compile(r"\(([^()\n]{1,120})\)")
 _COMMA = re.compile(r"[,;:—](?=\s|\Z)|[ ][-–—][ ]|—(?=[^\W\d_])")
-_EXPLANATION = re.compile(
-    r"\s*(?:since|because|as(?!\s+(?:well|many))|which|where|that\s+is|i\.e\.|meaning|given|not|assuming|rather|thus)\b",
-    re.IGNORECASE,
-)
 _JOINT = re.compile(r"[-/](?=[^\W\d_]|\\(?:text|mathrm))")
 _POWER_OF_UNIT = re.compile(r"\^\{?[23]\}?|[²³]")
 _LETTER = r"[^\W\d_²³¹\u2070-\u209f\u2150-\u218f\u2460-\u24ff]"
 _WORD = re.compile(rf"{_LETTER}+(?:['.]{_LETTER}+)*")
 _MORE_DIGITS = re.compile(r"[ ]+[0-9]")
 _LIST_DOT = re.compile(r"[.)][ ]+[^\s]")
-_LATER_NUMBER = re.compile(rf"{_CURRENCY}?[0-9]+(?:[,.][0-9]+)*")
+_LATER_NUMBER = re.compile(rf"{CURRENCY}?[0-9]+(?:[,.][0-9]+)*")
 
 
 def _words(text: str) -> frozenset[str]:
@@ -256,41 +185,7 @@ _SCALES = re.compile(
     r"|тыс|миллион|миллиард|млн|млрд|half|halves|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh"
     r"|twelfth|\w+teenth|\w+tieth|permil|basis\b|bps\b|sqrt|root|log\b|sin\b|cos\b|tan\b|exp\b|pi\b|theta|alpha)"
 )
-# Behind the end of the sentence: the value is taken back, or one of several.
-_TAKEN_BACK = re.compile(
-    r"[\s*_$)\]}]*(?:or|either|wait|no(?=,)|actually|correction|maybe|perhaps|alternatively|possibly|sorry|hmm)\b"
-    r"[^.\n0-9]{0,60}?(?P<other>[+-]?[0-9][0-9,]*(?:\.[0-9]+)?|(?<![\w'])[A-Z](?![\w']))",
-    re.IGNORECASE,
-)
-
-_CHOICE = re.compile(
-    _DELIMITERS
-    + r"(?:(?:option|choice|answer|letter)\b)?"
-    + _DELIMITERS
-    + r"(?P<letter>[A-D](?!\w|'\w)|[a-d](?=\s*(?:[).,:;*}$\]]|$)))",
-)
-_LONE_LETTER = re.compile(r"(?<![\w'])(?P<letter>[B-D]|A(?!\s+[a-z]))(?![\w'])")
-_LETTER_BEFORE = re.compile(r"(?:\b(?:or|and|not|neither|nor)|[A-D][),.]?\s?[,/&+-])\W{0,3}\Z")
-# Behind a letter: the end of the sentence, the option's own words, or a reason; no other letter, no article's noun.
-_OTHER_LETTER = re.compile(
-    r"(?<![\w'])(?:[B-HJ-Z]|A(?!\s+[a-z]))(?![\w'])|\b(?:or|either|vs|versus|maybe|perhaps|possibly)\b"
-)
-_OTHER_SMALL_LETTER = re.compile(r"[\s)*_]*(?:,|/|&|-|\bor\b|\band\b)[\s(*_]*[a-d]\b")
-_GLUED = re.compile(r"[)\]}*_$]*\s?(?:[+&/]|-\s?[A-Za-z0-9]\b|[0-9²³])")
-_SENTENCE = re.compile(r"[^.!?\n<]*")
-_CLOSERS = re.compile(r"[\s*_\"'`)\]}$]*(?:[,;:—-]|\bis\b)?\s*")
 _WORDS = re.compile(r"\s*(?P<words>[^\s<](?:[^\n<]*[^\s<])?)")
-
-
-def _after(pattern: re.Pattern[str], text: str, start: int) -> int:
-    match = pattern.match(text, start)
-    return start if match is None else match.end()
-
-
-def _why_absent(window: str, begin: int, *, ends: bool) -> Absent:
-    if ends and _BLANK.match(window, begin):
-        return Absent.BLANK
-    return Absent.REMARK if _REMARK.match(window, begin) else Absent.UNREADABLE
 
 
 def _is_part_of_more(match: re.Match[str]) -> bool:
@@ -345,7 +240,7 @@ def _scaled(match: re.Match[str]) -> _Read | None:
 
 def _has_currency(match: re.Match[str]) -> int | None:
     """Where the currency before a number or behind its sign begins, or the sign; None without."""
-    if re.search(_CURRENCY, match[0]):
+    if re.search(CURRENCY, match[0]):
         return match.start()
     before = _CURRENCY_BEFORE.search(match.string, max(0, match.start() - 6), match.start())
     return None if before is None else before.start()
@@ -402,7 +297,7 @@ class _Tail:
                 shouted = self.window[position] == "!" and position == self.start
                 return not (shouted or self._goes_on(position) or self._taken_back(end.end()))
             if comma := _COMMA.match(self.window, position):
-                if _EXPLANATION.match(self.window, comma.end()):
+                if EXPLANATION.match(self.window, comma.end()):
                     return True
                 position = comma.end()
             elif aside := _ASIDE.match(self.window, position):
@@ -442,7 +337,7 @@ class _Tail:
             return (lower not in _CARDINALS and not _SCALES.match(lower)) or self._counts_something_else()
         if lower in _CARDINALS or _SCALES.match(lower):
             return False
-        if word in _UNITS or word in _CODE_WORDS:
+        if word in _UNITS or word in CODE_WORDS:
             return True
         if not word.isascii():
             # π and its like multiply.
@@ -466,7 +361,7 @@ class _Tail:
 
     def _same_again(self, position: int) -> int | None:
         # "3/4 or 0.75" is one value.
-        number = _NUMBER.match(self.window, _after(_LEAD_IN, self.window, position))
+        number = _NUMBER.match(self.window, after(LEAD_IN, self.window, position))
         scaled = None if number is None else _scaled(number)
         return scaled[2] if scaled is not None and scaled[0] == self.value else None
 
@@ -476,24 +371,6 @@ class _Tail:
         return self.window[position] == "." and short and _MORE_DIGITS.match(self.window, position + 1) is not None
 
     def _taken_back(self, position: int) -> bool:
-        match = _TAKEN_BACK.match(self.window, position)
+        match = TAKEN_BACK.match(self.window, position)
         number = None if match is None else _NUMBER.match(match["other"])
         return number is not None and _read_number(number) != self.value
-
-
-def _stands_alone(text: str, begin: int, end: int) -> bool:
-    """Whether the letter at ``begin`` is the one choice of its sentence."""
-    letter = text[begin]
-    if _GLUED.match(text, end) or (letter.islower() and _OTHER_SMALL_LETTER.match(text, end)):
-        return False
-    sentence = text[end : end + WINDOW]
-    rest = _SENTENCE.match(sentence)
-    if rest is None or sentence[rest.end() : rest.end() + 1] == "?":
-        return False
-    if _EXPLANATION.match(rest[0], _after(_CLOSERS, rest[0], 0)):
-        return True
-    if letter == "A" and re.match(r"\s+(?!is\b|because\b|since\b)[a-z]", rest[0]):
-        return False
-    others = {match[0] for match in _OTHER_LETTER.finditer(rest[0])} - {letter.upper()}
-    taken_back = _TAKEN_BACK.match(sentence, rest.end() + 1)
-    return not others and (taken_back is None or taken_back["other"] not in set("ABCD") - {letter.upper()})

@@ -14,7 +14,8 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from atmanrl.answer_values import KINDS, Absent, Kind, Span, ValueKind
+from atmanrl.answer_surroundings import Absent, Span
+from atmanrl.answer_values import KINDS, Kind, ValueKind
 from atmanrl.models import decode, encode_completion, end_of_turn_ids
 from atmanrl.rollout import Rollout, as_ids
 

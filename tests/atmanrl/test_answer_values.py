@@ -166,6 +166,39 @@ def test_of_two_letters_none_is_the_choice(letters, hedge, mode):
     assert MMLU_ANSWER.with_mode(mode).parse(text) is None
 
 
+WRAPPED_LETTERS = st.sampled_from(
+    [
+        *("{}", "({})", "[{}]", "**{}**", "_{}_", "__{}__", "*({})*", "Option {}", "**Option {}**", "option **{}**"),
+        *("Choice ({})", "the letter {}", "Statement {}", "$\\boxed{{{}}}$", "`{}`", '"{}"'),
+    ]
+)
+SEPARATORS = st.sampled_from([") ", ": ", ". ", ").", " - ", " — ", "** ", ", ", "\n", "} "])
+OPTION_TEXTS = st.sampled_from(
+    [
+        *("12", "-5", "0.5", "45%", "3 m/s", "$12", "€3.50", "1/2", "x = 4", "Paris", "red wine", "-x", "2, 3", "½"),
+        *("the dog", "12 and 13", ""),
+    ]
+)
+
+
+@given(st.sampled_from("ABCD"), WRAPPED_LETTERS, SEPARATORS, OPTION_TEXTS, st.sampled_from(MODES))
+def test_the_text_of_an_option_changes_no_letter(letter, wrapper, separator, words, mode):
+    text = f"C is tempting. The best answer is {wrapper.format(letter)}{separator}{words}"
+    found = MMLU_ANSWER.with_mode(mode).parse(text)
+    assert found is not None
+    assert found.value == letter
+
+
+@pytest.mark.parametrize("written", ["B) 12}", "A only", "A (not B)", "A because B is wrong", "D rather than C", "C}."])
+def test_a_letter_with_a_reason_or_a_closing_brace_is_read(written):
+    assert MMLU_ANSWER.parse(f"The best answer is {written}").value == written[0]
+
+
+@pytest.mark.parametrize("glue", ["{}1", "{}-1", "{}+", "{}²", "{}_1", "{}'s", "{}/C", "{} & C", "{}x"])
+def test_a_letter_that_is_a_piece_of_more_is_no_choice(glue):
+    assert MMLU_ANSWER.parse(f"The best answer is {glue.format('B')}") is None
+
+
 @given(COUNTS, COUNTS, st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=2))
 @example(1, 234, "'")
 @example(10, 2, "**")
