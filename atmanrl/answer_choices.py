@@ -9,12 +9,12 @@ from atmanrl.answer_surroundings import (
     DELIMITERS,
     EXPLANATION,
     LEAD_IN,
-    TAKEN_BACK,
     WINDOW,
     Absent,
     Span,
     after,
     plain,
+    taken_back,
     why_absent,
 )
 
@@ -58,6 +58,8 @@ _CHOICE = re.compile(
 _NO_NOUN = r"(?:is|was|only|alone|not|because|since|as|rather|and|or|but|could|might|may|should|would|seems)\b"
 _A = rf"A(?!\s+(?!{_NO_NOUN})[a-z])"
 _LONE_LETTER = re.compile(rf"{_BEGINS}(?P<letter>[B-D]|{_A}){_ENDS}")
+_LETTER = re.compile(rf"{_BEGINS}(?:[B-D]|{_A}){_ENDS}")
+_NEXT_LETTER = re.compile(r"[.!]\s+[(*_]*[A-D][)*_]*(?:[.!]|\s*\Z)")
 _LETTER_BEFORE = re.compile(r"(?:\b(?:or|and|not|neither|nor)|[A-D][),.]?\s?[,/&+-])\W{0,3}\Z")
 # Behind a letter: the end of the sentence, the option's own words, or a reason; no other letter, no article's noun.
 _OTHER_LETTER = re.compile(rf"{_BEGINS}(?:[B-HJ-Z]|{_A}){_ENDS}|\b(?:or|either|vs|versus|maybe|perhaps|possibly)\b")
@@ -83,5 +85,5 @@ def _stands_alone(text: str, begin: int, end: int) -> bool:
     if letter == "A" and _ARTICLE.match(rest[0]):
         return False
     others = {match[0] for match in _OTHER_LETTER.finditer(rest[0])} - {letter.upper()}
-    taken_back = TAKEN_BACK.match(sentence, rest.end() + 1)
-    return not others and (taken_back is None or taken_back["other"] not in set("ABCD") - {letter.upper()})
+    second = {match[0] for match in _LETTER.finditer(taken_back(sentence, rest.end() + 1))} - {letter.upper()}
+    return not others and not second and not _NEXT_LETTER.match(sentence, rest.end())

@@ -13,12 +13,12 @@ __all__ = [
     "DELIMITERS",
     "EXPLANATION",
     "LEAD_IN",
-    "TAKEN_BACK",
     "WINDOW",
     "Absent",
     "Span",
     "after",
     "plain",
+    "taken_back",
     "why_absent",
 ]
 
@@ -86,11 +86,20 @@ EXPLANATION = re.compile(
 )
 
 # Behind the end of the sentence: the value is taken back, or one of several.
-TAKEN_BACK = re.compile(
-    r"[\s*_$)\]}]*(?:or|either|wait|no(?=,)|actually|correction|maybe|perhaps|alternatively|possibly|sorry|hmm)\b"
-    r"[^.\n0-9]{0,60}?(?P<other>[+-]?[0-9][0-9,]*(?:\.[0-9]+)?|(?<![\w'])[A-Z](?![\w']))",
+_TAKEN_BACK = re.compile(
+    r"[\s*_$)\]}(]*(?:(?:or|either|maybe|perhaps|alternatively|possibly)\b(?P<same>[^.\n]{0,80})"
+    r"|(?:(?:but|however,?|and|though)\s+)?(?:wait|hmm|oops|sorry|actually|correction|scratch\s+that|no(?=,|\s+wait\b)"
+    r"|I\s+mean|I\s+meant|on\s+second\s+thought)\b(?P<more>[^\n]{0,100})"
+    r"|(?P<also>(?:(?:but|however,?)\s[^.\n]{0,40}?|(?:it|this|that|(?:the|my)\s+answer)\s+)"
+    r"\b(?:could|might|may|should|maybe|perhaps|possibly)\b[^.\n]{0,60}))",
     re.IGNORECASE,
 )
+
+
+def taken_back(window: str, position: int) -> str:
+    """The words behind ``position`` that take back what was said; empty where there are none."""
+    match = _TAKEN_BACK.match(window, position)
+    return "" if match is None else match["same"] or match["more"] or match["also"] or ""
 
 
 def after(pattern: re.Pattern[str], text: str, start: int) -> int:

@@ -21,12 +21,12 @@ from atmanrl.answer_surroundings import (
     CURRENCY,
     EXPLANATION,
     LEAD_IN,
-    TAKEN_BACK,
     WINDOW,
     Absent,
     Span,
     after,
     plain,
+    taken_back,
     why_absent,
 )
 
@@ -80,7 +80,8 @@ class Numbers:
         match = _NUMBER.match(window, begin)
         if match is None:
             return why_absent(window, begin, ends=ends)
-        return _understood(match, ends=ends) or Absent.UNREADABLE
+        found = _understood(match, ends=ends)
+        return found if found and _balanced(window[start:begin], found[0]) else Absent.UNREADABLE
 
 
 class Words:
@@ -142,7 +143,16 @@ _MILD = re.compile(
     r"""|\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|[mh]box|operatorname)\s?\{"""
 )
 _END = re.compile(r"\n|[.!](?=[*_\"'`)\]}$\\|]{0,8}(?:\s|\Z|<|[A-Z]))|<(?=[/|a-zA-Z])")
+_NO_REPEAT = re.compile(r"\s*(?:base|mod|modulo|rounded|rounds)\b", re.IGNORECASE)
 _ASIDE = re.compile(r"\(([^()\n]{1,120})\)")
+# "and above", "i.e. 18", "which rounds to 18": the number is not the whole value.
+_AND_MORE = re.compile(r"and\s+(?:above|up\b|upwards?|counting|more|change|over|beyond|an?\s)", re.IGNORECASE)
+_ROUNDED = re.compile(r"[^.\n]{0,40}?\b(?:rounds|rounded|rounding)\b", re.IGNORECASE)
+_SAME_AS = re.compile(
+    r"[\s,;:—–-]*(?:i\.?\s?e\b\.?|that\s+is|meaning|namely|viz\b\.?)[,:]?\s+"
+    r"(?:to\s+say\s+)?(?:about\s+|approximately\s+)?(?=\\?[$€£¥]?[+-]?[0-9])",
+    re.IGNORECASE,
+)
 _COMMA = re.compile(r"[,;:—](?=\s|\Z)|[ ][-–—][ ]|—(?=[^\W\d_])")
 _JOINT = re.compile(r"[-/](?=[^\W\d_]|\\(?:text|mathrm))")
 _POWER_OF_UNIT = re.compile(r"\^\{?[23]\}?|[²³]")
@@ -168,24 +178,47 @@ _SHORT_WORDS = _words("a at by on is as so an us my up to of in it")
 _HEDGES = _words(
     """
     or either neither nor maybe perhaps possibly between versus vs if unless otherwise depending least most ish
+    oder ou или или sau upward upwards counting doubled halved tripled quadrupled less fewer
     below plus minus divided multiplied squared cubed factorial modulo mod
     """
 )
 # Before a number that says for how much or how many the value is: "18 dollars for 3 nights".
 _PREPOSITIONS = _words("for in after within during per each every by from on at")
-_CARDINALS = _words(
-    """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety half
-    """
-)
+_SMALL = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen
+"""
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_NAMED: dict[str, Fraction] = {
+    **{word: Fraction(number) for number, word in enumerate(_SMALL.split())},
+    **{word: Fraction(number) for number, word in zip(range(20, 100, 10), _TENS, strict=True)},
+    "half": Fraction(1, 2),
+}
+_CARDINALS = frozenset(_NAMED)
 _SCALES = re.compile(
     r"(?:hundred|thousand|milli(?:on|ard)|mill[oó]n|milh|miljo|miljard|billi|trilli|quadrilli|quintilli|tausend"
-    r"|hundert|dozen|dutzend|lakh|crore|score\b|gross\b|grand\b|mil\b|mille\b|mila\b|kilo\b|mega|giga|fold\b"
+    r"|hundert|hundra|hundre|honderd|dozen|dutzend|lakh|crore|score\b|gross\b|grand\b|mil\b|mille\b|mila\b|kilo\b|mega|giga|fold\b"
     r"|тыс|миллион|миллиард|млн|млрд|half|halves|third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh"
-    r"|twelfth|\w+teenth|\w+tieth|permil|basis\b|bps\b|sqrt|root|log\b|sin\b|cos\b|tan\b|exp\b|pi\b|theta|alpha)"
+    r"|twelfth|\w+teenth|\w+tieth|permil|basis\b|bps\b|sqrt|root|log\b|sin\b|cos\b|tan\b|exp\b|pi\b|theta|alpha"
+    # Short and long words for thousands, millions and their like in other languages.
+    r"|(?:mio|mrd|tsd|mln|mld|bln|trln|tys|tis|tn|bin|mill|bil|bio|tril|thou|ths|thsd|jt|rb|cr|mii|odd)\b|milyon|milyar"
+    r"|juta|ribu|ratus|triliun|trilyun|tri[eệ]u|ngh[iì]n|ngàn|tr[aă]m|t[ỷỉ]|tis[ií]c|tusen|tusind|duizend|ezer|tuhat"
+    r"|tysi|mili[oóa]|milij|milli[oóaá]|milliers|tisu[cć]|hiljad|хиляд|хиљад|тисяч|мільйон|мільярд|милион|χιλι|εκατομμ|δισεκ"
+    r"|ألف|آلاف|الف|مليون|ملايين|مليار|هزار|میلیون|میلیارد|אלף|אלפים|מיליון|מיליארד|हज|लाख|करोड|พัน|หมื่น|แสน|ล้าน"
+    r"|[만천억조백십]|[多余餘倍半幾几])"
 )
 _WORDS = re.compile(r"\s*(?P<words>[^\s<](?:[^\n<]*[^\s<])?)")
+
+
+def _balanced(lead_in: str, value: Fraction) -> bool:
+    """Whether what stands left of an equals sign, where it is one number, is the value: "1/2 = 0.5", not "18 = 20"."""
+    for side in lead_in.split("=")[:-1]:
+        number = _NUMBER.search(side)
+        if number is not None and not re.search(r"[\w+/×÷-]", side[: number.start()] + side[number.end() :]):
+            left = _read_number(number)
+            if left not in ((value, value / 100, value * 100) if "%" in lead_in else (value,)):
+                return False
+    return True
 
 
 def _is_part_of_more(match: re.Match[str]) -> bool:
@@ -274,6 +307,8 @@ def _integer(text: str) -> int | None:
     digits = text.removeprefix("-")
     first, *groups = _SEPARATORS.split(digits)
     if groups:
+        if first.startswith("0"):
+            return None
         three = len(first) <= 3 and all(len(group) == 3 for group in groups)
         two = len(first) <= 2 and len(groups[-1]) == 3 and all(len(group) == 2 for group in groups[:-1])
         if len(set(_SEPARATORS.findall(digits))) > 1 or not (three or two):
@@ -298,7 +333,7 @@ class _Tail:
                 return not (shouted or self._goes_on(position) or self._taken_back(end.end()))
             if comma := _COMMA.match(self.window, position):
                 if EXPLANATION.match(self.window, comma.end()):
-                    return True
+                    return not self._renamed(position)
                 position = comma.end()
             elif aside := _ASIDE.match(self.window, position):
                 if not self._repeats(aside[1]):
@@ -318,6 +353,8 @@ class _Tail:
         if self.words and (match := _POWER_OF_UNIT.match(self.window, position)):
             return match.end()
         if match := _WORD.match(self.window, position):
+            if _AND_MORE.match(self.window, position) or self._renamed(position):
+                return None
             if match[0] == "or" and (same := self._same_again(match.end())):
                 return same
             if not self._word(match[0], attached=position == self.start):
@@ -352,11 +389,19 @@ class _Tail:
     def _repeats(self, aside: str) -> bool:
         """Whether what stands in brackets gives no other value for the same: "(or 0.2)" behind 20%, "(26 weeks)"."""
         number = _NUMBER.search(aside)
-        hedges = re.search(r"\b(?:or|maybe|perhaps|possibly)\b", aside, re.IGNORECASE) is not None
+        if _NO_REPEAT.match(aside):
+            return False
+        hedges = (
+            re.search(r"\b(?:or|oder|ou|maybe|perhaps|possibly)\b|[或又및]|또는|または", aside, re.IGNORECASE)
+            is not None
+        )
         if number is None:
-            return not hedges
+            said = re.findall(r"[a-z]+", aside.lower())
+            named = sum(_NAMED.get(word, 0) for word in said) == self.value
+            return not hedges and (not _CARDINALS.issuperset(said) or named or not said)
         found = _read_number(number)
-        alone = not re.search(r"[^\W\d_]", aside[: number.start()] + aside[number.end() :])
+        before = _SAME_AS.sub("", aside[: number.end()])[: -len(number[0])]
+        alone = not re.search(r"[^\W\d_]", before + aside[number.end() :])
         return not (hedges or alone) or found in (self.value, self.value / 100, self.value * 100)
 
     def _same_again(self, position: int) -> int | None:
@@ -370,7 +415,12 @@ class _Tail:
         short = position == self.start or (bool(self.words) and self.words[-1] in _ABBREVIATED)
         return self.window[position] == "." and short and _MORE_DIGITS.match(self.window, position + 1) is not None
 
+    def _renamed(self, position: int) -> bool:
+        """Whether another number follows for the same value: "17.6, which rounds to 18", "17.6 i.e. 18"."""
+        if match := _SAME_AS.match(self.window, position):
+            return self._same_again(match.end()) is None
+        return bool(_COMMA.match(self.window, position)) and _ROUNDED.match(self.window, position) is not None
+
     def _taken_back(self, position: int) -> bool:
-        match = TAKEN_BACK.match(self.window, position)
-        number = None if match is None else _NUMBER.match(match["other"])
+        number = _NUMBER.search(taken_back(self.window, position))
         return number is not None and _read_number(number) != self.value

@@ -226,6 +226,75 @@ def test_a_suffix_that_changes_a_number_is_understood_or_makes_it_unreadable(num
         assert GSM8K_ANSWER.canonical(found.value) == number * 10**power
 
 
+LOCAL_SCALES = [
+    *("Mio.", "Mrd.", "Tsd.", "mln", "tys.", "bin", "milyon", "milyar", "juta", "ribu", "triệu", "nghìn", "χιλιάδες"),
+    *("тысяч", "ألف", "مليون", "tisíc", "tusen", "duizend", "ezer", "mill", "mio", "miliardi", "milhões", "millió"),
+]
+LOCAL_HEDGES = [
+    *("oder mehr", "and above", "and up", "upwards", "and counting", "and a bit", "doubled", "halved", "tripled"),
+    *("percent less", "(base 9)", "(mod 20)", "i.e. 5000", "(i.e., 5000)", "(thirty)"),
+]
+
+
+@given(st.integers(100, 999), st.sampled_from(LOCAL_SCALES + LOCAL_HEDGES), st.sampled_from(["", " dollars", "."]))
+def test_scales_of_other_languages_and_hedges_make_a_number_unreadable(number, suffix, end):
+    assert GSM8K_ANSWER.parse(f"The final answer is {number} {suffix}{end}") is None
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "18만",
+        "18천",
+        "18억",
+        "18-odd",
+        "18（或20）",
+        "17.6, which rounds to 18",
+        "18 = 20",
+        "1/3 = 0.333",
+        "0,018",
+        "18 (twenty)",
+    ],
+)
+def test_a_number_that_is_not_the_whole_value_is_unreadable(written):
+    assert GSM8K_ANSWER.parse(f"The final answer is {written}") is None
+
+
+@pytest.mark.parametrize(
+    "written", ["18 (eighteen)", "18 (i.e., 18)", "36/2 = 18", "1800% = 18", "18 binders", "18 milligrams"]
+)
+def test_a_value_said_twice_or_a_unit_that_begins_like_a_scale_is_read(written):
+    assert GSM8K_ANSWER.parse(f"The final answer is {written}") is not None
+
+
+SECOND_THOUGHTS = st.sampled_from(
+    [
+        *(
+            " No wait, it is {}.",
+            " I mean {}.",
+            " But it might be {}.",
+            " It could be {}.",
+            " But {} could be right too.",
+        ),
+        *(
+            "\n\nWait, that's wrong. It should be {}.",
+            " Sorry, I meant {}.",
+            " Wait, I think it is {}.",
+            " It could also be {}.",
+        ),
+    ]
+)
+
+
+@given(COUNTS, COUNTS, st.permutations("ABCD"), SECOND_THOUGHTS, st.sampled_from(MODES))
+def test_an_answer_taken_back_in_the_next_sentence_is_none(one, other, letters, thought, mode):
+    assume(one != other)
+    assert GSM8K_ANSWER.with_mode(mode).parse(f"The final answer is {one}.{thought.format(other)}") is None
+    assert MMLU_ANSWER.with_mode(mode).parse(f"The best answer is {letters[0]}.{thought.format(letters[1])}") is None
+    # The same value again takes nothing back.
+    assert GSM8K_ANSWER.with_mode(mode).parse(f"The final answer is {one}.{thought.format(one)}") is not None
+
+
 @pytest.mark.parametrize(
     ("written", "value"), [("$5m", 5 * 10**6), ("$5 M", 5 * 10**6), ("5 m", 5), ("5m", 5), ("$5mm", None)]
 )
@@ -270,6 +339,7 @@ PIECES = [
         "answer is 5 or ",
         "the  final",
     ),
+    *("18. But ", "18. It may ", "answer is 5. Wait ", "5 = ", "answer is 5, "),
     *("the  final", "final answer is correct ", "answer is \\boxed{5} and ", "18. "),
 ]
 
