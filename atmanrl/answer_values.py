@@ -142,7 +142,7 @@ _MILD = re.compile(
     rf"""|{CURRENCY}|\^\{{?\s?\\circ\s?\}}?[CFK]?|(?<=[°º])[CFK]\b"""
     r"""|\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|[mh]box|operatorname)\s?\{"""
 )
-_END = re.compile(r"\n|[.!](?=[*_\"'`)\]}$\\|]{0,8}(?:\s|\Z|<|[A-Z]))|<(?=[/|a-zA-Z])")
+_END = re.compile(r"\n|。|[.!](?=[*_\"'`)\]}$\\|]{0,8}(?:\s|\Z|<|[A-Z]))|<(?=[/|a-zA-Z])")
 _NO_REPEAT = re.compile(r"\s*(?:base|mod|modulo|rounded|rounds)\b", re.IGNORECASE)
 _ASIDE = re.compile(r"\(([^()\n]{1,120})\)")
 # "and above", "i.e. 18", "which rounds to 18": the number is not the whole value.
