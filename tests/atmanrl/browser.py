@@ -12,6 +12,7 @@ from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.proxy import Proxy, ProxyType
+from selenium.webdriver.support.ui import WebDriverWait
 
 _FLAGS = [
     "--headless",
@@ -42,6 +43,8 @@ class Browser:
 
     def open(self, path: Path) -> None:
         self._driver.get(path.as_uri())
+        # On a busy machine the driver came back from a large page that was still being read.
+        WebDriverWait(self._driver, 120).until(lambda driver: self.run("return document.readyState") == "complete")
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value of a function body run in the page."""

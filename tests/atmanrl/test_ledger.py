@@ -241,6 +241,6 @@ def test_the_documented_figures_are_those_of_the_record():
         if kind != "intact chain":
             assert f"| {kind} | {count['replaced']} | {count['changed']} |" in text
     suppression = RECORD["suppression"]
-    assert f"loss of the answer is {suppression['loss_intact']:.4f} nats" in text
-    assert f"\n{suppression['loss_suppressed']:.2f} with a bias of -4" in text
+    assert f"{suppression['loss_intact']:.4f} nats" in text
+    assert f"{suppression['loss_suppressed']:.2f} with a bias of -4" in text
     assert RECORD["command"] in text
