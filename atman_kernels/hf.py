@@ -221,8 +221,9 @@ def _arguments_of_the_forward() -> tuple[str, ...]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "forward" and "kwargs" in frame.f_code.co_varnames:
-            given = frame.f_locals.get("kwargs", {})
-            found = tuple(name for name in _ARGUMENTS if given.get(name) is not None)
+            given = frame.f_locals.get("kwargs")
+            # Not every local variable of that name holds keyword arguments.
+            found = tuple(name for name in _ARGUMENTS if isinstance(given, dict) and given.get(name) is not None)
             if found:
                 return found
         frame = frame.f_back
